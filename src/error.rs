@@ -163,6 +163,8 @@ codes! {
     Unreachable = "UNREACHABLE", Unreachable;
     Deadline = "DEADLINE", Unreachable;
     StoreDenied = "STORE_DENIED", Denied;
+    /// The store answered what is never followed or decoded: a redirect, an encoded body, a broken listing.
+    StoreAnswer = "STORE_ANSWER", Tampered;
     /// The store does not keep create-only promises: nothing may be published to it.
     StoreUnfit = "STORE_UNFIT", Usage;
     /// The local store folder is not ours alone, or leads out of its root.
