@@ -49,3 +49,5 @@
 //! against whom, docs/SEMANTICS.md what a program sees.
 
 pub mod error;
+pub mod format;
+pub mod telemetry;
