@@ -50,4 +50,5 @@
 
 pub mod error;
 pub mod format;
+pub mod mem;
 pub mod telemetry;

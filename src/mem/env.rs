@@ -1,0 +1,90 @@
+//! Takes a secret out of the environment so that nobody can read it there any more.
+//!
+//! In: a variable's name. Out: its value in a [`LockedBuf`]; the entry is overwritten where the kernel put it, which is
+//! what /proc/PID/environ shows for the life of the process (`unsetenv` leaves it there).
+//! Promises: after [`take_env`] neither the variable nor its value is in the environment block.
+//! Held by: `a_taken_variable_is_gone_from_proc_environ` in tests/memory.rs.
+
+use std::ops::Range;
+
+use super::map::{wipe, wipe_raw};
+use super::secret::LockedBuf;
+use crate::error::Result;
+
+/// The value of `name`, taken out of the environment; `None` if it is not there (or was taken before). Empty is `Some`.
+///
+/// Every entry of that name is overwritten, name and value. A value that this process set itself is copied and stays.
+/// To be called at start, before other threads read the environment: they would see a value that ends early.
+///
+/// # Errors
+/// `Code::Memlock` if the value cannot be locked; the environment is then unchanged.
+pub fn take_env(name: &str) -> Result<Option<LockedBuf>> {
+    let mut taken = None;
+    if let Some(block) = environment_block() {
+        for entry in entries(block, name) {
+            let value = entry.start + name.len() + 1..entry.end;
+            // SAFETY: the range lies in the block the kernel filled at exec, mapped writable for the process's life.
+            let bytes = unsafe {
+                std::slice::from_raw_parts_mut(std::ptr::with_exposed_provenance_mut::<u8>(value.start), value.len())
+            };
+            if taken.is_none() {
+                taken = Some(LockedBuf::copy_of(bytes)?);
+            }
+            // SAFETY: as above; the whole entry.
+            unsafe { wipe_raw(std::ptr::with_exposed_provenance_mut(entry.start), entry.len()) };
+        }
+    }
+    if taken.is_none()
+        && let Some(value) = std::env::var_os(name)
+    {
+        let mut value = value.into_encoded_bytes();
+        taken = Some(LockedBuf::copy_of(&value)?);
+        wipe(&mut value);
+    }
+    Ok(taken)
+}
+
+/// Addresses of the entries `NAME=value` (without their NUL) of `name` in the block.
+fn entries(block: Range<usize>, name: &str) -> Vec<Range<usize>> {
+    // SAFETY: the block is mapped for the process's life, and this slice ends before anyone writes to it.
+    let bytes =
+        unsafe { std::slice::from_raw_parts(std::ptr::with_exposed_provenance::<u8>(block.start), block.len()) };
+    let mut found = Vec::new();
+    let mut start = 0;
+    for entry in bytes.split(|byte| *byte == 0) {
+        let is_it = entry.strip_prefix(name.as_bytes()).is_some_and(|rest| rest.first() == Some(&b'='));
+        if is_it && !name.is_empty() {
+            found.push(block.start + start..block.start + start + entry.len());
+        }
+        start += entry.len() + 1;
+    }
+    found
+}
+
+/// Where the kernel put the environment at exec: fields env_start and env_end of /proc/self/stat (proc(5), 50 and 51).
+fn environment_block() -> Option<Range<usize>> {
+    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
+    // The command's name, field 2, may hold spaces and parentheses: count from behind its last one.
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(47);
+    let start: usize = fields.next()?.parse().ok()?;
+    let end: usize = fields.next()?.parse().ok()?;
+    (start != 0 && start < end).then_some(start..end)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_environment_block_is_where_the_kernel_says() {
+        let block = environment_block().unwrap();
+        let (name, _) = std::env::vars().find(|(name, _)| name == "PATH" || name == "HOME").unwrap();
+        assert_eq!(entries(block.clone(), &name).len(), 1);
+        assert_eq!(entries(block, "").len(), 0);
+    }
+
+    #[test]
+    fn a_variable_that_is_not_there_is_none() {
+        assert!(take_env("MODELFS_NO_SUCH_VARIABLE").unwrap().is_none());
+    }
+}
