@@ -51,4 +51,5 @@
 pub mod error;
 pub mod format;
 pub mod mem;
+pub mod store;
 pub mod telemetry;
