@@ -48,6 +48,7 @@
 //! docs/ARCHITECTURE.md tells the why, docs/FORMAT.md is the format's normative text, docs/THREAT_MODEL.md says what holds
 //! against whom, docs/SEMANTICS.md what a program sees.
 
+pub mod crypto;
 pub mod error;
 pub mod format;
 pub mod mem;
