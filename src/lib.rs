@@ -51,6 +51,7 @@
 pub mod crypto;
 pub mod error;
 pub mod format;
+pub mod keys;
 pub mod mem;
 pub mod store;
 pub mod telemetry;

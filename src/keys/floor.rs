@@ -1,0 +1,367 @@
+//! The anti-rollback floor: what was seen of a channel, so that an older or a forked history is refused.
+//!
+//! In: a ref whose signatures hold, what was remembered, local policy, the time. Out: yes with notes, or which rule is
+//! broken. The judging functions are pure; [`FloorStore`] remembers.
+//! Promises: what is remembered only grows; a refused ref changes nothing; no arithmetic on the store's numbers overflows.
+//! What no floor can do: protect a machine without memory. There, pin a digest.
+//! Spec: docs/FORMAT.md b.2. Held by: the tests below, THREAT_MODEL (f) rows 24 to 27, 35.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::state::{self, Locked};
+use crate::error::{Code, Error, Result};
+use crate::format::{ModelId, Ref, Vid};
+use crate::refuse;
+
+/// A ref number may be this far ahead: a stolen release key must not be able to use the numbers up.
+const REF_SEQ_JUMP_MAX: u64 = 1_000_000;
+/// Clocks of publisher and reader may differ by this much, in either direction.
+const CLOCK_SKEW_S: i64 = 300;
+/// Versions whose slots generation is remembered; the lowest numbers of refs go first, in practice never.
+const SLOTS_REMEMBERED_MAX: usize = 1024;
+
+/// What was seen of one channel of one model at one store.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RefFloor {
+    /// For people who look into the file.
+    pub store: String,
+    pub model: String,
+    pub channel: String,
+    pub max_ref_seq: u64,
+    /// SHA-256 of that ref's bytes 0..255, in hex.
+    pub ref_digest: String,
+    /// The highest version seen; a rollback by a new ref may go below it.
+    pub max_version_seq: u64,
+    /// The highest `min_version_seq` seen: below it nothing is served, whatever a later ref says.
+    pub min_version_seq: u64,
+    pub max_issued_at: i64,
+    /// Highest slots generation by version: generations count from 1 again in each version.
+    pub slots_generations: BTreeMap<String, u32>,
+}
+
+/// What the operator decided.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct FloorPolicy {
+    /// From configuration; 0 is none.
+    pub min_ref_seq: u64,
+    pub min_version_seq: u64,
+    /// Refuse when nothing was ever remembered.
+    pub require_floor: bool,
+    /// Air-gapped sites: an expired ref is a warning.
+    pub freeze_warn: bool,
+}
+
+/// Accepted, but the operator should know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Note {
+    /// Nothing was remembered: the store could have served an old version, and nobody here would know.
+    NoFloor,
+    /// The ref is past its expiry, and policy says to go on.
+    Expired,
+    /// Recorded on first use: whoever answered first is believed from now on.
+    FirstUse,
+}
+
+impl Note {
+    pub const fn text(self) -> &'static str {
+        match self {
+            Note::NoFloor => {
+                "nothing is remembered of this model yet: if the store serves an old version, it goes unnoticed"
+            }
+            Note::Expired => "the newest ref has expired: the store may be withholding newer versions",
+            Note::FirstUse => "the publisher's key was taken from the store on first use and is believed from now on",
+        }
+    }
+}
+
+/// Judges a ref that is signed, for this model and channel.
+///
+/// # Errors
+/// `NO_FLOOR`, `ROLLBACK`, `FORK`, `FAST_FORWARD`, `REF_FUTURE`, `CLOCK`, `REF_EXPIRED`, `BELOW_FLOOR`, in this order.
+pub fn check_ref(floor: Option<&RefFloor>, policy: &FloorPolicy, now: i64, seen: &Ref) -> Result<Vec<Note>> {
+    let mut notes = Vec::new();
+    if floor.is_none() && policy.min_ref_seq == 0 {
+        if policy.require_floor {
+            refuse!(
+                NoFloor,
+                "nothing is remembered of this model and require_floor is set; give min_ref_seq or a digest"
+            );
+        }
+        notes.push(Note::NoFloor);
+    }
+    let known = floor.map_or(0, |floor| floor.max_ref_seq);
+    let lowest = known.max(policy.min_ref_seq);
+    if seen.ref_seq < lowest {
+        refuse!(Rollback, "the store's newest ref is {}, {lowest} was seen or is required", seen.ref_seq);
+    }
+    if let Some(floor) = floor {
+        if seen.ref_seq == known && hex::encode(seen.head_digest()) != floor.ref_digest {
+            refuse!(Fork, "ref {known} is not the one that was seen under this number; ask the publisher");
+        }
+        if Some(seen.ref_seq) == known.checked_add(1) && hex::encode(seen.previous) != floor.ref_digest {
+            refuse!(Fork, "ref {} does not follow the ref {known} that was seen; ask the publisher", seen.ref_seq);
+        }
+    }
+    if seen.ref_seq - lowest > REF_SEQ_JUMP_MAX {
+        refuse!(FastForward, "ref number jumps from {lowest} to {}; replace the release key", seen.ref_seq);
+    }
+    if seen.issued_at > now.saturating_add(CLOCK_SKEW_S) {
+        refuse!(
+            RefFuture,
+            "ref {} was issued at {}, it is {now} here; check both clocks",
+            seen.ref_seq,
+            seen.issued_at
+        );
+    }
+    let latest = floor.map_or(i64::MIN, |floor| floor.max_issued_at);
+    if now.saturating_add(CLOCK_SKEW_S) < latest {
+        refuse!(Clock, "it is {now} here, but a ref issued at {latest} was seen before; set the clock");
+    }
+    if now >= seen.expires_at {
+        if !policy.freeze_warn {
+            refuse!(
+                RefExpired,
+                "ref {} expired at {}, it is {now}; the publisher signs a new one",
+                seen.ref_seq,
+                seen.expires_at
+            );
+        }
+        notes.push(Note::Expired);
+    }
+    check_version(floor, policy, seen.min_version_seq, seen.seq)?;
+    Ok(notes)
+}
+
+/// Whether version `seq` may be served under a newest ref that names `min_version_seq`.
+///
+/// # Errors
+/// `BELOW_FLOOR`.
+pub(super) fn check_version(
+    floor: Option<&RefFloor>,
+    policy: &FloorPolicy,
+    min_version_seq: u64,
+    seq: u64,
+) -> Result<()> {
+    let remembered = floor.map_or(0, |floor| floor.min_version_seq);
+    let lowest = min_version_seq.max(policy.min_version_seq).max(remembered);
+    if seq < lowest {
+        refuse!(BelowFloor, "version {seq} was withdrawn: the lowest version allowed is {lowest}");
+    }
+    Ok(())
+}
+
+/// Judges a slots generation of version `vid`; `min_generation` is the ref's.
+///
+/// # Errors
+/// `SLOTS_ROLLBACK`.
+pub fn check_slots(floor: Option<&RefFloor>, min_generation: u32, vid: Vid, generation: u32) -> Result<()> {
+    let remembered = floor.and_then(|floor| floor.slots_generations.get(&vid.to_string()).copied()).unwrap_or(0);
+    let lowest = min_generation.max(remembered);
+    if generation < lowest {
+        refuse!(SlotsRollback, "key slots are of generation {generation}, {lowest} was seen or is required");
+    }
+    Ok(())
+}
+
+impl RefFloor {
+    /// What is remembered after `newest` and the slots of `vid` were accepted. Nothing shrinks.
+    fn advanced(mut self, newest: &Ref, vid: Vid, generation: u32) -> RefFloor {
+        if newest.ref_seq > self.max_ref_seq {
+            self.max_ref_seq = newest.ref_seq;
+            self.ref_digest = hex::encode(newest.head_digest());
+        }
+        self.max_version_seq = self.max_version_seq.max(newest.seq);
+        self.min_version_seq = self.min_version_seq.max(newest.min_version_seq);
+        self.max_issued_at = self.max_issued_at.max(newest.issued_at);
+        let known = self.slots_generations.entry(vid.to_string()).or_default();
+        *known = generation.max(*known);
+        while self.slots_generations.len() > SLOTS_REMEMBERED_MAX {
+            let other = self.slots_generations.keys().find(|key| **key != vid.to_string()).cloned();
+            self.slots_generations.remove(&other.expect("more than one is remembered"));
+        }
+        self
+    }
+}
+
+/// Floors on disk: one file a store, model and channel.
+#[derive(Debug, Clone)]
+pub struct FloorStore {
+    dir: PathBuf,
+}
+
+impl FloorStore {
+    /// Below `state` (see [`state::state_dir`]); nothing is made until something is remembered.
+    pub fn new(state: &Path) -> FloorStore {
+        FloorStore { dir: state.join("floor") }
+    }
+
+    /// # Errors
+    /// `STATE`: what cannot be read is not taken for nothing.
+    pub fn load(&self, store: &str, model: ModelId, channel: &str) -> Result<Option<RefFloor>> {
+        state::read(&self.dir, &state::file_name(store, model, channel))
+    }
+
+    /// Remembers an accepted ref and slots generation. Reads again under a lock, so that two mounts never lose what the
+    /// other one saw.
+    pub fn advance(
+        &self,
+        store: &str,
+        model: (ModelId, &str),
+        channel: &str,
+        newest: &Ref,
+        slots: (Vid, u32),
+    ) -> Result<()> {
+        let name = state::file_name(store, model.0, channel);
+        let locked = Locked::new(&self.dir)?;
+        let known: Option<RefFloor> = state::read(&self.dir, &name)?;
+        let before = known.unwrap_or_else(|| RefFloor {
+            store: store.into(),
+            model: model.1.into(),
+            channel: channel.into(),
+            max_issued_at: i64::MIN,
+            ..RefFloor::default()
+        });
+        if newest.ref_seq == before.max_ref_seq && hex::encode(newest.head_digest()) != before.ref_digest {
+            return Err(Error::new(Code::Fork, format!("two refs {} were seen at the same time", newest.ref_seq)));
+        }
+        let after = before.clone().advanced(newest, slots.0, slots.1);
+        if after != before { locked.replace(&name, &after) } else { Ok(()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::{ChannelId, ManifestDigest};
+
+    const NOW: i64 = 1_790_000_000;
+
+    fn reference(ref_seq: u64) -> Ref {
+        Ref {
+            n_sigs: 1,
+            model_id: ModelId([1; 32]),
+            channel_id: ChannelId::of_name("latest"),
+            ref_seq,
+            seq: 7,
+            manifest_digest: ManifestDigest([2; 32]),
+            manifest_len: 400,
+            vid: Vid([3; 16]),
+            issued_at: NOW,
+            expires_at: NOW + 1000,
+            min_slots_generation: 2,
+            min_version_seq: 5,
+            previous: [0; 32],
+        }
+    }
+
+    fn floor() -> RefFloor {
+        RefFloor::default().advanced(&reference(42), Vid([3; 16]), 3)
+    }
+
+    fn code(floor: Option<&RefFloor>, now: i64, seen: &Ref) -> Option<Code> {
+        check_ref(floor, &FloorPolicy::default(), now, seen).err().map(|err| err.code())
+    }
+
+    #[test]
+    fn the_same_ref_and_its_true_successor_are_accepted() {
+        let next = Ref { previous: reference(42).head_digest(), ..reference(43) };
+        assert_eq!(check_ref(Some(&floor()), &FloorPolicy::default(), NOW, &reference(42)).unwrap(), []);
+        assert_eq!(check_ref(Some(&floor()), &FloorPolicy::default(), NOW, &next).unwrap(), []);
+        assert_eq!(check_ref(None, &FloorPolicy::default(), NOW, &reference(42)).unwrap(), [Note::NoFloor]);
+    }
+
+    /// THREAT_MODEL (f) row 24.
+    #[test]
+    fn an_older_a_changed_and_an_unchained_ref_are_refused() {
+        assert_eq!(code(Some(&floor()), NOW, &reference(41)), Some(Code::Rollback));
+        assert_eq!(code(Some(&floor()), NOW, &Ref { seq: 8, ..reference(42) }), Some(Code::Fork));
+        assert_eq!(code(Some(&floor()), NOW, &Ref { previous: [9; 32], ..reference(43) }), Some(Code::Fork));
+        let policy = FloorPolicy { min_ref_seq: 50, ..FloorPolicy::default() };
+        assert_eq!(check_ref(None, &policy, NOW, &reference(49)).unwrap_err().code(), Code::Rollback);
+    }
+
+    /// THREAT_MODEL (f) row 25.
+    #[test]
+    fn an_expired_ref_a_future_ref_and_a_clock_set_back_are_refused() {
+        assert_eq!(code(Some(&floor()), NOW + 1000, &reference(42)), Some(Code::RefExpired));
+        assert_eq!(code(Some(&floor()), NOW + 999, &reference(42)), None);
+        assert_eq!(code(None, NOW, &Ref { issued_at: NOW + 301, ..reference(42) }), Some(Code::RefFuture));
+        assert_eq!(code(None, NOW, &Ref { issued_at: NOW + 300, ..reference(42) }), None);
+        let old = Ref { issued_at: 0, previous: reference(42).head_digest(), ..reference(43) };
+        assert_eq!(code(Some(&floor()), NOW - 301, &old), Some(Code::Clock));
+        let warn = FloorPolicy { freeze_warn: true, ..FloorPolicy::default() };
+        assert_eq!(check_ref(Some(&floor()), &warn, NOW + 5000, &reference(42)).unwrap(), [Note::Expired]);
+        // The ends of the number line.
+        assert_eq!(code(None, i64::MAX, &Ref { expires_at: i64::MAX, ..reference(1) }), Some(Code::RefExpired));
+        assert_eq!(code(None, i64::MIN, &reference(1)), Some(Code::RefFuture));
+        assert_eq!(code(None, NOW, &Ref { expires_at: i64::MAX, issued_at: i64::MIN, ..reference(1) }), None);
+    }
+
+    /// THREAT_MODEL (f) row 26.
+    #[test]
+    fn a_ref_number_that_jumps_is_refused_at_the_end_of_the_number_line_too() {
+        for ref_seq in [1 << 60, u64::MAX, 42 + 1_000_001] {
+            assert_eq!(code(Some(&floor()), NOW, &reference(ref_seq)), Some(Code::FastForward), "{ref_seq}");
+        }
+        assert_eq!(code(None, NOW, &reference(u64::MAX)), Some(Code::FastForward));
+        assert_eq!(code(Some(&floor()), NOW, &reference(42 + 1_000_000)), None);
+        let full = RefFloor::default().advanced(&reference(u64::MAX), Vid([3; 16]), 1);
+        assert_eq!(code(Some(&full), NOW, &reference(u64::MAX)), None);
+    }
+
+    /// THREAT_MODEL (f) row 27: the release key alone cannot revive a withdrawn version.
+    #[test]
+    fn a_version_below_the_floor_is_refused() {
+        assert_eq!(code(None, NOW, &Ref { seq: 4, ..reference(1) }), Some(Code::BelowFloor));
+        let lowered = Ref { seq: 4, min_version_seq: 0, previous: reference(42).head_digest(), ..reference(43) };
+        assert_eq!(code(Some(&floor()), NOW, &lowered), Some(Code::BelowFloor));
+        // A deliberate rollback to a version that is still allowed is a new ref, and accepted.
+        assert_eq!(code(Some(&floor()), NOW, &Ref { seq: 5, ..lowered }), None);
+    }
+
+    /// THREAT_MODEL (f) row 35.
+    #[test]
+    fn an_older_slots_generation_is_refused() {
+        let vid = Vid([3; 16]);
+        assert_eq!(check_slots(Some(&floor()), 0, vid, 2).unwrap_err().code(), Code::SlotsRollback);
+        assert_eq!(check_slots(None, 4, vid, 3).unwrap_err().code(), Code::SlotsRollback);
+        check_slots(Some(&floor()), 3, vid, 3).unwrap();
+        // Another version starts again from 1.
+        check_slots(Some(&floor()), 1, Vid([4; 16]), 1).unwrap();
+    }
+
+    #[test]
+    fn no_floor_is_refused_only_when_one_is_required() {
+        let policy = FloorPolicy { require_floor: true, ..FloorPolicy::default() };
+        assert_eq!(check_ref(None, &policy, NOW, &reference(1)).unwrap_err().code(), Code::NoFloor);
+        assert!(check_ref(Some(&floor()), &policy, NOW, &reference(42)).is_ok());
+        let configured = FloorPolicy { min_ref_seq: 1, ..policy };
+        assert_eq!(check_ref(None, &configured, NOW, &reference(1)).unwrap(), []);
+    }
+
+    #[test]
+    fn what_is_remembered_only_grows_and_survives_the_process() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, model) = ("file:///srv", (ModelId([1; 32]), "acme/m"));
+        let floors = FloorStore::new(dir.path());
+        assert_eq!(floors.load(store, model.0, "latest").unwrap(), None);
+        floors.advance(store, model, "latest", &reference(42), (Vid([3; 16]), 3)).unwrap();
+        let older = Ref { issued_at: 0, min_version_seq: 0, seq: 1, ..reference(41) };
+        floors.advance(store, model, "latest", &older, (Vid([3; 16]), 1)).unwrap();
+
+        let again = FloorStore::new(dir.path()).load(store, model.0, "latest").unwrap().unwrap();
+        assert_eq!((again.max_ref_seq, again.min_version_seq, again.max_issued_at), (42, 5, NOW));
+        assert_eq!(again.slots_generations[&Vid([3; 16]).to_string()], 3);
+        // Another store, model or channel has a floor of its own.
+        assert_eq!(floors.load("file:///other", model.0, "latest").unwrap(), None);
+        assert_eq!(floors.load(store, model.0, "prod").unwrap(), None);
+        assert_eq!(floors.load(store, ModelId([2; 32]), "latest").unwrap(), None);
+        let fork = Ref { seq: 9, ..reference(42) };
+        let err = floors.advance(store, model, "latest", &fork, (Vid([3; 16]), 3)).unwrap_err();
+        assert_eq!(err.code(), Code::Fork);
+    }
+}
