@@ -48,10 +48,17 @@
 //! docs/ARCHITECTURE.md tells the why, docs/FORMAT.md is the format's normative text, docs/THREAT_MODEL.md says what holds
 //! against whom, docs/SEMANTICS.md what a program sees.
 
+pub mod cache;
+pub mod config;
+pub mod control;
 pub mod crypto;
 pub mod error;
 pub mod format;
+pub mod fuse;
 pub mod keys;
 pub mod mem;
+pub mod mounts;
+pub mod read;
 pub mod store;
 pub mod telemetry;
+pub mod vfs;

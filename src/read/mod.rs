@@ -1,0 +1,305 @@
+//! A plain range of a file -> exactly those verified bytes, or an error. Never a wrong byte, never a short read before
+//! the end.
+//!
+//! In: a file of a verified manifest, an offset, a length. Out: an [`Answer`] that borrows locked memory.
+//! Promises: the answer's length is `min(len, size - offset)`; a read waits at most its deadline; no pin is held while
+//! waiting for another, so any cache of two chunks serves any number of readers; every read also tells the prefetcher
+//! where it was.
+//! Not here: keeping chunks (`cache`), names and handles (`vfs`).
+//! Held by: tests/read_property.rs, tests/hostile_read.rs.
+
+pub mod prefetch;
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::sync::{Semaphore, SemaphorePermit};
+
+use crate::cache::{Cache, CachedObject, Model, PinnedRun, Urgency};
+use crate::error::{Code, Error, Result};
+use crate::format::ChunkIndex;
+use crate::mem::LockedBuf;
+use prefetch::Streams;
+
+/// The longest read answered in one piece; what the kernel sends at most (1 MiB, FUSE max_pages 256).
+pub const READ_MAX: usize = 1 << 20;
+
+/// Locked buffers for reads that cannot be answered from one run of resident chunks.
+const GATHER_BUFFERS: usize = 4;
+
+/// Locked memory that a [`Reader`] takes beside the cache.
+pub const BUFFER_BYTES: u64 = (GATHER_BUFFERS * READ_MAX) as u64;
+
+/// A file that somebody has open: its extents, and what its readers did lately.
+pub struct OpenFile {
+    pub model: Arc<Model>,
+    /// Index into `model.manifest.files`.
+    pub file: u32,
+    pub size: u64,
+    extents: Vec<Placed>,
+    streams: Mutex<Streams>,
+}
+
+/// An extent: where it lies in the file, where in its object.
+struct Placed {
+    file_range: Range<u64>,
+    object: Arc<CachedObject>,
+    object_offset: u64,
+}
+
+impl OpenFile {
+    pub fn new(cache: &Cache, model: &Arc<Model>, file: u32) -> Self {
+        let entry = &model.manifest.files()[file as usize];
+        let mut at = 0;
+        let extents = model
+            .manifest
+            .extents(entry)
+            .iter()
+            .map(|extent| {
+                let sole = is_sole(model, file);
+                let file_range = at..at + extent.len;
+                at = file_range.end;
+                Placed {
+                    file_range,
+                    object: cache.object(model, extent.object, sole),
+                    object_offset: extent.object_offset,
+                }
+            })
+            .collect();
+        OpenFile { model: model.clone(), file, size: entry.size, extents, streams: Mutex::new(Streams::default()) }
+    }
+
+    /// The object whose memory is this file and nothing else, if there is one: what passthrough may hand out.
+    pub fn sole_object(&self) -> Option<&Arc<CachedObject>> {
+        match self.extents.as_slice() {
+            [only] if only.object.is_hot_capable() => Some(&only.object),
+            _ => None,
+        }
+    }
+
+    /// The pieces of `range` (plain bytes of the file), each within one chunk, in order.
+    fn pieces(&self, range: Range<u64>) -> impl Iterator<Item = Piece<'_>> {
+        let first = self.extents.partition_point(|placed| placed.file_range.end <= range.start);
+        self.extents[first..]
+            .iter()
+            .take_while({
+                let end = range.end;
+                move |placed| placed.file_range.start < end
+            })
+            .flat_map(move |placed| {
+                let start = range.start.max(placed.file_range.start) - placed.file_range.start + placed.object_offset;
+                let end = range.end.min(placed.file_range.end) - placed.file_range.start + placed.object_offset;
+                let layout = placed.object.layout();
+                let (first, last) = (layout.chunk_at(start), layout.chunk_at(end - 1));
+                (first.0..=last.0).map(move |index| {
+                    let chunk = layout.chunk_plain(ChunkIndex(index));
+                    Piece {
+                        object: &placed.object,
+                        index: ChunkIndex(index),
+                        range: start.max(chunk.start)..end.min(chunk.end),
+                    }
+                })
+            })
+    }
+
+    /// The one extent that holds all of `range`, with the range in its object.
+    fn in_one_object(&self, range: &Range<u64>) -> Option<(&Arc<CachedObject>, Range<u64>)> {
+        let at = self.extents.partition_point(|placed| placed.file_range.end <= range.start);
+        let placed = self.extents.get(at)?;
+        let shift = |offset: u64| offset - placed.file_range.start + placed.object_offset;
+        (range.end <= placed.file_range.end).then(|| (&placed.object, shift(range.start)..shift(range.end)))
+    }
+}
+
+/// Whether `file` is one extent that covers its object from the first byte to the last.
+pub fn is_sole(model: &Model, file: u32) -> bool {
+    let entry = &model.manifest.files()[file as usize];
+    let extents = model.manifest.extents(entry);
+    match extents {
+        [only] => {
+            let plain_len = model.manifest.objects()[only.object as usize].layout.plain_len();
+            only.object_offset == 0 && only.len == plain_len
+        }
+        _ => false,
+    }
+}
+
+struct Piece<'a> {
+    object: &'a Arc<CachedObject>,
+    index: ChunkIndex,
+    /// Plain bytes of the object, within chunk `index`.
+    range: Range<u64>,
+}
+
+/// The bytes that were asked for.
+pub enum Answer<'a> {
+    /// At or past the end of the file, or nothing asked.
+    Empty,
+    /// Borrowed from the cache.
+    Pinned(PinnedRun),
+    /// Gathered from chunks that were never resident together.
+    Gathered(GatherGuard<'a>),
+}
+
+impl Answer<'_> {
+    pub fn bytes(&self) -> &[u8] {
+        match self {
+            Answer::Empty => &[],
+            Answer::Pinned(run) => run.bytes(),
+            Answer::Gathered(guard) => &guard.buffer()[..guard.len],
+        }
+    }
+}
+
+/// A locked buffer on loan, wiped before the next reader gets it.
+pub struct GatherGuard<'a> {
+    buffer: Option<LockedBuf>,
+    len: usize,
+    pool: &'a Mutex<Vec<LockedBuf>>,
+    _permit: SemaphorePermit<'a>,
+}
+
+impl GatherGuard<'_> {
+    fn buffer(&self) -> &LockedBuf {
+        self.buffer.as_ref().expect("the buffer is there until the guard is dropped")
+    }
+
+    fn append(&mut self, bytes: &[u8]) {
+        let buffer = self.buffer.as_mut().expect("the buffer is there until the guard is dropped");
+        buffer[self.len..self.len + bytes.len()].copy_from_slice(bytes);
+        self.len += bytes.len();
+    }
+}
+
+impl Drop for GatherGuard<'_> {
+    fn drop(&mut self) {
+        let mut buffer = self.buffer.take().expect("the buffer is there until the guard is dropped");
+        zeroize::Zeroize::zeroize(&mut buffer[..self.len]);
+        self.pool.lock().expect("a thread died holding the gather buffers").push(buffer);
+    }
+}
+
+/// Answers reads of every open file of a mount.
+pub struct Reader {
+    cache: Cache,
+    /// The longest any read waits.
+    deadline: Duration,
+    gather_permits: Semaphore,
+    gather_buffers: Mutex<Vec<LockedBuf>>,
+}
+
+impl Reader {
+    /// # Errors
+    /// `MEMLOCK` if the gather buffers cannot be locked.
+    pub fn new(cache: Cache, deadline: Duration) -> Result<Self> {
+        let buffers = (0..GATHER_BUFFERS).map(|_| LockedBuf::new(READ_MAX)).collect::<Result<Vec<_>>>()?;
+        Ok(Reader {
+            cache,
+            deadline,
+            gather_permits: Semaphore::new(GATHER_BUFFERS),
+            gather_buffers: Mutex::new(buffers),
+        })
+    }
+
+    pub fn cache(&self) -> &Cache {
+        &self.cache
+    }
+
+    /// What of the file a read of `len` bytes at `offset` means, by POSIX: cut at the end, empty past it.
+    fn clip(file: &OpenFile, offset: u64, len: usize) -> Range<u64> {
+        let len = len.min(READ_MAX) as u64;
+        let start = offset.min(file.size);
+        start..offset.saturating_add(len).min(file.size).max(start)
+    }
+
+    /// The answer if every byte is resident, in no more time than a look-up takes.
+    pub fn try_read(&self, file: &OpenFile, offset: u64, len: usize) -> Option<Answer<'static>> {
+        let range = Self::clip(file, offset, len);
+        if range.is_empty() {
+            return Some(Answer::Empty);
+        }
+        let (object, in_object) = file.in_one_object(&range)?;
+        let run = self.cache.try_pin_run(object, in_object)?;
+        self.cache.telemetry().cache_hits.inc();
+        self.foresee(file, range);
+        Some(Answer::Pinned(run))
+    }
+
+    /// The answer, fetching what is missing.
+    ///
+    /// # Errors
+    /// What the cache says of a chunk, or `DEADLINE`.
+    ///
+    /// # Cancel safety
+    /// Dropping the future drops its pins; fetches go on for others.
+    pub async fn read(&self, file: &OpenFile, offset: u64, len: usize) -> Result<Answer<'_>> {
+        if let Some(answer) = self.try_read(file, offset, len) {
+            return Ok(answer);
+        }
+        self.cache.telemetry().cache_misses.inc();
+        let range = Self::clip(file, offset, len);
+        match tokio::time::timeout(self.deadline, self.wait_and_read(file, range.clone())).await {
+            Ok(answer) => answer,
+            Err(_) => {
+                self.cache.telemetry().deadline_errors.inc();
+                Err(Error::new(
+                    Code::Deadline,
+                    format!(
+                        "no answer within {} s for bytes {}..{} of {}",
+                        self.deadline.as_secs_f64(),
+                        range.start,
+                        range.end,
+                        file.model.manifest.path(&file.model.manifest.files()[file.file as usize]),
+                    ),
+                ))
+            }
+        }
+    }
+
+    async fn wait_and_read(&self, file: &OpenFile, range: Range<u64>) -> Result<Answer<'_>> {
+        for piece in file.pieces(range.clone()) {
+            self.cache.start(piece.object, piece.index, Urgency::Demand);
+        }
+        self.foresee(file, range.clone());
+        for piece in file.pieces(range.clone()) {
+            drop(self.cache.pin(piece.object, piece.index).await?);
+        }
+        // Now all are usually here together, and nothing needs copying.
+        if let Some((object, in_object)) = file.in_one_object(&range)
+            && let Some(run) = self.cache.try_pin_run(object, in_object)
+        {
+            return Ok(Answer::Pinned(run));
+        }
+        // A cache too small or too busy to keep them together, or a range over two objects. Each piece is copied at once
+        // and its pin let go before the next wait: a pin held while waiting for room could wait for itself.
+        let mut guard = self.gather().await;
+        for piece in file.pieces(range.clone()) {
+            let pin = self.cache.pin(piece.object, piece.index).await?;
+            guard.append(pin.bytes(piece.range.clone()));
+        }
+        assert!(guard.len as u64 == range.end - range.start, "{} {range:?}", guard.len);
+        Ok(Answer::Gathered(guard))
+    }
+
+    async fn gather(&self) -> GatherGuard<'_> {
+        let permit = self.gather_permits.acquire().await.expect("the semaphore is never closed");
+        let mut buffers = self.gather_buffers.lock().expect("a thread died holding the gather buffers");
+        let buffer = buffers.pop().expect("as many buffers as permits");
+        GatherGuard { buffer: Some(buffer), len: 0, pool: &self.gather_buffers, _permit: permit }
+    }
+
+    /// Tells the prefetcher of a read and starts what it asks for.
+    fn foresee(&self, file: &OpenFile, range: Range<u64>) {
+        let budget = self.cache.budget().total();
+        let wish = {
+            let mut streams = file.streams.lock().expect("a thread died holding the streams of a file");
+            streams.on_read(range, file.size, budget)
+        };
+        if let Some(ahead) = wish {
+            for piece in file.pieces(ahead) {
+                self.cache.start(piece.object, piece.index, Urgency::Prefetch);
+            }
+        }
+    }
+}

@@ -1,0 +1,288 @@
+//! The kernel's view: what an unmodified program meets in a mounted model, cold and hot.
+
+#[path = "common/fixture.rs"]
+mod fixture;
+#[path = "common/mounted.rs"]
+mod mounted;
+
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use fixture::{Fixture, Random, Style};
+use modelfs::crypto::Verify;
+use modelfs::fuse::{Behaviour, OpenPolicy};
+use mounted::{How, Mounted, can_mount};
+
+fn seal(files: Vec<(String, Vec<u8>)>, style: Style) -> Fixture {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
+    runtime.block_on(Fixture::seal(files, style, &mut Random(7)))
+}
+
+fn big_style() -> Style {
+    Style { chunk_log2: 23, pack_below: 2 << 20, ..Style::default() }
+}
+
+/// One file of 40 MiB and some, one small, one empty.
+fn sample() -> Fixture {
+    let mut random = Random(42);
+    let files = vec![
+        ("config.json".to_owned(), random.bytes(700)),
+        ("empty".to_owned(), Vec::new()),
+        ("model.safetensors".to_owned(), random.bytes((40 << 20) + 12_345)),
+        ("sub/tokenizer.json".to_owned(), random.bytes(90_000)),
+    ];
+    seal(files, big_style())
+}
+
+fn plain<'a>(fixture: &'a Fixture, path: &str) -> &'a [u8] {
+    &fixture.files.iter().find(|(p, _)| p == path).expect("a file of the fixture").1
+}
+
+fn policy(open: OpenPolicy) -> Behaviour {
+    Behaviour { open, no_page_cache: false }
+}
+
+fn map(file: &File, len: usize) -> &'static [u8] {
+    // SAFETY: a fresh read-only map of an open file; tests leave it mapped on purpose or unmap it themselves.
+    unsafe {
+        let at = libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ, libc::MAP_SHARED, file.as_raw_fd(), 0);
+        assert_ne!(at, libc::MAP_FAILED, "{}", std::io::Error::last_os_error());
+        std::slice::from_raw_parts(at.cast(), len)
+    }
+}
+
+fn unmap(map: &'static [u8]) {
+    // SAFETY: made by `map` above, not used again.
+    unsafe { libc::munmap(map.as_ptr().cast_mut().cast(), map.len()) };
+}
+
+fn compare(fixture: &Fixture, root: &Path) {
+    for (path, bytes) in &fixture.files {
+        assert!(std::fs::read(root.join(path)).expect(path) == *bytes, "{path}");
+    }
+}
+
+#[test]
+fn every_file_reads_as_sealed_under_every_policy() {
+    if !can_mount() {
+        return;
+    }
+    for open in [OpenPolicy::Lazy, OpenPolicy::Auto, OpenPolicy::Whole] {
+        for no_page_cache in [false, true] {
+            let fixture = sample();
+            let how = How { behaviour: Behaviour { open, no_page_cache }, ..How::default() };
+            let mount = Mounted::new(how, || fixture.model(fixture.store.clone(), Verify::Strict));
+            compare(&fixture, &mount.root());
+            compare(&fixture, &mount.root());
+            let report = mount.unmount();
+            assert_eq!(report.held_objects, 0, "{open:?} {report:?}");
+        }
+    }
+}
+
+#[test]
+fn the_first_open_under_whole_ends_in_passthrough() {
+    if !can_mount() {
+        return;
+    }
+    let fixture = sample();
+    let how = How { behaviour: policy(OpenPolicy::Whole), ..How::default() };
+    let mount = Mounted::new(how, || fixture.model(fixture.store.clone(), Verify::Strict));
+    if !mount.fs.passthrough() {
+        eprintln!("SKIPPED: this kernel has no passthrough");
+        return;
+    }
+    // A dentry that the kernel already knows must not change the outcome.
+    std::fs::metadata(mount.path("model.safetensors")).expect("stat");
+    let file = File::open(mount.path("model.safetensors")).expect("open");
+    assert_eq!(mount.hot_opens(), 1);
+    assert_eq!(mount.cache.telemetry().estale_answers.get(), 1);
+    let bytes = plain(&fixture, "model.safetensors");
+    let before = mount.cache.telemetry().reads.get();
+    let mapped = map(&file, bytes.len());
+    assert!(mapped == bytes);
+    assert_eq!(mount.cache.telemetry().reads.get(), before, "a hot file is read past the daemon");
+    unmap(mapped);
+}
+
+#[test]
+fn stat_shows_one_number_before_and_after_the_flip() {
+    if !can_mount() {
+        return;
+    }
+    let fixture = sample();
+    let mount = Mounted::new(How::default(), || fixture.model(fixture.store.clone(), Verify::Strict));
+    let path = mount.path("model.safetensors");
+    let before = std::fs::metadata(&path).expect("stat").ino();
+    let mut cold = File::open(&path).expect("open");
+    let mut bytes = Vec::new();
+    cold.read_to_end(&mut bytes).expect("read");
+    assert!(bytes == plain(&fixture, "model.safetensors"));
+    if mount.fs.passthrough() {
+        mount.wait_until("the flip", |_| {
+            File::open(&path).expect("open");
+            mount.hot_opens() > 0
+        });
+    }
+    let hot = File::open(&path).expect("open");
+    assert_eq!(hot.metadata().expect("fstat").ino(), before);
+    assert_eq!(std::fs::metadata(&path).expect("stat").ino(), before);
+    assert_eq!(cold.metadata().expect("fstat").ino(), before);
+    let listed =
+        std::fs::read_dir(mount.root()).expect("list").flatten().find(|e| e.file_name() == "model.safetensors");
+    assert_eq!(std::os::unix::fs::DirEntryExt::ino(&listed.expect("listed")), before);
+}
+
+#[test]
+fn a_cold_descriptor_goes_on_undisturbed_after_the_flip() {
+    if !can_mount() {
+        return;
+    }
+    let fixture = sample();
+    let mount = Mounted::new(How::default(), || fixture.model(fixture.store.clone(), Verify::Strict));
+    let path = mount.path("model.safetensors");
+    let bytes = plain(&fixture, "model.safetensors");
+    let cold = File::open(&path).expect("open");
+    let cold_map = map(&cold, bytes.len());
+    assert!(cold_map[..4096] == bytes[..4096]);
+    assert!(std::fs::read(&path).expect("read") == bytes);
+    if mount.fs.passthrough() {
+        mount.wait_until("the flip", |_| {
+            File::open(&path).expect("open");
+            mount.hot_opens() > 0
+        });
+    }
+    let hot = File::open(&path).expect("open");
+    let hot_map = map(&hot, bytes.len());
+    assert!(hot_map == bytes);
+    assert!(cold_map == bytes);
+    let mut piece = vec![0; 100_000];
+    cold.read_exact_at(&mut piece, 20_000_000).expect("pread");
+    assert!(piece == bytes[20_000_000..20_100_000]);
+    unmap(cold_map);
+    unmap(hot_map);
+}
+
+#[test]
+fn an_open_through_a_magic_link_is_served_plain_not_refused() {
+    if !can_mount() {
+        return;
+    }
+    let fixture = sample();
+    let how = How { behaviour: policy(OpenPolicy::Whole), ..How::default() };
+    let mount = Mounted::new(how, || fixture.model(fixture.store.clone(), Verify::Strict));
+    let path = std::ffi::CString::new(mount.path("model.safetensors").to_str().expect("utf-8")).expect("no NUL");
+    // SAFETY: a path that lives through the call.
+    let handle = unsafe { libc::open(path.as_ptr(), libc::O_PATH | libc::O_CLOEXEC) };
+    assert!(handle >= 0);
+    for _ in 0..3 {
+        let bytes = std::fs::read(format!("/proc/self/fd/{handle}")).expect("an open through a magic link works");
+        assert!(bytes == plain(&fixture, "model.safetensors"));
+    }
+    // SAFETY: ours, not used again.
+    unsafe { libc::close(handle) };
+}
+
+#[test]
+fn whole_files_are_evicted_for_others_but_never_under_a_reader() {
+    if !can_mount() {
+        return;
+    }
+    let mut random = Random(5);
+    let files: Vec<_> = (0..6).map(|i| (format!("shard-{i}"), random.bytes(24 << 20))).collect();
+    let fixture = seal(files, big_style());
+    let how = How { budget: 64 << 20, behaviour: policy(OpenPolicy::Whole), ..How::default() };
+    let mount = Mounted::new(how, || fixture.model(fixture.store.clone(), Verify::Strict));
+    let first = File::open(mount.path("shard-0")).expect("open");
+    let mapped = map(&first, 24 << 20);
+    drop(first);
+    for round in 0..2 {
+        for i in 1..6 {
+            let name = format!("shard-{i}");
+            assert!(std::fs::read(mount.path(&name)).expect("read") == plain(&fixture, &name), "{name} round {round}");
+            assert!(mapped == plain(&fixture, "shard-0"), "the mapped file changed while {name} was read");
+        }
+    }
+    assert!(mount.cache.telemetry().evicted_bytes.get() > 0);
+    assert!(mount.cache.budget().peak() <= 64 << 20);
+    unmap(mapped);
+    let report = mount.unmount();
+    assert_eq!(report.held_objects, 0, "{report:?}");
+}
+
+#[test]
+fn a_file_larger_than_the_cache_reads_correctly_from_end_to_end() {
+    if !can_mount() {
+        return;
+    }
+    let fixture = seal(vec![("huge.bin".to_owned(), Random(1).bytes(100 << 20))], big_style());
+    for open in [OpenPolicy::Lazy, OpenPolicy::Auto, OpenPolicy::Whole] {
+        let how = How { budget: 32 << 20, behaviour: policy(open), ..How::default() };
+        let mount = Mounted::new(how, || fixture.model(fixture.store.clone(), Verify::Strict));
+        compare(&fixture, &mount.root());
+        assert!(mount.cache.budget().peak() <= 32 << 20);
+    }
+}
+
+#[test]
+fn ten_thousand_concurrent_reads_of_one_cold_chunk_are_one_fetch() {
+    if !can_mount() {
+        return;
+    }
+    let fixture = sample();
+    let mount = Arc::new(Mounted::new(How::default(), || fixture.model(fixture.store.clone(), Verify::Strict)));
+    let want = plain(&fixture, "model.safetensors")[..4096].to_vec();
+    let threads: Vec<_> = (0..50)
+        .map(|_| {
+            let (mount, want) = (mount.clone(), want.clone());
+            std::thread::spawn(move || {
+                for _ in 0..200 {
+                    let file = File::open(mount.path("model.safetensors")).expect("open");
+                    let mut bytes = [0; 4096];
+                    file.read_exact_at(&mut bytes, 0).expect("pread");
+                    assert!(bytes[..] == want[..]);
+                }
+            })
+        })
+        .collect();
+    for thread in threads {
+        thread.join().expect("a reader");
+    }
+    assert_eq!(mount.cache.telemetry().fetch_requests.get(), 1);
+}
+
+#[test]
+fn a_small_read_of_a_large_file_costs_one_chunk() {
+    if !can_mount() {
+        return;
+    }
+    let fixture = sample();
+    let mount = Mounted::new(How::default(), || fixture.model(fixture.store.clone(), Verify::Strict));
+    let file = File::open(mount.path("model.safetensors")).expect("open");
+    let mut bytes = [0; 4096];
+    file.read_exact_at(&mut bytes, 33 << 20).expect("pread");
+    assert!(bytes[..] == plain(&fixture, "model.safetensors")[33 << 20..][..4096]);
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(mount.cache.telemetry().fetch_requests.get(), 1);
+}
+
+#[test]
+fn unmounting_wipes_and_is_quick() {
+    if !can_mount() {
+        return;
+    }
+    let fixture = sample();
+    let how = How { behaviour: policy(OpenPolicy::Whole), ..How::default() };
+    let mount = Mounted::new(how, || fixture.model(fixture.store.clone(), Verify::Strict));
+    compare(&fixture, &mount.root());
+    let started = Instant::now();
+    let report = mount.unmount();
+    assert_eq!(report.held_objects, 0, "{report:?}");
+    assert!(report.wiped_bytes >= 40 << 20, "{report:?}");
+    eprintln!("unmount and wipe took {:?}", started.elapsed());
+}
