@@ -49,9 +49,11 @@
 //! against whom, docs/SEMANTICS.md what a program sees.
 
 pub mod cache;
+pub mod cli;
 pub mod config;
 pub mod control;
 pub mod crypto;
+pub mod daemon;
 pub mod error;
 pub mod format;
 pub mod fuse;
@@ -59,6 +61,8 @@ pub mod keys;
 pub mod mem;
 pub mod mounts;
 pub mod read;
+pub mod reading;
+pub mod seal;
 pub mod store;
 pub mod telemetry;
 pub mod vfs;

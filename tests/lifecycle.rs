@@ -1,0 +1,236 @@
+//! How a mount ends: by signal, by umount, by `modelfs umount`, with and without programs that still hold files, as root
+//! and as an ordinary user.
+
+#[path = "common/program.rs"]
+mod program;
+
+use std::fs::{self, File};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use program::{Program, can_mount, is_mountpoint, run_ok};
+
+const WEIGHTS_BYTES: usize = (20 << 20) + 99;
+
+struct Ready {
+    _folder: tempfile::TempDir,
+    program: Program,
+}
+
+/// A store with one model `acme/m`: 20 MiB of weights and a small file.
+fn ready() -> Ready {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let source = folder.path().join("source");
+    fs::create_dir(&source).expect("mkdir");
+    fs::write(source.join("weights.bin"), weights()).expect("write");
+    fs::write(source.join("config.json"), b"{\"layers\": 2}\n").expect("write");
+    let program = Program::in_folder(folder.path());
+    program.seal(&source, "acme/m");
+    Ready { _folder: folder, program }
+}
+
+fn weights() -> Vec<u8> {
+    (0..WEIGHTS_BYTES).map(|i| (i * 2_654_435_761) as u32 as u8).collect()
+}
+
+#[test]
+fn sigterm_sigint_umount_and_modelfs_umount_end_with_the_mount_gone_and_exit_0() {
+    if !can_mount() {
+        return;
+    }
+    let Ready { _folder, program } = ready();
+    let weights = weights();
+    for way in ["SIGTERM", "SIGINT", "umount", "modelfs umount"] {
+        let mount = program.mount(&["--cache", "128MiB"]);
+        assert!(fs::read(program.mountpoint().join("acme/m/weights.bin")).expect("read") == weights);
+        match way {
+            "SIGTERM" => mount.signal(libc::SIGTERM),
+            "SIGINT" => mount.signal(libc::SIGINT),
+            "umount" => drop(run_ok(Command::new("umount").arg(program.mountpoint()))),
+            _ => drop(run_ok(program.command(&["umount"]).arg(program.mountpoint()))),
+        }
+        assert_eq!(mount.exit_code(Duration::from_secs(15)), 0, "{way}: {}", program.log());
+        assert!(!is_mountpoint(program.mountpoint()), "{way}");
+    }
+}
+
+#[test]
+fn held_files_delay_the_end_by_ten_seconds_then_the_holder_is_named_and_the_exit_is_24() {
+    if !can_mount() {
+        return;
+    }
+    let Ready { _folder, program } = ready();
+    let mount = program.mount(&["--open", "lazy", "--cache", "128MiB"]);
+    let path = program.mountpoint().join("acme/m/config.json");
+    let held = File::open(&path).expect("open");
+    let mut sleeper =
+        Command::new("sleep").arg("60").stdin(File::open(&path).expect("open")).spawn().expect("a second holder");
+    let started = Instant::now();
+    mount.signal(libc::SIGTERM);
+    assert_eq!(mount.exit_code(Duration::from_secs(30)), 24, "{}", program.log());
+    assert!(started.elapsed() >= Duration::from_secs(9), "{:?}", started.elapsed());
+    assert!(!is_mountpoint(program.mountpoint()));
+    let log = program.log();
+    assert!(log.contains(&format!("pid {}", std::process::id())), "{log}");
+    assert!(log.contains("sleep") && log.contains("config.json"), "{log}");
+    let mut byte = [0];
+    let after = held.read_exact_at(&mut byte, 0).expect_err("the daemon is gone");
+    assert_eq!(after.raw_os_error(), Some(libc::ENOTCONN));
+    sleeper.kill().expect("kill");
+    sleeper.wait().expect("wait");
+}
+
+#[test]
+fn files_let_go_within_the_grace_end_in_exit_0() {
+    if !can_mount() {
+        return;
+    }
+    let Ready { _folder, program } = ready();
+    let mount = program.mount(&["--cache", "128MiB"]);
+    let held = File::open(program.mountpoint().join("acme/m/config.json")).expect("open");
+    mount.signal(libc::SIGTERM);
+    std::thread::sleep(Duration::from_secs(1));
+    assert!(is_mountpoint(program.mountpoint()));
+    drop(held);
+    assert_eq!(mount.exit_code(Duration::from_secs(5)), 0, "{}", program.log());
+}
+
+#[test]
+fn kill_9_leaves_files_served_by_passthrough_readable() {
+    if !can_mount() {
+        return;
+    }
+    let Ready { _folder, program } = ready();
+    let mount = program.mount(&["--open", "whole", "--cache", "128MiB"]);
+    let status = run_ok(program.command(&["status", "--json"]).arg(program.mountpoint()));
+    let status: serde_json::Value = serde_json::from_slice(&status.stdout).expect("JSON");
+    if status["passthrough"] != true {
+        eprintln!("SKIPPED: this kernel has no passthrough");
+        return mount.unmount();
+    }
+    let file = File::open(program.mountpoint().join("acme/m/weights.bin")).expect("open");
+    mount.signal(libc::SIGKILL);
+    mount.wait_dead();
+    let mut bytes = vec![0; WEIGHTS_BYTES];
+    file.read_exact_at(&mut bytes, 0).expect("still readable");
+    assert!(bytes == weights());
+    drop(file);
+    // A dead mount is cleared by the same command.
+    run_ok(program.command(&["umount"]).arg(program.mountpoint()));
+    assert!(!is_mountpoint(program.mountpoint()));
+}
+
+#[test]
+fn daemon_mode_returns_when_ready_and_status_shows_the_mount() {
+    if !can_mount() {
+        return;
+    }
+    let Ready { _folder, program } = ready();
+    run_ok(
+        program
+            .command(&["mount"])
+            .arg(program.store())
+            .arg(program.mountpoint())
+            .args(["--key", &program.key(), "--cache", "128MiB", "--daemon", "--trust"])
+            .arg(program.trusted_key()),
+    );
+    assert!(is_mountpoint(program.mountpoint()));
+    assert!(fs::read(program.mountpoint().join("acme/m/weights.bin")).expect("read") == weights());
+    let status = run_ok(program.command(&["status", "--json"]).arg(program.mountpoint()));
+    let status: serde_json::Value = serde_json::from_slice(&status.stdout).expect("JSON");
+    assert_eq!(status["models"][0]["name"], "acme/m");
+    assert!(status["metrics"]["fetch_bytes"].as_u64().expect("a number") >= WEIGHTS_BYTES as u64);
+    run_ok(program.command(&["umount"]).arg(program.mountpoint()));
+    assert!(!is_mountpoint(program.mountpoint()));
+}
+
+/// /dev/fuse may be 0600 where udev does not run; an ordinary user needs what udev's rule would give.
+fn let_users_open_fuse() {
+    fs::set_permissions("/dev/fuse", fs::Permissions::from_mode(0o666)).expect("root changes modes");
+}
+
+#[test]
+fn an_ordinary_user_mounts_through_fusermount3_and_is_told_the_limit_that_is_too_low() {
+    if !can_mount() {
+        return;
+    }
+    if Command::new("fusermount3").arg("--version").output().is_err() {
+        assert!(std::env::var_os("CI").is_none(), "CI needs fuse3");
+        eprintln!("SKIPPED: needs fusermount3");
+        return;
+    }
+    let_users_open_fuse();
+    let Ready { _folder, program } = ready();
+    run_ok(Command::new("chmod").arg("755").arg(program.root()));
+    run_ok(Command::new("chown").args(["-R", "65534:65534"]).arg(program.root()));
+    let binary = program.root().join("modelfs");
+    fs::copy(env!("CARGO_BIN_EXE_modelfs"), &binary).expect("copy the binary to where the user may read it");
+    // CAP_IPC_LOCK stands for a limit that is high enough: where root may not raise hard limits it is the only way.
+    let as_user = |may_lock: bool, arguments: &[&str]| {
+        let mut command = program.command(&[]);
+        let envs: Vec<_> = command.get_envs().map(|(k, v)| (k.to_owned(), v.map(ToOwned::to_owned))).collect();
+        command = Command::new("prlimit");
+        command.arg("--memlock=8388608:8388608").args(["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]);
+        if may_lock {
+            command.args(["--inh-caps=+ipc_lock", "--ambient-caps=+ipc_lock"]);
+        }
+        command.arg("--").arg(&binary).args(arguments);
+        for (name, value) in envs {
+            match value {
+                Some(value) => command.env(name, value),
+                None => command.env_remove(name),
+            };
+        }
+        command.env("XDG_RUNTIME_DIR", program.root().join("tmp")).current_dir(program.root());
+        command
+    };
+    let (store, key) = (program.store().to_owned(), program.key());
+    let mountpoint = program.mountpoint().to_str().expect("utf-8");
+    let trusted = program.trusted_key();
+    let trusted = trusted.to_str().expect("utf-8");
+    let mount = ["mount", &store, mountpoint, "--key", &key, "--trust", trusted, "--cache", "64MiB", "--daemon"];
+
+    let refused = as_user(false, &mount).output().expect("runs");
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(2), "{said}");
+    assert!(said.contains("MEMLOCK") && said.contains("8.0 MiB") && said.contains("ulimit -l"), "{said}");
+    assert!(!is_mountpoint(program.mountpoint()));
+
+    run_ok(&mut as_user(true, &mount));
+    // Only the mounting user gets in, root included.
+    let root = fs::read_dir(program.mountpoint()).expect_err("root is another user");
+    assert_eq!(root.raw_os_error(), Some(libc::EACCES));
+    let sum = |path: &str| {
+        let output = run_ok(
+            Command::new("setpriv")
+                .args(["--reuid=65534", "--regid=65534", "--clear-groups", "--", "sha256sum", path])
+                .current_dir("/"),
+        );
+        String::from_utf8_lossy(&output.stdout).split(' ').next().expect("a sum").to_owned()
+    };
+    let plain = program.root().join("source/weights.bin");
+    assert_eq!(sum(&format!("{mountpoint}/acme/m/weights.bin")), sum(plain.to_str().expect("utf-8")));
+    run_ok(&mut as_user(false, &["umount", mountpoint]));
+    assert!(!is_mountpoint(program.mountpoint()));
+}
+
+/// The descriptor table is part of the promise: nothing of ours keeps the mount busy.
+#[test]
+fn the_daemon_holds_no_descriptor_on_its_own_mount() {
+    if !can_mount() {
+        return;
+    }
+    let Ready { _folder, program } = ready();
+    let mount = program.mount(&["--cache", "128MiB"]);
+    let file = File::open(program.mountpoint().join("acme/m/weights.bin")).expect("open");
+    assert!(file.as_raw_fd() >= 0);
+    for entry in fs::read_dir(format!("/proc/{}/fd", mount.pid())).expect("its descriptors").flatten() {
+        if let Ok(target) = fs::read_link(entry.path()) {
+            assert!(!target.starts_with(program.mountpoint()), "{}", target.display());
+        }
+    }
+    drop(file);
+    mount.unmount();
+}
