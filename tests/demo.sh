@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# From a fresh checkout to a model read from an encrypted store, with one command.
+#
+#   tests/demo.sh [DIR]      DIR is a model of yours; without it one is generated
+#
+# Looks for what the build and the mount need, installs it where it can (Debian and Ubuntu, as root), names it where it
+# cannot, then runs `cargo run --release --locked -- demo`.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+missing=()
+need() { # COMMAND DEBIAN_PACKAGE
+  command -v "$1" >/dev/null || missing+=("$2")
+}
+need cc gcc
+need fusermount3 fuse3
+if [[ ${#missing[@]} -gt 0 ]]; then
+  if [[ $EUID == 0 ]] && command -v apt-get >/dev/null; then
+    echo "demo: installing ${missing[*]}"
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" libc6-dev >/dev/null
+  else
+    echo "demo: please install ${missing[*]}, for instance: sudo apt-get install ${missing[*]} libc6-dev" >&2
+    exit 1
+  fi
+fi
+if ! command -v cargo >/dev/null; then
+  echo "demo: needs Rust: curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh" >&2
+  exit 1
+fi
+if [[ ! -c /dev/fuse ]]; then
+  echo "demo: /dev/fuse is missing: modprobe fuse; in a container, run it with --device /dev/fuse --cap-add SYS_ADMIN" >&2
+  exit 1
+fi
+if [[ ! -r /dev/fuse || ! -w /dev/fuse ]]; then
+  echo "demo: /dev/fuse is not open to $(id -un): as root, chmod 666 /dev/fuse (what udev sets elsewhere)" >&2
+  exit 1
+fi
+exec cargo run --release --locked -- demo "$@"

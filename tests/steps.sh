@@ -1,0 +1,64 @@
+# shellcheck shell=bash
+# Sourced by the test scripts: runs steps, remembers how each ended, and prints the tally.
+#
+# A step that fails does not stop the steps after it. Scripts started by a script add to the same tally: the file named
+# by MODELFS_STEPS holds one line a step, and whoever made that file prints the summary.
+
+if [[ -z ${MODELFS_STEPS:-} ]]; then
+  MODELFS_STEPS=$(mktemp)
+  export MODELFS_STEPS
+  steps_owner=1
+fi
+
+# step NAME COMMAND...: one step; it passes if COMMAND exits 0.
+step() {
+  local name=$1 began=$SECONDS rc=0
+  shift
+  printf '\n==> %s\n' "$name"
+  "$@" || rc=$?
+  if [[ $rc == 0 ]]; then
+    printf 'PASSED  %s (%s s)\n' "$name" $((SECONDS - began))
+    echo "passed $name" >>"$MODELFS_STEPS"
+  else
+    printf 'FAILED  %s (exit %s, %s s)\n' "$name" $rc $((SECONDS - began))
+    echo "failed $name" >>"$MODELFS_STEPS"
+  fi
+}
+
+# step_exits CODE NAME COMMAND...: one step; it passes if COMMAND exits CODE and no other.
+step_exits() {
+  local wanted=$1 name=$2
+  shift 2
+  step "$name" exits_with "$wanted" "$@"
+}
+exits_with() {
+  local wanted=$1 rc=0
+  shift
+  "$@" || rc=$?
+  [[ $rc == "$wanted" ]] || { echo "exit status $rc, wanted $wanted: $*"; return 1; }
+}
+
+# skip NAME REASON: said, and not counted as passed. In CI, where everything is to be there, it is a failure.
+skip() {
+  printf '\nSKIPPED %s: %s\n' "$1" "$2"
+  if [[ ${CI:-} == true ]]; then echo "failed $1 (skipped: $2)"; else echo "skipped $1"; fi >>"$MODELFS_STEPS"
+}
+
+# not_here NAME REASON: a check that depends on the world outside, so that its absence fails nobody.
+not_here() {
+  printf '\nSKIPPED %s: %s\n' "$1" "$2"
+  echo "skipped $1" >>"$MODELFS_STEPS"
+}
+
+# finish: the summary and the exit status; a script called by another leaves the summary to it.
+finish() {
+  local failed
+  failed=$(grep -c '^failed ' "$MODELFS_STEPS" || true)
+  if [[ -n ${steps_owner:-} ]]; then
+    echo
+    grep -v '^passed ' "$MODELFS_STEPS" || true
+    echo "$(grep -c '^passed ' "$MODELFS_STEPS" || true) passed, $failed failed"
+    rm -f "$MODELFS_STEPS"
+  fi
+  [[ $failed == 0 ]]
+}
