@@ -330,7 +330,7 @@ impl ControlTarget for Life {
             "verify": match self.plan.verify { crate::crypto::Verify::Strict => "strict", crate::crypto::Verify::Aead => "aead" },
             "open_policy": self.plan.open.name(),
             "passthrough": self.fs.passthrough(),
-            "memory": format!("{:?}", self.cache.arena().kind()),
+            "memory": self.cache.arena().kind().name(),
             "hardening": {
                 "secrets": format!("{:?}", self.hardening.secret_memory),
                 "hibernation_blocked": self.hardening.hibernation_blocked,

@@ -34,6 +34,16 @@ pub enum ArenaKind {
     LockedMemfd,
 }
 
+impl ArenaKind {
+    /// For people and for `status --json`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            ArenaKind::DetachedTmpfs => "a private tmpfs, unswappable and in no mount table",
+            ArenaKind::LockedMemfd => "locked memory files",
+        }
+    }
+}
+
 /// Which pages a file asks for. Huge ones fill eight times as fast and read twice as fast, but the smallest piece of
 /// such a file costs 2 MiB.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
