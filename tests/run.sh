@@ -44,7 +44,8 @@ check_advisories() {
 step "install parts" install_parts
 deny=$(echo "$cache"/cargo-deny-*/bin/cargo-deny)
 step "cargo fmt" cargo fmt --check
-step "cargo clippy" cargo clippy --all-targets --locked -- -D warnings
+# In the profile of the tests, so that what both must build is built once.
+step "cargo clippy" cargo clippy --release --all-targets --locked -- -D warnings
 if [[ -x $deny ]]; then
   step "cargo deny: licences, bans, sources" "$deny" --log-level error check licenses bans sources
   check_advisories
