@@ -127,6 +127,9 @@ pub fn run(plan: MountPlan, ready: impl FnOnce(&Ready)) -> Result<()> {
         // Unmounted: the kernel has closed the connection and its threads end.
         let _ = session_thread.join();
     }
+    if let Some(control) = &control {
+        control.retire();
+    }
     life.tell(outcome.clone());
     if let Some(control) = control {
         std::thread::sleep(if life.was_asked() {

@@ -9,7 +9,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 
 use super::{
@@ -35,6 +35,7 @@ pub trait ControlTarget: Send + Sync {
 /// The listening socket; dropping it stops listening, lets a reply under way finish, and removes the socket file.
 pub struct ControlServer {
     path: PathBuf,
+    retired: AtomicBool,
     wake: OwnedFd,
     thread: Option<JoinHandle<()>>,
 }
@@ -75,19 +76,28 @@ pub(super) fn serve_at(path: PathBuf, target: Arc<dyn ControlTarget>) -> Result<
         .name("control".into())
         .spawn(move || listen(&listener, &wake_seen, &target))
         .map_err(|e| fault("cannot start a thread for", e))?;
-    Ok(ControlServer { path, wake, thread: Some(thread) })
+    Ok(ControlServer { path, retired: AtomicBool::new(false), wake, thread: Some(thread) })
 }
 
 impl ControlServer {
     pub fn path(&self) -> &Path {
         &self.path
     }
+
+    /// Takes the socket's name away, so that the next mount on this mountpoint finds the place free; replies under way go
+    /// on. Call it before the last answer is given: whoever hears it may mount again at once.
+    pub fn retire(&self) {
+        if !self.retired.swap(true, Ordering::AcqRel) {
+            remove(&self.path);
+        }
+    }
 }
 
 impl Drop for ControlServer {
     fn drop(&mut self) {
         // Gone first: who comes now finds nothing, instead of a socket that nobody answers.
-        remove(&self.path);
+        // Only once: by now the name may be the next mount's.
+        self.retire();
         let one = 1u64.to_ne_bytes();
         // SAFETY: eight bytes from a live array to an eventfd we own.
         unsafe { libc::write(self.wake.as_raw_fd(), one.as_ptr().cast(), one.len()) };
