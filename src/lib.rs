@@ -50,6 +50,7 @@
 
 pub mod cache;
 pub mod cli;
+pub mod codec;
 pub mod config;
 pub mod control;
 pub mod crypto;
