@@ -66,4 +66,5 @@ pub mod reading;
 pub mod seal;
 pub mod store;
 pub mod telemetry;
+pub mod tensors;
 pub mod vfs;
