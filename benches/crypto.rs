@@ -42,7 +42,7 @@ fn main() {
                 .layout
                 .chunks()
                 .map(|index| {
-                    let fetched = fetch_chunk(&store, model.model_id, &manifest.objects()[0], index);
+                    let fetched = fetch_chunk(&store, &manifest, 0, index);
                     let mut chunk = runtime.block_on(fetched).expect("memory");
                     // As they come off a wire or a disk: in huge pages or not is the allocator's choice, so ask for them.
                     let warm = warm_memory(chunk.stored_len() as usize);
@@ -84,7 +84,7 @@ fn main() {
                         for chunk in chunks {
                             let range = layout.chunk_plain(chunk.index);
                             let slot = &mut to[range.start as usize..range.end as usize];
-                            open_chunk(keys, manifest, 0, chunk, verify, slot).expect("genuine");
+                            open_chunk(keys, manifest, 0, chunk, verify, slot, &mut []).expect("genuine");
                         }
                     });
                     let hashing = hash_time.iter().find(|(alg, _)| alg == hash).expect("measured").1;

@@ -94,7 +94,7 @@ fn main() {
     runtime.block_on(async {
         for index in sealed.layout.chunks() {
             let range = sealed.layout.chunk_stored(index);
-            let chunk = fetch_chunk(&local, sealed.model_id, &manifest.objects()[0], index).await.expect("local");
+            let chunk = fetch_chunk(&local, &manifest, 0, index).await.expect("local");
             let mut at = range.start as usize;
             for piece in chunk.pieces {
                 whole[at..at + piece.len()].copy_from_slice(&piece);
@@ -209,7 +209,7 @@ fn bare_threads(bed: &Bed, file: &LockedFile) {
                     let chunk = CipherChunk { object: bed.sealed.oid, index, pieces: vec![piece] };
                     // SAFETY: each chunk is taken once, by one thread.
                     let slot = unsafe { file.slot(bed.sealed.layout.chunk_plain(index)).expect("room") };
-                    open_chunk(&keys, &manifest, 0, &chunk, Verify::Strict, slot).expect("genuine");
+                    open_chunk(&keys, &manifest, 0, &chunk, Verify::Strict, slot, &mut []).expect("genuine");
                 }
             });
         }

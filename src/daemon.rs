@@ -62,7 +62,7 @@ pub fn run(plan: MountPlan, ready: impl FnOnce(&Ready)) -> Result<()> {
     telemetry.cache_bytes_max.set(plan.cache_bytes);
     // Before anything is fetched: a machine that cannot lock this much will not do so later either.
     let limits = CacheLimits::default();
-    let beside = limits.stack_bytes() + crate::read::BUFFER_BYTES;
+    let beside = limits.opener_bytes() + crate::read::BUFFER_BYTES;
     let arena = Arena::open(ArenaPlan { bytes: plan.cache_bytes + beside })?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)

@@ -97,6 +97,7 @@ codes! {
     ChunkHash = "CHUNK_HASH", Tampered;
     /// A block's tag is wrong although its chunk hash was right or not asked for: wrong key, or forged.
     Tag = "TAG", Tampered;
+    Coded = "CODED", Tampered;
     /// More or fewer bytes than the layout says.
     Length = "LENGTH", Tampered;
     /// A data object's clear header is not the one the manifest implies.
@@ -134,7 +135,6 @@ codes! {
     Object = "OBJECT", Tampered;
     Mode = "MODE", Tampered;
     Unsupported = "UNSUPPORTED", Tampered;
-    UnsupportedCoded = "UNSUPPORTED_CODED", Tampered;
     // Commitments and slots.
     Commit = "COMMIT", Tampered;
     DekCommit = "DEK_COMMIT", Tampered;

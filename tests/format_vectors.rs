@@ -13,7 +13,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use bytes::Bytes;
-use modelfs::crypto::{Dek, ObjectSealer, SigningKey, Verify, open_chunk, open_manifest, seal_manifest, wrap_dek};
+use modelfs::codec;
+use modelfs::crypto::{
+    Dek, ObjectSealer, SigningKey, Verify, open_chunk, open_manifest, scratch_len, seal_manifest, wrap_dek,
+};
 use modelfs::error::{Code, Result};
 use modelfs::format::*;
 use modelfs::mem::Secret;
@@ -79,7 +82,7 @@ fn store() -> Store {
         let plain = plain(number);
         let layout = ObjectLayout::new(plain.len() as u64, 16, 20).unwrap();
         let oid = names::oid(name).unwrap();
-        let sealer = ObjectSealer::new(&dek(), Suite::Aes256Gcm, layout, HashAlg::Sha256, oid, vid());
+        let sealer = ObjectSealer::new(&dek(), Suite::Aes256Gcm, layout, false, HashAlg::Sha256, oid, vid());
         let (mut stored, mut hashes, mut tags) = (sealer.header().to_vec(), Vec::new(), Vec::new());
         for (index, chunk) in layout.chunks().zip(plain.chunks(1 << 20)) {
             let mut chunk = chunk.to_vec();
@@ -97,6 +100,7 @@ fn store() -> Store {
             origin_vid: vid(),
             commit,
             hashes,
+            coded: None,
         });
         objects.insert(name.clone(), stored);
     }
@@ -221,18 +225,20 @@ fn the_store_of_the_page_is_read_back() {
         assert_eq!(ObjectHeader::parse(&stored[..128]).unwrap(), entry.header());
         for index in entry.layout.chunks() {
             let mut slot = vec![0; entry.layout.chunk_plain_len(index) as usize];
-            let chunk = chunk_of(stored, entry, index);
-            open_chunk(&keys, &manifest, number as u32, &chunk, Verify::Strict, &mut slot).unwrap();
+            let chunk = chunk_of(stored, &manifest, number as u32, index);
+            open_chunk(&keys, &manifest, number as u32, &chunk, Verify::Strict, &mut slot, &mut []).unwrap();
             let range = entry.layout.chunk_plain(index);
             assert!(slot == plain[range.start as usize..range.end as usize]);
         }
     }
 }
 
-fn chunk_of(stored: &[u8], entry: &ObjectEntry, index: ChunkIndex) -> CipherChunk {
-    let range = entry.layout.chunk_stored(index);
-    let bytes = Bytes::copy_from_slice(&stored[range.start as usize..range.end as usize]);
-    CipherChunk { object: entry.oid, index, pieces: vec![bytes] }
+/// Chunk `index` of object number `object` out of the whole stored object, as the manifest places it. What the manifest
+/// places past the end is not there.
+fn chunk_of(stored: &[u8], manifest: &Manifest, object: u32, index: ChunkIndex) -> CipherChunk {
+    let range = manifest.chunk_stored(object, index);
+    let bytes = &stored[range.start as usize..stored.len().min(range.end as usize)];
+    CipherChunk { object: manifest.objects()[object as usize].oid, index, pieces: vec![Bytes::copy_from_slice(bytes)] }
 }
 
 /// What a reader of `part` says to these bytes, the edits already made and repaired.
@@ -254,8 +260,9 @@ fn read(part: Part, bytes: &[u8], store: &Store) -> Result<()> {
             let (manifest, keys) = open_manifest(bytes, dek())?;
             let entry = &manifest.objects()[0];
             let mut slot = vec![0; entry.layout.chunk_plain_len(ChunkIndex(0)) as usize];
-            let chunk = chunk_of(store.get(&store.names.data[0]), entry, ChunkIndex(0));
-            open_chunk(&keys, &manifest, 0, &chunk, Verify::Strict, &mut slot)
+            let mut scratch = vec![0; scratch_len(entry)];
+            let chunk = chunk_of(store.get(&store.names.data[0]), &manifest, 0, ChunkIndex(0));
+            open_chunk(&keys, &manifest, 0, &chunk, Verify::Strict, &mut slot, &mut scratch)
         }
         Part::Slots | Part::SlotsRaw => Slots::parse(bytes).map(drop),
         Part::Ref => Ref::parse(bytes).map(drop),
@@ -267,7 +274,7 @@ fn read(part: Part, bytes: &[u8], store: &Store) -> Result<()> {
             let pieces = vec![Bytes::copy_from_slice(bytes)];
             let chunk = CipherChunk { object: entry.oid, index: ChunkIndex(0), pieces };
             let verify = if part == Part::Chunk { Verify::Strict } else { Verify::Aead };
-            let opened = open_chunk(&keys, &manifest, 0, &chunk, verify, &mut slot);
+            let opened = open_chunk(&keys, &manifest, 0, &chunk, verify, &mut slot, &mut []);
             assert!(opened.is_ok() || slot.iter().all(|&byte| byte == 0), "a refused slot is wiped");
             opened
         }
@@ -350,6 +357,87 @@ fn every_edit_in_the_list_is_refused_with_its_code() {
     }
     assert!(wrong.is_empty(), "{wrong:#?}");
     assert!(refused.len() >= 60, "only {} hostile cases", refused.len());
+}
+
+/// The plaintext of the coded object of a.11: 600,001 elements of bf16, their exponents 0x78 to 0x7f, then one byte.
+fn weights() -> Vec<u8> {
+    let mut bytes = det(2 * 600_001 + 1, "weights");
+    for element in bytes.as_chunks_mut::<2>().0 {
+        let [low, high] = *element;
+        let exponent = 0x78 | (high & 7);
+        *element = u16::from_be_bytes([high & 0x80 | exponent >> 1, exponent << 7 | low & 0x7f]).to_le_bytes();
+    }
+    bytes
+}
+
+/// The object of a.11 as `modelfs` makes it: stored bytes, coded lengths, and a manifest of nothing else.
+fn coded_store() -> (Vec<u8>, Manifest) {
+    let plain = weights();
+    let layout = ObjectLayout::new(plain.len() as u64, 16, 20).unwrap();
+    let (suite, oid) = (Suite::Aes256Gcm, Oid(det_array("oid2")));
+    let sealer = ObjectSealer::new(&dek(), suite, layout, true, HashAlg::Sha256, oid, vid());
+    let (mut stored, mut hashes, mut lens) = (sealer.header().to_vec(), Vec::new(), Vec::new());
+    for (index, chunk) in layout.chunks().zip(plain.chunks(1 << 20)) {
+        let (mut coded, mut tags) = (Vec::new(), Vec::new());
+        codec::encode(codec::Kind::Bf16, 0, chunk, &mut coded);
+        lens.push(coded.len() as u32);
+        hashes.push(sealer.seal_chunk(index, &mut coded, &mut tags));
+        stored.extend(coded);
+        stored.extend(tags);
+    }
+    let mut builder = ManifestBuilder::new();
+    let commit = sealer.commit();
+    let object =
+        NewObject { oid, layout, suite, inherited: false, origin_vid: vid(), commit, hashes, coded: Some(lens) };
+    assert_eq!(object.stored_len().unwrap(), stored.len() as u64);
+    let object = builder.add_object(object);
+    let len = plain.len() as u64;
+    builder.add_file(NewFile {
+        path: "weights".into(),
+        mode: 0o444,
+        size: len,
+        sha256: sha256(&plain),
+        mtime: 0,
+        extents: vec![Extent { object, object_offset: 0, len }],
+    });
+    let head = NewHeader {
+        suite,
+        hash_alg: HashAlg::Sha256,
+        model_id: model_id(),
+        vid: vid(),
+        seq: 1,
+        created_at: 0,
+        msalt: det_array("msalt"),
+        previous: None,
+    };
+    (stored, builder.finish(head).unwrap())
+}
+
+/// docs/FORMAT.md a.11.
+#[test]
+fn the_coded_object_of_the_page_is_reproduced_byte_for_byte_and_read_back() {
+    let (stored, mut manifest) = coded_store();
+    assert_eq!(manifest.object_coded(0).unwrap(), [785_593, 113_523]);
+    assert_eq!(hex::encode(sha256(&stored)), "f47fdf326c02e8a138773e1e9598b36ad2422f5d4974a5a316d5e74e7e0537af");
+
+    let plain = weights();
+    let coded: Vec<Vec<u8>> = plain.chunks(1 << 20).map(independent::coded_bf16).collect();
+    assert_eq!(hex::encode(sha256(&coded[0])), "5268e1c3c6bc81218dbfb5e133b9b1b5ecb6b1a9bcabd5c5b82d38d08c45c831");
+    assert_eq!(hex::encode(sha256(&coded[1])), "5972ef1c09598c331da6dacc4935ed91638eea4c957c98c6fa82b60277bba860");
+    let kdf_input = manifest.objects()[0].header().kdf_input();
+    assert!(independent::coded_object(&det_array("dek"), &kdf_input, &coded) == stored, "the two writers differ");
+
+    let sealed = seal_manifest(&mut manifest, &dek(), &[]).unwrap();
+    let (manifest, keys) = open_manifest(&sealed, dek()).unwrap();
+    let entry = &manifest.objects()[0];
+    for index in entry.layout.chunks() {
+        let mut slot = vec![0; entry.layout.chunk_plain_len(index) as usize];
+        let mut scratch = vec![0; scratch_len(entry)];
+        let chunk = chunk_of(&stored, &manifest, 0, index);
+        open_chunk(&keys, &manifest, 0, &chunk, Verify::Strict, &mut slot, &mut scratch).unwrap();
+        let range = entry.layout.chunk_plain(index);
+        assert!(slot == plain[range.start as usize..range.end as usize]);
+    }
 }
 
 fn vectors() -> PathBuf {

@@ -7,7 +7,9 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use modelfs::crypto::{Dek, PublicKey, SigningKey, Verify, open_chunk, open_manifest, sha256, unwrap_dek, wrap_dek};
+use modelfs::crypto::{
+    Dek, PublicKey, SigningKey, Verify, open_chunk, open_manifest, scratch_len, sha256, unwrap_dek, wrap_dek,
+};
 use modelfs::error::{Code, Error, Result};
 use modelfs::format::*;
 use modelfs::keys::FloorStore;
@@ -146,8 +148,9 @@ async fn read(store: &dyn ChunkSource, channel: &str, key: u8, public: PublicKey
         let mut rest = &mut plain[..];
         for index in entry.layout.chunks() {
             let (slot, later) = rest.split_at_mut(entry.layout.chunk_plain_len(index) as usize);
-            let chunk = fetch_chunk(store, model, entry, index).await?;
-            open_chunk(&keys, &manifest, number as u32, &chunk, Verify::Strict, slot)?;
+            let chunk = fetch_chunk(store, &manifest, number as u32, index).await?;
+            let mut scratch = vec![0; scratch_len(entry)];
+            open_chunk(&keys, &manifest, number as u32, &chunk, Verify::Strict, slot, &mut scratch)?;
             rest = later;
         }
         assert_eq!(store.size(&names::data(model, entry.oid)).await?, entry.stored_len());
@@ -201,6 +204,116 @@ fn a_sealed_folder_is_read_back_byte_for_byte() {
         assert_eq!(&store.get(&names::model_name(model)).unwrap()[..], MODEL.as_bytes());
         assert!(store.names().iter().all(|name| !name.contains("probe/") && !name.contains("/l/")));
     }
+}
+
+/// Elements of bf16 or f32 as weights are: few exponents, the rest random.
+fn weights(count: usize, bf16: bool) -> Vec<u8> {
+    let random = bytes(4 * count, 77);
+    let mut out = Vec::new();
+    for word in random.as_chunks::<4>().0 {
+        let [a, b, c, d] = *word;
+        let exponent = 0x77 + (d & 7).min(d >> 3 & 7);
+        let high = [b & 0x7f | exponent << 7, c & 0x80 | exponent >> 1];
+        if bf16 {
+            out.extend(high);
+        } else {
+            out.extend([a, b, high[0], high[1]]);
+        }
+    }
+    out
+}
+
+/// A safetensors file of these tensors; `odd` shifts the data by one byte, which the format allows.
+fn safetensors(tensors: &[(&str, &str, Vec<u8>)], odd: bool) -> Vec<u8> {
+    let mut entries = Vec::new();
+    let mut at = 0;
+    for (name, dtype, data) in tensors {
+        let width = if *dtype == "F32" { 4 } else { 2 };
+        let shape = data.len() / width;
+        entries.push(format!(
+            r#""{name}":{{"dtype":"{dtype}","shape":[{shape}],"data_offsets":[{at},{}]}}"#,
+            at + data.len()
+        ));
+        at += data.len();
+    }
+    let mut header = format!("{{{}}}", entries.join(","));
+    while header.len() % 2 != usize::from(odd) {
+        header.push(' ');
+    }
+    let mut out = (header.len() as u64).to_le_bytes().to_vec();
+    out.extend(header.as_bytes());
+    tensors.iter().for_each(|(_, _, data)| out.extend(data));
+    out
+}
+
+/// What the header names, what samples show, and what neither wins on, in one model.
+#[test]
+fn weights_are_coded_where_it_wins_and_read_back_byte_for_byte() {
+    let files: Files = [
+        ("bf16.safetensors", safetensors(&[("w", "BF16", weights(1_500_000, true))], false)),
+        ("odd.safetensors", safetensors(&[("w", "BF16", weights(1_500_000, true))], true)),
+        ("f32.safetensors", safetensors(&[("w", "F32", weights(800_000, false))], true)),
+        (
+            "two.safetensors",
+            safetensors(&[("a", "BF16", weights(900_000, true)), ("b", "F32", bytes(2_000_000, 5))], false),
+        ),
+        ("lies.safetensors", safetensors(&[("w", "BF16", bytes(3_000_000, 6))], false)),
+        ("raw.bin", weights(1_600_000, true)),
+        ("random.bin", bytes(3_000_000, 7)),
+        ("config.json", bytes(700, 8)),
+    ]
+    .into_iter()
+    .map(|(name, bytes)| (name.to_owned(), bytes))
+    .collect();
+    let (dir, store) = (source(&files), MemoryStore::new());
+    let summary = sealed(dir.path(), store.clone(), options()).unwrap();
+    let (manifest, _, read) = read_latest(&store);
+    assert!(read == files, "coded files are read back otherwise");
+    let ratio = |name: &str| {
+        let extent = manifest.extents(&manifest.files()[manifest.find(name).unwrap()])[0];
+        let object = &manifest.objects()[extent.object as usize];
+        (object.is_coded(), object.stored_len() as f64 / object.layout.plain_len() as f64)
+    };
+    for (name, most) in [
+        ("bf16.safetensors", 0.78),
+        ("odd.safetensors", 0.78),
+        ("f32.safetensors", 0.89),
+        ("raw.bin", 0.78),
+        ("two.safetensors", 0.92),
+    ] {
+        let (coded, ratio) = ratio(name);
+        assert!(coded && ratio < most, "{name}: {coded} {ratio}");
+    }
+    for name in ["random.bin", "config.json"] {
+        assert!(!ratio(name).0, "{name}");
+    }
+    // A header that lies costs nothing but the flag.
+    assert!(ratio("lies.safetensors").1 < 1.001);
+    assert!(summary.stored_bytes < summary.uncoded_bytes * 9 / 10, "{summary:?}");
+    assert_no_plaintext(&store);
+}
+
+#[test]
+fn nothing_is_coded_for_those_who_ask_for_that_and_nothing_coded_is_inherited() {
+    let files: Files =
+        [("w.safetensors".to_owned(), safetensors(&[("w", "BF16", weights(1_500_000, true))], false))].into();
+    let (dir, store) = (source(&files), MemoryStore::new());
+    let none = || SealOptions { codec: CodecChoice::None, ..options() };
+    sealed(dir.path(), store.clone(), none()).unwrap();
+    assert!(!read_latest(&store).0.objects()[0].is_coded());
+    // What is there uncoded is not sent again only to be coded.
+    let again = sealed(dir.path(), store.clone(), options()).unwrap();
+    assert_eq!((again.inherited_objects, again.uploaded_bytes), (1, 0));
+
+    let store = MemoryStore::new();
+    sealed(dir.path(), store.clone(), options()).unwrap();
+    let inherited = sealed(dir.path(), store.clone(), options()).unwrap();
+    assert_eq!((inherited.inherited_objects, inherited.uploaded_bytes), (1, 0));
+    let (manifest, _, read) = read_latest(&store);
+    assert!(manifest.objects()[0].is_coded() && read == files, "a coded object is inherited with its lengths");
+    let anew = sealed(dir.path(), store.clone(), none()).unwrap();
+    assert_eq!(anew.inherited_objects, 0);
+    assert!(!read_latest(&store).0.objects()[0].is_coded());
 }
 
 #[test]

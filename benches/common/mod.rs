@@ -117,7 +117,7 @@ impl Sealed {
         fill_random(3, &mut dek_bytes);
         let dek = dek_of(&dek_bytes);
         let layout = ObjectLayout::new(size, 16, 23).expect("a valid layout");
-        let sealer = ObjectSealer::new(&dek, suite, layout, hash_alg, oid, vid);
+        let sealer = ObjectSealer::new(&dek, suite, layout, false, hash_alg, oid, vid);
         let mut writer = store.begin(&names::data(model_id, oid), layout.stored_len()).await.expect("store");
         writer.write(Bytes::copy_from_slice(&sealer.header())).await.expect("store");
         let (mut hashes, mut tags, mut sum, mut hasher) = (Vec::new(), Vec::new(), 0u64, FileHasher::new());
@@ -132,10 +132,10 @@ impl Sealed {
             writer.write(Bytes::from(buffer)).await.expect("store");
             writer.write(Bytes::copy_from_slice(&tags)).await.expect("store");
         }
-        writer.finish().await.expect("store");
+        writer.finish(layout.stored_len()).await.expect("store");
         let mut builder = ManifestBuilder::new();
         let commit = sealer.commit();
-        let new = NewObject { oid, layout, suite, inherited: false, origin_vid: vid, commit, hashes };
+        let new = NewObject { oid, layout, suite, inherited: false, origin_vid: vid, commit, hashes, coded: None };
         let object = builder.add_object(new);
         builder.add_file(NewFile {
             path: FILE.to_owned(),

@@ -8,11 +8,11 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, oneshot};
 
-use super::{CachedObject, Chunk, Phase, Pin, Shared, State, Unit, Urgency, Waiter, stopping};
+use super::{CachedObject, Chunk, Model, Phase, Pin, Shared, State, Unit, Urgency, Waiter, stopping};
 use crate::crypto;
 use crate::error::{Class, Code, Error, Result};
 use crate::format::ChunkIndex;
-use crate::mem::{self, Grant, LockedFile};
+use crate::mem::{self, Arena, Grant, LockedFile, Pages};
 use crate::store::{self, CipherChunk};
 
 pub(super) enum Joined {
@@ -144,7 +144,7 @@ impl Shared {
         self.telemetry.fetch_requests.inc();
         let started = Instant::now();
         let fetched = tokio::select! {
-            fetched = store::fetch_chunk(&*model.source, model.id, model.entry(object.key.object), index) => fetched,
+            fetched = store::fetch_chunk(&*model.source, &model.manifest, object.key.object, index) => fetched,
             _ = stop.wait_for(|stopped| *stopped) => return Err(stopping()),
         };
         let cipher = fetched.inspect_err(|error| {
@@ -165,10 +165,11 @@ impl Shared {
     ) -> Result<()> {
         let (sender, receiver) = oneshot::channel();
         let (object, file, telemetry) = (object.clone(), file.clone(), self.telemetry.clone());
+        let arena = self.arena.clone();
         let plain = object.layout.chunk_plain(index);
-        self.openers.submit(Box::new(move || {
+        self.openers.submit(Box::new(move |scratch| {
             let measure = telemetry.open_seconds.measure();
-            let outcome = open_into(&object, index, &cipher, &file);
+            let outcome = open_into(&object, index, &cipher, &file, scratch, &arena);
             drop(measure);
             // The receiver lives as long as the fill task, which never stops early.
             let _ = sender.send(outcome);
@@ -322,7 +323,14 @@ fn report(object: &CachedObject, error: &Error) {
 }
 
 /// Hashes and opens one chunk straight into its place. Runs on an opener thread.
-fn open_into(object: &CachedObject, index: ChunkIndex, cipher: &CipherChunk, file: &LockedFile) -> Result<()> {
+fn open_into(
+    object: &CachedObject,
+    index: ChunkIndex,
+    cipher: &CipherChunk,
+    file: &LockedFile,
+    scratch: &mut Scratch,
+    arena: &Arena,
+) -> Result<()> {
     let keys = object.model.keys.read().expect("a thread died holding the keys");
     let Some(keys) = keys.as_ref() else {
         return Err(Error::new(Code::NoKey, format!("the keys of {} were wiped", object.model.name)));
@@ -330,10 +338,35 @@ fn open_into(object: &CachedObject, index: ChunkIndex, cipher: &CipherChunk, fil
     // SAFETY: the chunk is in state Filling, whose one task sent us here; nobody reads or writes this range until that
     // task publishes it.
     let slot = unsafe { file.slot(object.layout.chunk_plain(index))? };
-    crypto::open_chunk(keys, &object.model.manifest, object.key.object, cipher, object.model.verify, slot)
+    let Model { manifest, verify, .. } = &*object.model;
+    let scratch = scratch.room(arena, crypto::scratch_len(&manifest.objects()[object.key.object as usize]))?;
+    crypto::open_chunk(keys, manifest, object.key.object, cipher, *verify, slot, scratch)
 }
 
-type Job = Box<dyn FnOnce() + Send>;
+type Job = Box<dyn FnOnce(&mut Scratch) + Send>;
+
+/// What an opener's scratch takes for chunks in blocks of the usual sizes: a segment and a window. Longer blocks, which
+/// no writer of ours chooses unasked, take up to 1 MiB more.
+pub(super) const SCRATCH_BYTES: usize = 512 << 10;
+
+/// An opener's own piece of locked memory, which coded chunks pass through; made when the first one comes. `open_chunk`
+/// leaves it wiped.
+#[derive(Default)]
+struct Scratch(Option<LockedFile>);
+
+impl Scratch {
+    fn room(&mut self, arena: &Arena, len: usize) -> Result<&mut [u8]> {
+        if len == 0 {
+            return Ok(&mut []);
+        }
+        if self.0.as_ref().is_none_or(|file| file.len() < len as u64) {
+            self.0 = Some(arena.create(len.max(SCRATCH_BYTES) as u64, Pages::Small)?);
+        }
+        let file = self.0.as_ref().expect("made above");
+        // SAFETY: the file is this thread's alone, and the slice borrows from `self`: there is one at a time.
+        unsafe { file.slot(0..len as u64) }
+    }
+}
 
 /// Ample for hashing and opening, small enough to lock.
 pub(super) const OPENER_STACK_BYTES: usize = 256 << 10;
@@ -356,10 +389,11 @@ impl Openers {
                     if let Err(error) = mem::lock_thread_stack() {
                         tracing::warn!("key schedules may touch memory that can be swapped: {}", error.chain());
                     }
+                    let mut scratch = Scratch::default();
                     loop {
                         let job = jobs.lock().expect("an opener died holding the queue").recv();
                         match job {
-                            Ok(job) => job(),
+                            Ok(job) => job(&mut scratch),
                             // The cache is gone.
                             Err(mpsc::RecvError) => return,
                         }

@@ -74,9 +74,9 @@ pub struct CacheLimits {
 }
 
 impl CacheLimits {
-    /// Locked memory that the opener threads' stacks take beside the cache itself.
-    pub fn stack_bytes(&self) -> u64 {
-        (self.open_threads * fill::OPENER_STACK_BYTES) as u64
+    /// Locked memory that the opener threads take beside the cache itself: their stacks, and where coded chunks pass.
+    pub fn opener_bytes(&self) -> u64 {
+        (self.open_threads * (fill::OPENER_STACK_BYTES + fill::SCRATCH_BYTES)) as u64
     }
 }
 
@@ -303,7 +303,7 @@ pub struct Cache {
 }
 
 struct Shared {
-    arena: Arena,
+    arena: Arc<Arena>,
     budget: Budget,
     limits: CacheLimits,
     recency: Mutex<LruCache<Unit, ()>>,
@@ -339,7 +339,7 @@ impl Cache {
         let openers = Openers::start(limits.open_threads)?;
         Ok(Cache {
             shared: Arc::new(Shared {
-                arena,
+                arena: Arc::new(arena),
                 budget: Budget::new(budget_bytes),
                 all_permits: Arc::new(Semaphore::new(limits.fetches_max)),
                 prefetch_permits: Arc::new(Semaphore::new(limits.prefetches_max)),

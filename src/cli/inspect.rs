@@ -93,6 +93,8 @@ fn describe(reading: &Reading, resolved: &Resolved, opened: Option<&Opened>) -> 
         value["total_bytes"] = json!(manifest.total_size() as u64);
         value["objects"] = json!(manifest.objects().len());
         value["stored_bytes"] = json!(manifest.objects().iter().map(|object| object.stored_len()).sum::<u64>());
+        value["uncoded_bytes"] = json!(manifest.objects().iter().map(|object| object.layout.stored_len()).sum::<u64>());
+        value["coded_objects"] = json!(manifest.objects().iter().filter(|object| object.is_coded()).count());
         value["inherited_objects"] = json!(manifest.n_inherited());
         // Display only: whoever sealed it wrote this.
         value["annotations"] = serde_json::from_slice(manifest.annotations()).unwrap_or(Value::Null);
@@ -133,10 +135,14 @@ fn show(value: &Value, resolved: &Resolved) -> String {
     };
     let bytes = |name: &str| show_size(value[name].as_u64().unwrap_or_default());
     text.push_str(&format!(
-        "  content     {} in {} files, {} stored\n\n",
+        "  content     {} in {} files, {} stored{}\n\n",
         bytes("total_bytes"),
         files.len(),
-        bytes("stored_bytes")
+        bytes("stored_bytes"),
+        super::seal::won(
+            value["stored_bytes"].as_u64().unwrap_or_default(),
+            value["uncoded_bytes"].as_u64().unwrap_or_default()
+        )
     ));
     let rows: Vec<Vec<String>> = files
         .iter()

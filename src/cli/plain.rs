@@ -8,7 +8,7 @@ use std::sync::Arc;
 use futures::stream::{self, StreamExt};
 
 use super::access::Opened;
-use crate::crypto::{Verify, open_chunk};
+use crate::crypto::{Verify, open_chunk, scratch_len};
 use crate::error::{Code, Error, Result};
 use crate::format::{ChunkIndex, Manifest};
 use crate::mem::LockedBuf;
@@ -96,16 +96,18 @@ pub async fn open_one(source: &dyn ChunkSource, opened: &Opened, object: u32, in
 }
 
 async fn open_once(source: &dyn ChunkSource, opened: &Opened, object: u32, index: ChunkIndex) -> Result<Slot> {
-    let entry = &opened.manifest.objects()[object as usize];
-    let chunk = fetch_chunk(source, opened.manifest.header().model_id, entry, index).await?;
+    let chunk = fetch_chunk(source, &opened.manifest, object, index).await?;
     let opened = opened.clone();
     run_blocking(move || open_here(&opened, object, &chunk)).await
 }
 
 fn open_here(opened: &Opened, object: u32, chunk: &CipherChunk) -> Result<Slot> {
-    let len = opened.manifest.objects()[object as usize].layout.chunk_plain_len(chunk.index);
+    let entry = &opened.manifest.objects()[object as usize];
+    let len = entry.layout.chunk_plain_len(chunk.index);
     let mut slot = Slot::new(usize::try_from(len).expect("a chunk is at most 64 MiB"))?;
-    open_chunk(&opened.keys, &opened.manifest, object, chunk, Verify::Strict, slot.bytes_mut())?;
+    let mut scratch = Slot::new(scratch_len(entry))?;
+    let (keys, manifest) = (&opened.keys, &opened.manifest);
+    open_chunk(keys, manifest, object, chunk, Verify::Strict, slot.bytes_mut(), scratch.bytes_mut())?;
     Ok(slot)
 }
 

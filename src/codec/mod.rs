@@ -49,6 +49,8 @@ const CODEC: u8 = 1;
 const TABLE_LEN: usize = 7;
 /// Code of an element whose exponent stands among the escapes.
 const ESCAPE: u8 = 7;
+/// Bytes of the longest segment: f32, every exponent escaped. Who keeps so much of a stream at hand always gets on.
+pub const SEGMENT_BYTES_MAX: usize = Kind::F32.segment_len(SEGMENT, SEGMENT);
 /// In place of the number of escapes: the segment's elements stand as they are.
 const RAW_SEGMENT: u32 = u32::MAX;
 
@@ -216,72 +218,73 @@ impl Decoder {
         Decoder { implementation, coded_len, plain_len, kind: None, coded_at: 0, plain_at: 0 }
     }
 
-    /// Decodes as many whole segments as the first `available` bytes of `coded` hold, on from where the last call
-    /// stopped. `coded` is the whole buffer of the stream and `out` the chunk's whole plaintext, the same in every call.
+    /// Decodes as many whole segments as have arrived, and answers how many bytes of `arrived` it is done with.
+    ///
+    /// `arrived` is what is there of the stream beyond the bytes that earlier calls were done with: the caller moves the
+    /// rest to the front and appends. A window of [`SEGMENT_BYTES_MAX`] always gets on. `out` is the chunk's whole
+    /// plaintext, the same in every call.
     ///
     /// # Errors
-    /// [`Malformed`] as soon as a rule is seen broken; which call that is depends on what was available, the verdict does
+    /// [`Malformed`] as soon as a rule is seen broken; which call that is depends on what had arrived, the verdict does
     /// not.
     ///
     /// # Panics
-    /// If the buffers do not have the lengths the decoder was made for.
-    pub fn advance(&mut self, coded: &[u8], available: usize, out: &mut [u8]) -> Result<(), Malformed> {
-        assert!(coded.len() == self.coded_len, "{} {}", coded.len(), self.coded_len);
+    /// If `out` does not have the length the decoder was made for, or more arrived than the stream has.
+    pub fn advance(&mut self, arrived: &[u8], out: &mut [u8]) -> Result<usize, Malformed> {
         assert!(out.len() == self.plain_len, "{} {}", out.len(), self.plain_len);
-        assert!(available <= self.coded_len, "{available} {}", self.coded_len);
-        let kind = match self.kind {
-            Some(kind) => kind,
-            None => match self.open(coded, available, out)? {
-                Some(kind) => kind,
-                None => return Ok(()),
-            },
-        };
-        loop {
-            let elements = ((self.plain_len - self.plain_at) / kind.width()).min(SEGMENT);
-            if elements == 0 {
-                return Ok(());
-            }
-            let Some(header) = self.peek(coded, available, SEGMENT_HEADER_LEN)? else { return Ok(()) };
-            let n_escapes = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);
-            let plain_len = elements * kind.width();
-            if n_escapes == RAW_SEGMENT {
-                if header[4..].iter().any(|&byte| byte != 0) {
-                    return Err(Malformed("a raw segment has a table"));
-                }
-                let Some(segment) = self.peek(coded, available, SEGMENT_HEADER_LEN + plain_len)? else {
-                    return Ok(());
-                };
-                out[self.plain_at..][..plain_len].copy_from_slice(&segment[SEGMENT_HEADER_LEN..]);
-                self.coded_at += segment.len();
-            } else {
-                let escapes = n_escapes as usize;
-                if escapes > elements {
-                    return Err(Malformed("more escapes than elements"));
-                }
-                let Some(bytes) = self.peek(coded, available, kind.segment_len(elements, escapes))? else {
-                    return Ok(());
-                };
-                let segment = parse_segment(kind, elements, bytes)?;
-                if !(self.implementation.decode)(kind, &segment, &mut out[self.plain_at..][..plain_len]) {
-                    return Err(Malformed("number of escapes"));
-                }
-                self.coded_at += bytes.len();
-            }
-            self.plain_at += plain_len;
-        }
+        assert!(arrived.len() <= self.coded_len - self.coded_at, "{} of {}", arrived.len(), self.coded_len);
+        let before = self.coded_at;
+        let mut rest = arrived;
+        while self.next_piece(&mut rest, out)? {}
+        Ok(self.coded_at - before)
     }
 
-    /// All bytes of `coded` have arrived: decodes the rest and checks that the stream ends with them.
+    /// Takes the stream's header or one segment from the front of `rest`, if it is there whole.
+    fn next_piece(&mut self, rest: &mut &[u8], out: &mut [u8]) -> Result<bool, Malformed> {
+        let Some(kind) = self.kind else { return self.open(rest, out) };
+        let elements = ((self.plain_len - self.plain_at) / kind.width()).min(SEGMENT);
+        if elements == 0 {
+            return Ok(false);
+        }
+        let Some(header) = self.peek(rest, SEGMENT_HEADER_LEN)? else { return Ok(false) };
+        let n_escapes = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);
+        let plain_len = elements * kind.width();
+        let len = if n_escapes == RAW_SEGMENT {
+            if header[4..].iter().any(|&byte| byte != 0) {
+                return Err(Malformed("a raw segment has a table"));
+            }
+            let Some(segment) = self.peek(rest, SEGMENT_HEADER_LEN + plain_len)? else { return Ok(false) };
+            out[self.plain_at..][..plain_len].copy_from_slice(&segment[SEGMENT_HEADER_LEN..]);
+            segment.len()
+        } else {
+            let escapes = n_escapes as usize;
+            if escapes > elements {
+                return Err(Malformed("more escapes than elements"));
+            }
+            let Some(bytes) = self.peek(rest, kind.segment_len(elements, escapes))? else { return Ok(false) };
+            let segment = parse_segment(kind, elements, bytes)?;
+            if !(self.implementation.decode)(kind, &segment, &mut out[self.plain_at..][..plain_len]) {
+                return Err(Malformed("number of escapes"));
+            }
+            bytes.len()
+        };
+        self.plain_at += plain_len;
+        self.take(rest, len);
+        Ok(true)
+    }
+
+    /// All of the stream has arrived, `rest` being what [`Decoder::advance`] left of it: decodes that and checks that the
+    /// stream ends with it.
     ///
     /// # Errors
     /// [`Malformed`] if anything in the whole stream is not exactly of the format.
     ///
     /// # Panics
-    /// As [`Decoder::advance`].
-    pub fn finish(mut self, coded: &[u8], out: &mut [u8]) -> Result<(), Malformed> {
-        self.advance(coded, coded.len(), out)?;
-        let tail = &mut out[self.plain_at..];
-        let rest = &coded[self.coded_at..];
+    /// As [`Decoder::advance`]; if `rest` is not all of the rest.
+    pub fn finish(mut self, rest: &[u8], out: &mut [u8]) -> Result<(), Malformed> {
+        assert!(rest.len() == self.coded_len - self.coded_at, "{} of {}", rest.len(), self.coded_len);
+        let used = self.advance(rest, out)?;
+        let (tail, rest) = (&mut out[self.plain_at..], &rest[used..]);
         if rest.len() != tail.len() {
             return Err(Malformed("the stream does not end where its plaintext does"));
         }
@@ -290,16 +293,21 @@ impl Decoder {
     }
 
     /// The next `len` bytes of the stream; `None` while they have not all arrived.
-    fn peek<'a>(&self, coded: &'a [u8], available: usize, len: usize) -> Result<Option<&'a [u8]>, Malformed> {
+    fn peek<'a>(&self, rest: &'a [u8], len: usize) -> Result<Option<&'a [u8]>, Malformed> {
         if self.coded_len - self.coded_at < len {
             return Err(Malformed("cut"));
         }
-        Ok(coded[..available].get(self.coded_at..self.coded_at + len))
+        Ok(rest.get(..len))
+    }
+
+    fn take(&mut self, rest: &mut &[u8], len: usize) {
+        self.coded_at += len;
+        *rest = &rest[len..];
     }
 
     /// Reads the header and the bytes before the first whole element.
-    fn open(&mut self, coded: &[u8], available: usize, out: &mut [u8]) -> Result<Option<Kind>, Malformed> {
-        let Some(header) = self.peek(coded, available, HEADER_LEN)? else { return Ok(None) };
+    fn open(&mut self, rest: &mut &[u8], out: &mut [u8]) -> Result<bool, Malformed> {
+        let Some(header) = self.peek(rest, HEADER_LEN)? else { return Ok(false) };
         if header[0] != CODEC {
             return Err(Malformed("unknown codec"));
         }
@@ -315,10 +323,12 @@ impl Decoder {
         if skew > self.plain_len {
             return Err(Malformed("skew beyond the end"));
         }
-        let Some(bytes) = self.peek(coded, available, HEADER_LEN + skew)? else { return Ok(None) };
+        let Some(bytes) = self.peek(rest, HEADER_LEN + skew)? else { return Ok(false) };
         out[..skew].copy_from_slice(&bytes[HEADER_LEN..]);
-        (self.coded_at, self.plain_at, self.kind) = (bytes.len(), skew, Some(kind));
-        Ok(self.kind)
+        let len = bytes.len();
+        (self.plain_at, self.kind) = (skew, Some(kind));
+        self.take(rest, len);
+        Ok(true)
     }
 }
 

@@ -172,6 +172,7 @@ mod tests {
             origin_vid: entry.origin_vid,
             commit: entry.commit,
             hashes: old.manifest.object_hashes(0).to_vec(),
+            coded: None,
         });
         let len = entry.layout.plain_len();
         builder.add_file(NewFile {
@@ -197,7 +198,8 @@ mod tests {
         let bytes = seal_manifest(&mut manifest, &new_dek, &[root]).unwrap();
         let (manifest, keys) = open_manifest(&bytes, new_dek).unwrap();
         let mut slot = old.slot(1);
-        super::super::open_chunk(&keys, &manifest, 0, &old.chunk(1), super::super::Verify::Strict, &mut slot).unwrap();
+        super::super::open_chunk(&keys, &manifest, 0, &old.chunk(1), super::super::Verify::Strict, &mut slot, &mut [])
+            .unwrap();
         assert_eq!(slot, old.plain_of(1));
         assert_eq!(open_manifest(&bytes, dek()).unwrap_err().code(), Code::DekCommit);
     }

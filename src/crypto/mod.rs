@@ -30,7 +30,7 @@ mod testing;
 mod vectors;
 
 pub use aead::TAG_LEN;
-pub use chunk::{ObjectSealer, Verify, check_chunk_hash, open_chunk};
+pub use chunk::{ObjectSealer, Verify, check_chunk_hash, open_chunk, scratch_len};
 pub use dek::{Dek, ModelKeys};
 pub use hash::{FileHasher, sha256};
 pub use manifest::{open_manifest, seal_manifest};

@@ -3,6 +3,7 @@
 use bytes::Bytes;
 
 use super::*;
+use crate::codec;
 use crate::format::{
     ChunkIndex, Extent, HashAlg, Manifest, ManifestBuilder, ModelId, NewFile, NewHeader, NewObject, ObjectLayout, Oid,
     Suite, Vid,
@@ -34,15 +35,40 @@ pub struct Sealed {
 
 impl Sealed {
     pub fn new(suite: Suite, hash_alg: HashAlg, layout: ObjectLayout, oid: Oid) -> Sealed {
+        let plain = pattern(oid.0[0], layout.plain_len() as usize);
+        Sealed::of(suite, hash_alg, layout, oid, plain, None)
+    }
+
+    /// An object of bf16 weights, every chunk coded but those of `as_is`.
+    pub fn coded(suite: Suite, hash_alg: HashAlg, layout: ObjectLayout, as_is: &[u32]) -> Sealed {
+        let plain = weights(layout.plain_len() as usize);
+        Sealed::of(suite, hash_alg, layout, Oid([5; 32]), plain, Some(as_is))
+    }
+
+    fn of(
+        suite: Suite,
+        hash_alg: HashAlg,
+        layout: ObjectLayout,
+        oid: Oid,
+        plain: Vec<u8>,
+        coded_but: Option<&[u32]>,
+    ) -> Sealed {
         let model_id = ModelId::of_name("test/model");
         let (vid, mut key) = (Vid([9; 16]), [0x42; 32]);
         let dek = Dek::from_secret(crate::mem::Secret::from_bytes(&mut key));
-        let sealer = ObjectSealer::new(&dek, suite, layout, hash_alg, oid, vid);
-        let plain = pattern(oid.0[0], layout.plain_len() as usize);
-        let (mut chunks, mut hashes) = (Vec::new(), Vec::new());
+        let sealer = ObjectSealer::new(&dek, suite, layout, coded_but.is_some(), hash_alg, oid, vid);
+        let (mut chunks, mut hashes, mut lens) = (Vec::new(), Vec::new(), Vec::new());
         for index in layout.chunks() {
             let range = layout.chunk_plain(index);
             let mut chunk = plain[range.start as usize..range.end as usize].to_vec();
+            if coded_but.is_some_and(|as_is| !as_is.contains(&index.0)) {
+                let mut coded = Vec::new();
+                codec::encode(codec::Kind::Bf16, 0, &chunk, &mut coded);
+                if coded.len() < chunk.len() {
+                    chunk = coded;
+                }
+            }
+            lens.push(chunk.len() as u32);
             let mut tags = Vec::new();
             hashes.push(sealer.seal_chunk(index, &mut chunk, &mut tags));
             chunk.extend_from_slice(&tags);
@@ -57,6 +83,7 @@ impl Sealed {
             origin_vid: vid,
             commit: sealer.commit(),
             hashes,
+            coded: coded_but.map(|_| lens),
         });
         let len = plain.len() as u64;
         builder.add_file(NewFile {
@@ -99,4 +126,15 @@ impl Sealed {
         let range = self.manifest.objects()[0].layout.chunk_plain(ChunkIndex(index));
         &self.plain[range.start as usize..range.end as usize]
     }
+}
+
+/// Elements of bf16 as weights are: exponents close to each other, all else random.
+pub fn weights(len: usize) -> Vec<u8> {
+    let mut bytes = pattern(33, len);
+    for element in bytes.as_chunks_mut::<2>().0 {
+        let exponent = 0x78 + (element[1] & 7);
+        element[1] = element[1] & 0x80 | exponent >> 1;
+        element[0] = element[0] & 0x7f | exponent << 7;
+    }
+    bytes
 }

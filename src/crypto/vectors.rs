@@ -76,7 +76,7 @@ fn layout0() -> ObjectLayout {
 }
 fn header0(commit: [u8; 32]) -> ObjectHeader {
     let (suite, oid) = (Suite::Aes256Gcm, Oid(det32("oid0")));
-    ObjectHeader { suite, block_log2: 16, chunk_log2: 20, oid, origin_vid: vid(), commit }
+    ObjectHeader { suite, block_log2: 16, chunk_log2: 20, oid, origin_vid: vid(), coded: false, commit }
 }
 
 #[test]
@@ -95,7 +95,8 @@ fn every_key_of_the_hierarchy_has_the_value_of_the_page() {
     assert_eq!(hex::encode(derived.base_nonce), "fbaf8a71bbf4abe13691e83c");
     assert_eq!(hex::encode(super::aead::nonce_of(&derived.base_nonce, 1)), "fbaf8a71bbf4abe13691e83d");
     assert_eq!(hex::encode(derived.commit), "206db3e3b8c00d4e4c54ce736577410ff3d7b0cffd0a9ab68bad50466a96d905");
-    assert_eq!(hex::encode(layout0().block_aad(3)), "03000000000000008823000001000000");
+    let last = layout0().chunk_shape(ChunkIndex(0), 205_704).blocks().last().unwrap();
+    assert_eq!(hex::encode(last.aad), "03000000000000008823000001000000");
 }
 
 /// Object 0 in its two files: `one.bin` to a multiple of 4096, then `config.json`.
@@ -109,7 +110,7 @@ fn plain0() -> Vec<u8> {
 fn seal(oid: &str, plain: &[u8]) -> (NewObject, Vec<Vec<u8>>) {
     let layout = ObjectLayout::new(plain.len() as u64, 16, 20).unwrap();
     let (oid, suite) = (Oid(det32(oid)), Suite::Aes256Gcm);
-    let sealer = ObjectSealer::new(&dek(), suite, layout, HashAlg::Sha256, oid, vid());
+    let sealer = ObjectSealer::new(&dek(), suite, layout, false, HashAlg::Sha256, oid, vid());
     let (mut hashes, mut chunks) = (Vec::new(), Vec::new());
     for (index, chunk) in layout.chunks().zip(plain.chunks(1 << 20)) {
         let (mut chunk, mut tags) = (chunk.to_vec(), Vec::new());
@@ -117,7 +118,7 @@ fn seal(oid: &str, plain: &[u8]) -> (NewObject, Vec<Vec<u8>>) {
         chunks.push([chunk, tags].concat());
     }
     let commit = sealer.commit();
-    (NewObject { oid, layout, suite, inherited: false, origin_vid: vid(), commit, hashes }, chunks)
+    (NewObject { oid, layout, suite, inherited: false, origin_vid: vid(), commit, hashes, coded: None }, chunks)
 }
 
 fn whole_manifest() -> (Manifest, Vec<u8>) {
@@ -174,7 +175,7 @@ fn the_manifest_of_the_whole_store_has_the_digest_of_the_page_and_opens() {
     let pieces = vec![Bytes::from(chunks[0].clone())];
     let chunk = CipherChunk { object: object.oid, index: ChunkIndex(0), pieces };
     let mut slot = vec![0; plain.len()];
-    open_chunk(&keys, &opened, 0, &chunk, Verify::Strict, &mut slot).unwrap();
+    open_chunk(&keys, &opened, 0, &chunk, Verify::Strict, &mut slot, &mut []).unwrap();
     assert_eq!(slot, plain);
 }
 
@@ -258,7 +259,7 @@ fn the_two_key_ciphertext_is_refused_under_either_key() {
     let chunk = sealed.chunk_of(0, &two_key);
     for (verify, want) in [(Verify::Strict, Code::ChunkHash), (Verify::Aead, Code::Tag)] {
         let mut slot = sealed.slot(0);
-        let err = open_chunk(&sealed.keys, &sealed.manifest, 0, &chunk, verify, &mut slot).unwrap_err();
+        let err = open_chunk(&sealed.keys, &sealed.manifest, 0, &chunk, verify, &mut slot, &mut []).unwrap_err();
         assert_eq!(err.code(), want, "{err:?}");
         assert!(slot.iter().all(|byte| *byte == 0));
     }
@@ -271,7 +272,7 @@ fn a_chunk_under_a_second_key_is_refused_by_the_commitment_before_any_cipher() {
     let other = ModelKeys::new(Dek::random(), Vec::new());
     for verify in [Verify::Strict, Verify::Aead] {
         let mut slot = sealed.slot(0);
-        let err = open_chunk(&other, &sealed.manifest, 0, &sealed.chunk(0), verify, &mut slot).unwrap_err();
+        let err = open_chunk(&other, &sealed.manifest, 0, &sealed.chunk(0), verify, &mut slot, &mut []).unwrap_err();
         assert_eq!(err.code(), Code::Commit, "{err:?}");
         assert!(slot.iter().all(|byte| *byte == 0));
     }

@@ -8,13 +8,17 @@
 
 use std::ops::Range;
 
-use super::header::check_flags;
+use super::header::{flags, is_coded};
 use super::limits::{
     ANNOTATIONS_BYTES_MAX, EXTENT_ALIGN, EXTENTS_MAX, FILE_BYTES_MAX, FILES_MAX, HASHES_MAX, OBJECTS_MAX,
     PATH_BYTES_MAX, STRINGS_BYTES_MAX,
 };
+use super::manifest::CodedChunk;
 use super::wire::{array_at, i64_at, is_zero, put, u16_at, u32_at, u64_at};
-use super::{Extent, FileEntry, Manifest, ManifestHeader, ObjectEntry, ObjectLayout, Oid, Suite, Vid, check_path};
+use super::{
+    Extent, FileEntry, Manifest, ManifestHeader, OBJECT_HEADER_LEN, ObjectEntry, ObjectLayout, Oid, Suite, Vid,
+    check_path,
+};
 use crate::error::Result;
 use crate::refuse;
 
@@ -24,6 +28,7 @@ const EXTENT_LEN: usize = 24;
 const OBJECT_LEN: usize = 128;
 const ROOT_LEN: usize = 32;
 const HASH_LEN: usize = 32;
+const CODED_LEN: usize = 4;
 
 /// The first 64 bytes of a body: how long each table is.
 #[derive(Clone, Copy)]
@@ -45,6 +50,7 @@ struct Tables {
     objects: Range<usize>,
     inherited: Range<usize>,
     hashes: Range<usize>,
+    coded: Range<usize>,
     strings: Range<usize>,
     annotations: Range<usize>,
 }
@@ -82,7 +88,7 @@ impl Counts {
             hashes: manifest.hashes.len() as u64,
             strings: count(manifest.strings.len()),
             annotations: count(manifest.annotations.len()),
-            coded: 0,
+            coded: manifest.coded.len() as u64,
         }
     }
 
@@ -101,9 +107,6 @@ impl Counts {
                 refuse!(Limit, "manifest has {seen} {what}, at most {max} are allowed");
             }
         }
-        if self.coded != 0 {
-            refuse!(UnsupportedCoded, "manifest has {} coded chunks, which this reader cannot open", self.coded);
-        }
         Ok(())
     }
 
@@ -120,6 +123,7 @@ impl Counts {
             objects: next(self.objects as usize * OBJECT_LEN),
             inherited: next(self.inherited as usize * ROOT_LEN),
             hashes: next(self.hashes as usize * HASH_LEN),
+            coded: next(self.coded as usize * CODED_LEN),
             strings: next(self.strings as usize),
             annotations: next(self.annotations as usize),
         }
@@ -132,8 +136,8 @@ impl Manifest {
     /// Also returns where in `body` the table of inherited object roots lies. Those are keys: they are left where they are.
     ///
     /// # Errors
-    /// The code of the broken rule: `BODY_LENGTH`, `LIMIT`, `UNSUPPORTED`, `UNSUPPORTED_CODED`, `OBJECT`, `PATH`,
-    /// `MANIFEST_ORDER`, `MANIFEST_TREE`, `MODE`, `EXTENT`.
+    /// The code of the broken rule: `BODY_LENGTH`, `LIMIT`, `UNSUPPORTED`, `OBJECT`, `PATH`, `MANIFEST_ORDER`,
+    /// `MANIFEST_TREE`, `MODE`, `EXTENT`.
     ///
     /// Allocates about as much as `body` is long. O(n log n) in extents and objects.
     pub fn parse_body(header: ManifestHeader, body: &[u8]) -> Result<(Manifest, Range<usize>)> {
@@ -146,16 +150,18 @@ impl Manifest {
             refuse!(BodyLength, "manifest body is {} bytes long, tables need {}", body.len(), tables.annotations.end);
         }
         let rows = |table: &Range<usize>, len| body[table.clone()].chunks_exact(len);
-        let manifest = Manifest {
+        let mut manifest = Manifest {
             header,
             objects: rows(&tables.objects, OBJECT_LEN).map(decode_object).collect::<Result<_>>()?,
             files: rows(&tables.files, FILE_LEN).map(decode_file).collect::<Result<_>>()?,
             extents: rows(&tables.extents, EXTENT_LEN).map(decode_extent).collect::<Result<_>>()?,
             hashes: rows(&tables.hashes, HASH_LEN).map(|row| array_at(row, 0)).collect(),
+            coded: rows(&tables.coded, CODED_LEN).map(|row| CodedChunk { len: u32_at(row, 0), start: 0 }).collect(),
             strings: body[tables.strings].to_vec(),
             annotations: body[tables.annotations].to_vec(),
             n_inherited: counts.inherited,
         };
+        manifest.place_coded()?;
         manifest.check()?;
         Ok((manifest, tables.inherited))
     }
@@ -181,6 +187,7 @@ impl Manifest {
         put(out, 16, &counts.hashes.to_le_bytes());
         put(out, 24, &counts.strings.to_le_bytes());
         put(out, 28, &counts.annotations.to_le_bytes());
+        put(out, 32, &counts.coded.to_le_bytes());
         for (row, file) in out[tables.files].chunks_exact_mut(FILE_LEN).zip(&self.files) {
             encode_file(row, file);
         }
@@ -196,8 +203,46 @@ impl Manifest {
         for (row, hash) in out[tables.hashes].chunks_exact_mut(HASH_LEN).zip(&self.hashes) {
             row.copy_from_slice(hash);
         }
+        for (row, chunk) in out[tables.coded].chunks_exact_mut(CODED_LEN).zip(&self.coded) {
+            row.copy_from_slice(&chunk.len.to_le_bytes());
+        }
         out[tables.strings].copy_from_slice(&self.strings);
         out[tables.annotations].copy_from_slice(&self.annotations);
+    }
+
+    /// The rules of the table of coded lengths; finds where each coded chunk starts.
+    ///
+    /// Tables follow each other and leave none over; a chunk is stored in 1 to as many bytes as it has plain ones; the
+    /// object is as long as its chunks.
+    pub(super) fn place_coded(&mut self) -> Result<()> {
+        let mut next = 0u64;
+        for object in self.objects.iter().filter(|object| object.first_coded.is_some()) {
+            let (oid, first) = (object.oid, object.first_coded.expect("only coded objects are looked at"));
+            if first != next {
+                refuse!(BodyLength, "object {oid} has its coded lengths at {first}, not {next}");
+            }
+            // At most 2^20 objects of 2^20 chunks each: no overflow.
+            next += object.layout.chunk_count();
+            let Some(chunks) = self.coded.get_mut(first as usize..next as usize) else {
+                refuse!(BodyLength, "object {oid} has coded lengths up to {next} of {}", self.coded.len());
+            };
+            let mut start = OBJECT_HEADER_LEN as u64;
+            for (index, chunk) in object.layout.chunks().zip(chunks) {
+                let plain_len = object.layout.chunk_plain_len(index);
+                if !(1..=plain_len).contains(&u64::from(chunk.len)) {
+                    refuse!(Object, "chunk {index} of object {oid} has {} bytes coded, {plain_len} plain", chunk.len);
+                }
+                chunk.start = start;
+                start += object.layout.chunk_shape(index, u64::from(chunk.len)).stored_len();
+            }
+            if object.stored_len != start {
+                refuse!(Object, "object {oid} says {} stored bytes, needs {start}", object.stored_len);
+            }
+        }
+        if next != self.coded.len() as u64 {
+            refuse!(BodyLength, "manifest has {} coded lengths, its objects need {next}", self.coded.len());
+        }
+        Ok(())
     }
 
     /// Every rule that spans rows. What `decode_*` checked is a rule of one row.
@@ -213,12 +258,13 @@ impl Manifest {
 }
 
 fn decode_object(row: &[u8]) -> Result<ObjectEntry> {
-    check_flags(u32_at(row, 60))?;
+    let coded = is_coded(u32_at(row, 60))?;
     let oid = Oid(array_at(row, 0));
     let suite = Suite::from_u16(u16_at(row, 50))?;
     let layout = ObjectLayout::new(u64_at(row, 32), row[48], row[49])?;
     let stored_len = u64_at(row, 40);
-    if stored_len != layout.stored_len() {
+    // How long a coded object is depends on its chunks: `place_coded`.
+    if !coded && stored_len != layout.stored_len() {
         refuse!(Object, "object {oid} says {stored_len} stored bytes, needs {}", layout.stored_len());
     }
     let inherited_index = u32_at(row, 56);
@@ -227,15 +273,17 @@ fn decode_object(row: &[u8]) -> Result<ObjectEntry> {
         (1, index) => Some(index),
         (source, index) => refuse!(Object, "object {oid} has key source {source} with index {index}"),
     };
-    if !is_zero(&row[120..]) {
+    if !coded && !is_zero(&row[120..]) {
         refuse!(Object, "object {oid} is not coded but has a first coded chunk");
     }
     Ok(ObjectEntry {
         oid,
         layout,
+        stored_len,
         suite,
         inherited,
         first_hash: u64_at(row, 64),
+        first_coded: coded.then(|| u64_at(row, 120)),
         origin_vid: Vid(array_at(row, 72)),
         commit: array_at(row, 88),
     })
@@ -244,14 +292,16 @@ fn decode_object(row: &[u8]) -> Result<ObjectEntry> {
 fn encode_object(row: &mut [u8], object: &ObjectEntry) {
     put(row, 0, &object.oid.0);
     put(row, 32, &object.layout.plain_len().to_le_bytes());
-    put(row, 40, &object.layout.stored_len().to_le_bytes());
+    put(row, 40, &object.stored_len.to_le_bytes());
     put(row, 48, &[object.layout.block_log2(), object.layout.chunk_log2()]);
     put(row, 50, &object.suite.number().to_le_bytes());
     put(row, 52, &u32::from(object.inherited.is_some()).to_le_bytes());
     put(row, 56, &object.inherited.unwrap_or(0).to_le_bytes());
+    put(row, 60, &flags(object.first_coded.is_some()));
     put(row, 64, &object.first_hash.to_le_bytes());
     put(row, 72, &object.origin_vid.0);
     put(row, 88, &object.commit);
+    put(row, 120, &object.first_coded.unwrap_or(0).to_le_bytes());
 }
 
 fn decode_file(row: &[u8]) -> Result<FileEntry> {
@@ -442,7 +492,9 @@ impl TreeCheck {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{HashAlg, ManifestBuilder, ModelId, NewFile, NewHeader, NewObject, OBJECT_HEADER_LEN, limits};
+    use super::super::{
+        ChunkIndex, HashAlg, ManifestBuilder, ModelId, NewFile, NewHeader, NewObject, OBJECT_HEADER_LEN, limits,
+    };
     use super::*;
     use crate::error::Code;
 
@@ -463,6 +515,7 @@ mod tests {
             origin_vid: Vid([9; 16]),
             commit: [number + 1; 32],
             hashes: layout.chunks().map(|index| [index.0 as u8; 32]).collect(),
+            coded: None,
         }
     }
 
@@ -550,7 +603,7 @@ mod tests {
         assert_eq!(manifest.find("weights"), Some(3));
         assert_eq!(manifest.find("a"), None);
         assert_eq!(manifest.extents(&manifest.files()[3]).len(), 2);
-        assert_eq!(manifest.chunk_hash(1, super::super::ChunkIndex(1)), &[1; 32]);
+        assert_eq!(manifest.chunk_hash(1, ChunkIndex(1)), &[1; 32]);
         assert_eq!(manifest.objects()[0].header().encode().len(), OBJECT_HEADER_LEN);
         assert_eq!(manifest.annotations(), b"{}");
     }
@@ -581,14 +634,64 @@ mod tests {
         refused(&head_only, Code::Limit);
     }
 
+    /// The second object coded, its two chunks in 5 and 4096 bytes.
+    fn coded_sample() -> Vec<u8> {
+        let mut builder = builder();
+        builder.objects_mut()[1].coded = Some(vec![5, 4096]);
+        encode(&builder.finish(head()).unwrap())
+    }
+
     #[test]
-    fn coded_chunks_are_refused_by_name() {
-        refused_with(32, &1u64.to_le_bytes(), Code::UnsupportedCoded);
-        refused_with(OBJECTS_AT + 60, &[1], Code::UnsupportedCoded);
-        // Before anything else of that object is looked at.
+    fn coded_lengths_are_read_back_and_place_the_chunks() {
+        let body = coded_sample();
+        assert_eq!(body.len(), sample().len() + 8);
+        assert_eq!(body[STRINGS_AT..STRINGS_AT + 8], [5, 0, 0, 0, 0, 16, 0, 0]);
+        let (manifest, _) = parse(&body).unwrap();
+        assert_eq!(encode(&manifest), body);
+        let object = manifest.objects()[1];
+        assert!(object.is_coded() && object.header().coded && !manifest.objects()[0].is_coded());
+        assert_eq!(object.stored_len(), 128 + 5 + 16 + 4096 + 16);
+        assert_eq!(manifest.chunk_stored(1, ChunkIndex(0)), 128..149);
+        assert_eq!(manifest.chunk_stored(1, ChunkIndex(1)), 149..4261);
+        assert_eq!(manifest.chunk_shape(1, ChunkIndex(0)).sealed_len(), 5);
+        assert_eq!(manifest.object_coded(1), Some(vec![5, 4096]));
+        assert_eq!(manifest.object_coded(0), None);
+    }
+
+    #[test]
+    fn coded_lengths_that_a_reader_must_not_believe_are_refused() {
+        let row = OBJECTS_AT + OBJECT_LEN;
+        let refused_with = |at: usize, bytes: &[u8], code| {
+            let mut body = coded_sample();
+            put(&mut body, at, bytes);
+            refused(&body, code);
+        };
+        for len in [0, (1 << 20) + 1, u32::MAX] {
+            refused_with(STRINGS_AT, &len.to_le_bytes(), Code::Object);
+        }
+        refused_with(STRINGS_AT + 4, &4097u32.to_le_bytes(), Code::Object);
+        // Right lengths of an object that says another sum, and the sum that an uncoded one would have.
+        refused_with(STRINGS_AT, &6u32.to_le_bytes(), Code::Object);
+        refused_with(row + 40, &((1u64 << 20) + 4096 + 128 + 17 * 16).to_le_bytes(), Code::Object);
+        refused_with(row + 120, &1u64.to_le_bytes(), Code::BodyLength);
+        refused_with(row + 120, &u64::MAX.to_le_bytes(), Code::BodyLength);
+        refused_with(row + 60, &[0], Code::Object);
+        refused_with(row + 60, &[3], Code::Unsupported);
+        refused_with(OBJECTS_AT + 60, &[1], Code::Object);
+        // A length more or fewer than there are coded chunks.
+        let mut body = coded_sample();
+        put(&mut body, 32, &3u64.to_le_bytes());
+        body.splice(STRINGS_AT + 8..STRINGS_AT + 8, [1, 0, 0, 0]);
+        refused(&body, Code::BodyLength);
+        let mut body = coded_sample();
+        put(&mut body, 32, &1u64.to_le_bytes());
+        body.drain(STRINGS_AT..STRINGS_AT + 4);
+        refused(&body, Code::BodyLength);
+        // Lengths and no coded object.
         let mut body = sample();
-        put(&mut body, OBJECTS_AT + 32, &[0xff; 32]);
-        refused(&body, Code::UnsupportedCoded);
+        put(&mut body, 32, &1u64.to_le_bytes());
+        body.splice(STRINGS_AT..STRINGS_AT, [1, 0, 0, 0]);
+        refused(&body, Code::BodyLength);
     }
 
     /// THREAT_MODEL (f) row 49.

@@ -3,9 +3,11 @@
 //! Promises: what `finish` returns passes the reader's own checks, so its encoding is accepted.
 
 use super::body::Counts;
+use super::manifest::CodedChunk;
 use super::{Extent, FileEntry, HashAlg, Manifest, ManifestDigest, ManifestHeader, ModelId, ObjectEntry, ObjectLayout};
-use super::{Oid, Suite, Vid};
+use super::{OBJECT_HEADER_LEN, Oid, Suite, Vid};
 use crate::error::{Code, Error, Result};
+use crate::refuse;
 
 /// A stored data object, as its sealer knows it.
 #[derive(Debug, Clone)]
@@ -19,6 +21,29 @@ pub struct NewObject {
     pub commit: [u8; 32],
     /// One a chunk.
     pub hashes: Vec<[u8; 32]>,
+    /// Coded objects: bytes encrypted of each chunk, as many as it has plain ones where it is stored as it is.
+    pub coded: Option<Vec<u32>>,
+}
+
+impl NewObject {
+    /// Bytes of the whole stored object, header included.
+    ///
+    /// # Errors
+    /// `OBJECT` if there are not as many coded lengths as chunks, or one that its chunk cannot have.
+    pub fn stored_len(&self) -> Result<u64> {
+        let Some(coded) = &self.coded else { return Ok(self.layout.stored_len()) };
+        if coded.len() as u64 != self.layout.chunk_count() {
+            refuse!(Object, "object {} has {} coded lengths for its chunks", self.oid, coded.len());
+        }
+        let mut stored_len = OBJECT_HEADER_LEN as u64;
+        for (index, &len) in self.layout.chunks().zip(coded) {
+            if !(1..=self.layout.chunk_plain_len(index)).contains(&u64::from(len)) {
+                refuse!(Object, "chunk {index} of object {} has {len} bytes coded", self.oid);
+            }
+            stored_len += self.layout.chunk_shape(index, u64::from(len)).stored_len();
+        }
+        Ok(stored_len)
+    }
 }
 
 /// A file whose bytes are stored.
@@ -50,6 +75,11 @@ impl ManifestBuilder {
     pub fn add_object(&mut self, object: NewObject) -> u32 {
         self.objects.push(object);
         u32::try_from(self.objects.len() - 1).unwrap_or(u32::MAX)
+    }
+
+    #[cfg(test)]
+    pub(super) fn objects_mut(&mut self) -> &mut [NewObject] {
+        &mut self.objects
     }
 
     pub fn add_file(&mut self, file: NewFile) {
@@ -86,23 +116,28 @@ impl ManifestBuilder {
             extents: Vec::new(),
             objects: Vec::with_capacity(self.objects.len()),
             hashes: Vec::new(),
+            coded: Vec::new(),
             strings: Vec::new(),
             annotations: self.annotations,
             n_inherited: 0,
         };
         for object in self.objects {
+            let stored_len = object.stored_len()?;
             let inherited = object.inherited.then_some(manifest.n_inherited);
             manifest.n_inherited += u32::from(object.inherited);
             manifest.objects.push(ObjectEntry {
                 oid: object.oid,
                 layout: object.layout,
+                stored_len,
                 suite: object.suite,
                 inherited,
                 first_hash: manifest.hashes.len() as u64,
+                first_coded: object.coded.is_some().then_some(manifest.coded.len() as u64),
                 origin_vid: object.origin_vid,
                 commit: object.commit,
             });
             manifest.hashes.extend(object.hashes);
+            manifest.coded.extend(object.coded.into_iter().flatten().map(|len| CodedChunk { len, start: 0 }));
         }
         for file in self.files {
             let too_many = || Error::new(Code::Limit, "manifest has more paths or extents than fit");
@@ -121,6 +156,7 @@ impl ManifestBuilder {
             manifest.extents.extend(file.extents);
         }
         Counts::of(&manifest).check()?;
+        manifest.place_coded()?;
         manifest.check()?;
         manifest.header.body_plain_len = manifest.body_len() as u64;
         Ok(manifest)

@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::refuse;
 
 const MAGIC: &[u8; 8] = b"MFS1DATA";
-pub(super) const FLAG_CODED: u32 = 1;
+const FLAG_CODED: u32 = 1;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ObjectHeader {
@@ -19,6 +19,8 @@ pub struct ObjectHeader {
     pub oid: Oid,
     /// The version that sealed the object; a later version may inherit it.
     pub origin_vid: Vid,
+    /// Some chunks hold a coded stream in place of their plain bytes; the manifest says which.
+    pub coded: bool,
     pub commit: [u8; 32],
 }
 
@@ -29,6 +31,7 @@ impl ObjectHeader {
         put(&mut out, 8, &FORMAT_VERSION.to_le_bytes());
         put(&mut out, 10, &self.suite.number().to_le_bytes());
         put(&mut out, 12, &[self.block_log2, self.chunk_log2]);
+        put(&mut out, 14, &flags(self.coded)[..2]);
         put(&mut out, 16, &self.oid.0);
         put(&mut out, 48, &self.origin_vid.0);
         put(&mut out, 64, &self.commit);
@@ -41,8 +44,8 @@ impl ObjectHeader {
     }
 
     /// # Errors
-    /// `HEADER` for another length or magic, `UNSUPPORTED_CODED` for a coded object, `UNSUPPORTED` for what a later
-    /// format may mean, `OBJECT` for impossible sizes.
+    /// `HEADER` for another length or magic, `UNSUPPORTED` for what a later format may mean, `OBJECT` for impossible
+    /// sizes.
     pub fn parse(bytes: &[u8]) -> Result<ObjectHeader> {
         if bytes.len() != OBJECT_HEADER_LEN {
             refuse!(Header, "object header is {} bytes long, not {OBJECT_HEADER_LEN}", bytes.len());
@@ -54,7 +57,7 @@ impl ObjectHeader {
         if version != FORMAT_VERSION {
             refuse!(Unsupported, "object has format version {version}, this reader knows {FORMAT_VERSION}");
         }
-        check_flags(u32::from(u16_at(bytes, 14)))?;
+        let coded = is_coded(u32::from(u16_at(bytes, 14)))?;
         let suite = Suite::from_u16(u16_at(bytes, 10))?;
         if !is_zero(&bytes[96..]) {
             refuse!(Unsupported, "object header has a reserved byte set");
@@ -67,20 +70,23 @@ impl ObjectHeader {
             chunk_log2,
             oid: Oid(array_at(bytes, 16)),
             origin_vid: Vid(array_at(bytes, 48)),
+            coded,
             commit: array_at(bytes, 64),
         })
     }
 }
 
-/// Object flags: none is known to this reader, and the coded one has its own name.
-pub(super) fn check_flags(flags: u32) -> Result<()> {
-    if flags & FLAG_CODED != 0 {
-        refuse!(UnsupportedCoded, "object is coded, which this reader cannot open");
-    }
-    if flags != 0 {
+/// Object flags, as header and manifest carry them.
+pub(super) fn flags(coded: bool) -> [u8; 4] {
+    if coded { FLAG_CODED.to_le_bytes() } else { [0; 4] }
+}
+
+/// Whether flags say that the object is coded; any other flag is unknown to this reader.
+pub(super) fn is_coded(flags: u32) -> Result<bool> {
+    if flags & !FLAG_CODED != 0 {
         refuse!(Unsupported, "object has unknown flags {flags:#x}");
     }
-    Ok(())
+    Ok(flags & FLAG_CODED != 0)
 }
 
 #[cfg(test)]
@@ -95,15 +101,20 @@ mod tests {
             chunk_log2: 23,
             oid: Oid([7; 32]),
             origin_vid: Vid([8; 16]),
+            coded: false,
             commit: [9; 32],
         }
     }
 
     #[test]
     fn a_header_is_read_back_as_written() {
-        let bytes = header().encode();
-        assert_eq!(ObjectHeader::parse(&bytes).unwrap(), header());
-        assert_eq!(&header().kdf_input()[..], &bytes[..64]);
+        for coded in [false, true] {
+            let header = ObjectHeader { coded, ..header() };
+            let bytes = header.encode();
+            assert_eq!(bytes[14..16], [u8::from(coded), 0]);
+            assert_eq!(ObjectHeader::parse(&bytes).unwrap(), header);
+            assert_eq!(&header.kdf_input()[..], &bytes[..64]);
+        }
     }
 
     /// THREAT_MODEL (f) rows 12, 53, 54.
@@ -120,9 +131,8 @@ mod tests {
             (12, 63, Code::Object),
             (13, 19, Code::Object),
             (13, 40, Code::Object),
-            (14, 1, Code::UnsupportedCoded),
-            (14, 3, Code::UnsupportedCoded),
             (14, 2, Code::Unsupported),
+            (14, 3, Code::Unsupported),
             (15, 1, Code::Unsupported),
             (96, 1, Code::Unsupported),
             (127, 1, Code::Unsupported),
@@ -134,15 +144,5 @@ mod tests {
         }
         assert_eq!(ObjectHeader::parse(&header().encode()[..127]).unwrap_err().code(), Code::Header);
         assert_eq!(ObjectHeader::parse(&[]).unwrap_err().code(), Code::Header);
-    }
-
-    #[test]
-    fn a_coded_object_is_refused_as_such_whatever_else_is_wrong_with_it() {
-        let mut bytes = header().encode();
-        bytes[10] = 9;
-        bytes[12] = 63;
-        bytes[14] = 1;
-        bytes[100] = 1;
-        assert_eq!(ObjectHeader::parse(&bytes).unwrap_err().code(), Code::UnsupportedCoded);
     }
 }

@@ -1,8 +1,10 @@
 //! Where the chunks and blocks of a data object lie: all offset arithmetic of the format, pure.
 //!
 //! ```text
-//! header 128 | chunk 0 | chunk 1 | ...     chunk j = ciphertext of its plain bytes || one 16-byte tag a block
+//! header 128 | chunk 0 | chunk 1 | ...     chunk j = ciphertext of its plain (or coded) bytes || one 16-byte tag a block
 //! ```
+//! An [`ObjectLayout`] says which plain bytes a chunk holds; a [`ChunkShape`] how long the chunk is as stored, and what its
+//! blocks are bound to. The two differ only in coded objects, whose chunks are as long as the manifest says.
 //! Promises: no operation overflows for any layout that [`ObjectLayout::new`] accepts.
 //! Spec: docs/FORMAT.md a.3.
 
@@ -104,35 +106,29 @@ impl ObjectLayout {
         plain.end - plain.start
     }
 
-    /// The bytes of the stored object that hold chunk `index`: ciphertext, then its tags.
+    /// The bytes of the stored object that hold chunk `index` when nothing is coded: ciphertext, then its tags.
     ///
     /// # Panics
     /// If the object has no such chunk.
     pub fn chunk_stored(&self, index: ChunkIndex) -> Range<u64> {
         let stride = self.chunk_len() + TAG_LEN * self.blocks_per_chunk();
         let start = OBJECT_HEADER_LEN as u64 + u64::from(index.0) * stride;
-        let plain_len = self.chunk_plain_len(index);
-        start..start + plain_len + TAG_LEN * plain_len.div_ceil(self.block_len())
+        start..start + self.chunk_shape(index, self.chunk_plain_len(index)).stored_len()
     }
 
-    /// The numbers of the blocks of chunk `index`, counted from the start of the object.
-    pub fn chunk_blocks(&self, index: ChunkIndex) -> Range<u64> {
-        let plain = self.chunk_plain(index);
-        plain.start >> self.block_log2..plain.end.div_ceil(self.block_len())
-    }
-
-    /// Plain bytes of block `number`.
+    /// The shape of chunk `index` when `sealed_len` bytes of it are encrypted: all its plain bytes, or fewer coded ones.
     ///
     /// # Panics
-    /// If the object has no such block.
-    pub fn block_plain_len(&self, number: u64) -> u32 {
-        assert!(number < self.block_count(), "block {number} of an object with {} blocks", self.block_count());
-        let rest = self.plain_len - (number << self.block_log2);
-        u32::try_from(rest.min(self.block_len())).expect("a block is at most 2^20 bytes")
-    }
-
-    pub const fn is_last_block(&self, number: u64) -> bool {
-        number + 1 == self.block_count()
+    /// If the object has no such chunk, or `sealed_len` is 0 or more than its plain bytes.
+    pub fn chunk_shape(&self, index: ChunkIndex, sealed_len: u64) -> ChunkShape {
+        let plain_len = self.chunk_plain_len(index);
+        assert!((1..=plain_len).contains(&sealed_len), "{sealed_len} bytes sealed of {plain_len} in chunk {index}");
+        ChunkShape {
+            first_block: u64::from(index.0) << (self.chunk_log2 - self.block_log2),
+            sealed_len,
+            block_log2: self.block_log2,
+            ends_object: u64::from(index.0) + 1 == self.chunk_count(),
+        }
     }
 
     /// The chunk that holds byte `plain_offset` of the object.
@@ -143,18 +139,63 @@ impl ObjectLayout {
         assert!(plain_offset < self.plain_len, "byte {plain_offset} of an object of {}", self.plain_len);
         ChunkIndex(u32::try_from(plain_offset >> self.chunk_log2).expect("an object has at most 2^20 chunks"))
     }
+}
 
-    /// What the tag of block `number` authenticates beside the ciphertext.
-    pub fn block_aad(&self, number: u64) -> [u8; 16] {
-        block_aad(number, self.block_plain_len(number), self.is_last_block(number))
+/// How a chunk is stored: so many bytes, encrypted in blocks that are numbered through the object.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ChunkShape {
+    first_block: u64,
+    sealed_len: u64,
+    block_log2: u8,
+    ends_object: bool,
+}
+
+impl ChunkShape {
+    /// Bytes encrypted: the chunk's plain bytes, or its coded stream. At most 64 MiB.
+    pub const fn sealed_len(&self) -> usize {
+        self.sealed_len as usize
+    }
+
+    /// Bytes of every block but the last.
+    pub const fn block_len(&self) -> usize {
+        1 << self.block_log2
+    }
+
+    pub const fn block_count(&self) -> u64 {
+        self.sealed_len.div_ceil(1 << self.block_log2)
+    }
+
+    /// Bytes in the store: ciphertext and tags.
+    pub const fn stored_len(&self) -> u64 {
+        self.sealed_len + TAG_LEN * self.block_count()
+    }
+
+    /// Number within the object, sealed bytes, and what the tag authenticates beside them, of each block in order.
+    pub fn blocks(self) -> impl Iterator<Item = BlockShape> {
+        let count = self.block_count();
+        (0..count).map(move |nth| {
+            let last_of_chunk = nth + 1 == count;
+            let len = if last_of_chunk { self.sealed_len - (nth << self.block_log2) } else { 1 << self.block_log2 };
+            let number = self.first_block + nth;
+            let len = u32::try_from(len).expect("a block is at most 2^20 bytes");
+            BlockShape { number, len, aad: block_aad(number, len, last_of_chunk && self.ends_object) }
+        })
     }
 }
 
-/// `u64le(number) || u32le(plain length) || u32le(1 if last)`: binds a block to its place, its length and the end.
-pub fn block_aad(number: u64, plain_len: u32, last: bool) -> [u8; 16] {
+/// One block of a [`ChunkShape`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BlockShape {
+    pub number: u64,
+    pub len: u32,
+    pub aad: [u8; 16],
+}
+
+/// `u64le(number) || u32le(sealed length) || u32le(1 if last)`: binds a block to its place, its length and the end.
+pub fn block_aad(number: u64, sealed_len: u32, last: bool) -> [u8; 16] {
     let mut aad = [0u8; 16];
     aad[..8].copy_from_slice(&number.to_le_bytes());
-    aad[8..12].copy_from_slice(&plain_len.to_le_bytes());
+    aad[8..12].copy_from_slice(&sealed_len.to_le_bytes());
     aad[12..].copy_from_slice(&u32::from(last).to_le_bytes());
     aad
 }
@@ -181,8 +222,9 @@ mod tests {
         assert_eq!(layout.block_count(), 4);
         assert_eq!(layout.chunk_count(), 1);
         assert_eq!(layout.stored_len(), 205_896);
-        assert_eq!(layout.block_plain_len(3), 9_096);
-        assert_eq!(hex::encode(layout.block_aad(3)), "03000000000000008823000001000000");
+        let last = layout.chunk_shape(ChunkIndex(0), 205_704).blocks().last().unwrap();
+        assert_eq!((last.number, last.len), (3, 9_096));
+        assert_eq!(hex::encode(last.aad), "03000000000000008823000001000000");
         assert_eq!(layout.chunk_stored(ChunkIndex(0)), 128..205_896);
     }
 
@@ -203,18 +245,42 @@ mod tests {
                 for index in layout.chunks() {
                     assert_eq!(layout.chunk_plain(index).start, plain);
                     assert_eq!(layout.chunk_stored(index).start, stored);
-                    assert_eq!(layout.chunk_blocks(index).start, number);
                     plain = layout.chunk_plain(index).end;
                     stored = layout.chunk_stored(index).end;
-                    number = layout.chunk_blocks(index).end;
                     assert_eq!(layout.chunk_at(plain - 1), index);
-                    let sum: u64 = layout.chunk_blocks(index).map(|b| u64::from(layout.block_plain_len(b))).sum();
+                    let shape = layout.chunk_shape(index, layout.chunk_plain_len(index));
+                    let mut sum = 0;
+                    for block in shape.blocks() {
+                        assert_eq!(block.number, number);
+                        assert_eq!(
+                            block.aad[12] == 1,
+                            number + 1 == layout.block_count(),
+                            "the last block, and no other"
+                        );
+                        number += 1;
+                        sum += u64::from(block.len);
+                    }
                     assert_eq!(sum, layout.chunk_plain_len(index));
                 }
                 assert_eq!((plain, stored, number), (plain_len, layout.stored_len(), layout.block_count()));
-                assert!(layout.is_last_block(number - 1));
             }
         }
+    }
+
+    /// However few bytes a coded chunk has, its blocks keep the numbers that the plain ones would have: no nonce twice.
+    #[test]
+    fn a_coded_chunk_keeps_the_block_numbers_of_its_place() {
+        let layout = ObjectLayout::new((2 << 20) + 10, 16, 20).unwrap();
+        for sealed_len in [1, 65_535, 65_536, 65_537, 1 << 20] {
+            let shape = layout.chunk_shape(ChunkIndex(1), sealed_len);
+            let blocks: Vec<_> = shape.blocks().collect();
+            assert_eq!(blocks[0].number, 16);
+            assert_eq!(blocks.iter().map(|block| u64::from(block.len)).sum::<u64>(), sealed_len);
+            assert_eq!(shape.stored_len(), sealed_len + 16 * blocks.len() as u64);
+            assert!(blocks.iter().all(|block| block.aad[12] == 0), "chunk 2 is the last");
+        }
+        let end = layout.chunk_shape(ChunkIndex(2), 3).blocks().last().unwrap();
+        assert_eq!((end.number, end.len, end.aad[12]), (32, 3, 1));
     }
 
     #[test]

@@ -11,8 +11,8 @@ use std::ops::Range;
 use super::limits::{MANIFEST_BLOCK_LOG2, MANIFEST_BODY_BYTES_MAX, MANIFEST_BODY_BYTES_MIN};
 use super::wire::{array_at, i64_at, is_zero, put, u16_at, u64_at};
 use super::{
-    ChunkIndex, FORMAT_VERSION, HashAlg, MANIFEST_HEADER_LEN, ManifestDigest, ModelId, ObjectHeader, ObjectLayout, Oid,
-    Suite, TAG_LEN, Vid,
+    ChunkIndex, ChunkShape, FORMAT_VERSION, HashAlg, MANIFEST_HEADER_LEN, ManifestDigest, ModelId, ObjectHeader,
+    ObjectLayout, Oid, Suite, TAG_LEN, Vid,
 };
 use crate::error::Result;
 use crate::refuse;
@@ -162,11 +162,15 @@ pub struct Extent {
 pub struct ObjectEntry {
     pub oid: Oid,
     pub layout: ObjectLayout,
+    /// Bytes of the whole stored object, header included.
+    pub(super) stored_len: u64,
     pub suite: Suite,
     /// Index into the table of inherited object roots; `None`: the root is derived from this version's DEK.
     pub inherited: Option<u32>,
     /// Index of chunk 0's hash in [`Manifest::hashes`].
     pub first_hash: u64,
+    /// Coded objects: index of chunk 0 in the table of coded lengths.
+    pub(super) first_coded: Option<u64>,
     pub origin_vid: Vid,
     pub commit: [u8; 32],
 }
@@ -180,17 +184,33 @@ impl ObjectEntry {
             chunk_log2: self.layout.chunk_log2(),
             oid: self.oid,
             origin_vid: self.origin_vid,
+            coded: self.is_coded(),
             commit: self.commit,
         }
     }
 
+    /// Bytes of the whole stored object, header included.
     pub const fn stored_len(&self) -> u64 {
-        self.layout.stored_len()
+        self.stored_len
+    }
+
+    /// Whether some of its chunks may hold a coded stream in place of their plain bytes.
+    pub const fn is_coded(&self) -> bool {
+        self.first_coded.is_some()
     }
 
     pub(super) fn hash_range(&self) -> Range<u64> {
         self.first_hash..self.first_hash + self.layout.chunk_count()
     }
+}
+
+/// How a chunk of a coded object is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct CodedChunk {
+    /// Bytes encrypted; as many as the chunk has plain ones when it is stored as it is.
+    pub len: u32,
+    /// Where the chunk starts in the stored object.
+    pub start: u64,
 }
 
 /// A checked manifest. Holds no keys: the table of inherited roots is left to whoever opened the body.
@@ -201,6 +221,7 @@ pub struct Manifest {
     pub(super) extents: Vec<Extent>,
     pub(super) objects: Vec<ObjectEntry>,
     pub(super) hashes: Vec<[u8; 32]>,
+    pub(super) coded: Vec<CodedChunk>,
     pub(super) strings: Vec<u8>,
     pub(super) annotations: Vec<u8>,
     pub(super) n_inherited: u32,
@@ -260,6 +281,47 @@ impl Manifest {
         assert!(u64::from(index.0) < entry.layout.chunk_count(), "chunk {index} of object {}", entry.oid);
         let at = entry.first_hash + u64::from(index.0);
         &self.hashes[usize::try_from(at).expect("hash counts are checked to fit")]
+    }
+
+    fn coded_chunk(&self, entry: &ObjectEntry, index: ChunkIndex) -> Option<CodedChunk> {
+        let at = entry.first_coded? + u64::from(index.0);
+        Some(self.coded[usize::try_from(at).expect("counts of coded chunks are checked to fit")])
+    }
+
+    /// How chunk `index` of an object is stored. It is coded if its shape seals fewer bytes than it has plain ones.
+    ///
+    /// # Panics
+    /// If there is no such object or chunk.
+    pub fn chunk_shape(&self, object: u32, index: ChunkIndex) -> ChunkShape {
+        let entry = &self.objects[object as usize];
+        let sealed_len = match self.coded_chunk(entry, index) {
+            Some(chunk) => u64::from(chunk.len),
+            None => entry.layout.chunk_plain_len(index),
+        };
+        entry.layout.chunk_shape(index, sealed_len)
+    }
+
+    /// The bytes of the stored object that hold chunk `index`: ciphertext, then its tags. O(1).
+    ///
+    /// # Panics
+    /// If there is no such object or chunk.
+    pub fn chunk_stored(&self, object: u32, index: ChunkIndex) -> Range<u64> {
+        let entry = &self.objects[object as usize];
+        match self.coded_chunk(entry, index) {
+            Some(chunk) => {
+                let shape = entry.layout.chunk_shape(index, u64::from(chunk.len));
+                chunk.start..chunk.start + shape.stored_len()
+            }
+            None => entry.layout.chunk_stored(index),
+        }
+    }
+
+    /// The coded lengths of all chunks of a coded object, for a later version that inherits it.
+    pub fn object_coded(&self, object: u32) -> Option<Vec<u32>> {
+        let entry = &self.objects[object as usize];
+        let first = usize::try_from(entry.first_coded?).expect("counts of coded chunks are checked to fit");
+        let chunks = &self.coded[first..][..entry.layout.chunk_count() as usize];
+        Some(chunks.iter().map(|chunk| chunk.len).collect())
     }
 
     /// The signed hashes of all chunks of an object.

@@ -25,7 +25,7 @@ use sha2::{Digest, Sha256};
 
 pub use builder::{ManifestBuilder, NewFile, NewHeader, NewObject};
 pub use header::ObjectHeader;
-pub use layout::{ChunkIndex, ObjectLayout, block_aad};
+pub use layout::{BlockShape, ChunkIndex, ChunkShape, ObjectLayout, block_aad};
 pub use lease::{LEASE_BYTES_MAX, Lease};
 pub use limits::{BLOCK_LOG2_DEFAULT, CHUNK_LOG2_DEFAULT};
 pub use manifest::{Extent, FileEntry, Manifest, ManifestHeader, ObjectEntry};

@@ -11,6 +11,7 @@
 //! Spec: docs/FORMAT.md b.1. Held by: the tests below, tests/seal.rs.
 
 mod chain;
+mod coding;
 mod keys;
 mod plan;
 mod progress;
@@ -24,6 +25,7 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use chain::{Chain, Earlier, Survey};
+pub use coding::CodecChoice;
 pub use keys::{SlotKeys, SlotTarget};
 pub use plan::{Cuts, PACK_BYTES_MAX, SMALL_FILE_BYTES};
 use progress::Meter;
@@ -36,8 +38,8 @@ use crate::crypto::{Dek, FileHasher, PublicKey, SigningKey};
 use crate::error::{Class, Code, Error, Result};
 use crate::format::limits::{ANNOTATIONS_BYTES_MAX, BLOCK_LOG2_DEFAULT, CHUNK_LOG2_DEFAULT, HASHES_MAX};
 use crate::format::{
-    Extent, HashAlg, Lease, ManifestBuilder, ManifestDigest, ModelId, NewFile, NewHeader, NewObject, ObjectLayout, Oid,
-    Suite, Vid, check_channel, check_model_name, names,
+    Extent, HashAlg, Lease, ManifestBuilder, ManifestDigest, ModelId, NewFile, NewHeader, NewObject, ObjectEntry,
+    ObjectLayout, Oid, Suite, Vid, check_channel, check_model_name, names,
 };
 use crate::keys::FloorStore;
 use crate::mem::Secret;
@@ -53,6 +55,7 @@ pub struct SealOptions {
     pub hash_alg: HashAlg,
     pub block_log2: u8,
     pub chunk_log2: u8,
+    pub codec: CodecChoice,
     pub cuts: Cuts,
     /// Wraps the new data key, and opens the earlier version so that it can be inherited from.
     pub keys: Arc<dyn SlotKeys>,
@@ -77,13 +80,14 @@ pub struct SealOptions {
 }
 
 impl SealOptions {
-    /// AES-256-GCM, BLAKE3, 64 KiB blocks, 8 MiB chunks, `latest`, all cores.
+    /// AES-256-GCM, BLAKE3, 64 KiB blocks, 8 MiB chunks coded where it wins, `latest`, all cores.
     pub fn new(keys: Arc<dyn SlotKeys>, signing: Arc<SigningKey>) -> SealOptions {
         SealOptions {
             suite: Suite::Aes256Gcm,
             hash_alg: HashAlg::Blake3,
             block_log2: BLOCK_LOG2_DEFAULT,
             chunk_log2: CHUNK_LOG2_DEFAULT,
+            codec: CodecChoice::default(),
             cuts: Cuts::default(),
             keys,
             signing,
@@ -119,6 +123,9 @@ pub struct SealSummary {
     pub uploaded_bytes: u64,
     /// Plain bytes of files that the earlier version already had.
     pub inherited_bytes: u64,
+    /// Bytes that all objects of the version take in the store, and what they would take if nothing were coded.
+    pub stored_bytes: u64,
+    pub uncoded_bytes: u64,
     /// All objects of the version, and those it has from earlier ones.
     pub objects: u64,
     pub inherited_objects: u64,
@@ -174,6 +181,7 @@ pub async fn seal(source: &Path, store: Arc<dyn ChunkSink>, model: &str, options
         hash_alg: options.hash_alg,
         block_log2: options.block_log2,
         chunk_log2: options.chunk_log2,
+        codec: options.codec,
         threads: options.threads.max(2),
     });
     let now = unix_now();
@@ -190,7 +198,7 @@ pub async fn seal(source: &Path, store: Arc<dyn ChunkSink>, model: &str, options
     };
 
     let candidates = match &earlier {
-        Some(earlier) => Candidates::find(&files, earlier, options.suite),
+        Some(earlier) => Candidates::find(&files, earlier, &options),
         None => Candidates::default(),
     };
     let lease = Lease { issued_at: now, oids: candidates.oids(earlier.as_ref()) };
@@ -212,6 +220,8 @@ pub async fn seal(source: &Path, store: Arc<dyn ChunkSink>, model: &str, options
         let manifest = draft.builder.finish(head)?;
         let summary = SealSummary {
             objects: manifest.objects().len() as u64,
+            stored_bytes: manifest.objects().iter().map(ObjectEntry::stored_len).sum(),
+            uncoded_bytes: manifest.objects().iter().map(|object| object.layout.stored_len()).sum(),
             inherited_objects: u64::from(manifest.n_inherited()),
             uploaded_bytes: draft.uploaded_bytes,
             inherited_bytes: draft.inherited_bytes,
@@ -251,6 +261,8 @@ impl SealSummary {
             bytes: files.iter().map(|file| file.size).sum(),
             uploaded_bytes: 0,
             inherited_bytes: 0,
+            stored_bytes: 0,
+            uncoded_bytes: 0,
             objects: 0,
             inherited_objects: 0,
             seconds: 0.0,
@@ -357,14 +369,17 @@ struct Candidates {
 }
 
 impl Candidates {
-    fn find(files: &[SourceFile], earlier: &Earlier, suite: Suite) -> Candidates {
+    fn find(files: &[SourceFile], earlier: &Earlier, options: &SealOptions) -> Candidates {
         let manifest = &earlier.manifest;
         let pairs = files.iter().enumerate().filter(|(_, file)| file.size > 0).filter_map(|(here, file)| {
             let there = manifest.find(&file.path)?;
             let entry = &manifest.files()[there];
-            // A cipher chosen now is meant for all of the version.
-            let same_cipher = |extent: &Extent| manifest.objects()[extent.object as usize].suite == suite;
-            (entry.size == file.size && manifest.extents(entry).iter().all(same_cipher)).then_some((here, there))
+            // A cipher chosen now is meant for all of the version, and so is it to have nothing coded.
+            let as_wanted = |extent: &Extent| {
+                let object = &manifest.objects()[extent.object as usize];
+                object.suite == options.suite && (options.codec == CodecChoice::Auto || !object.is_coded())
+            };
+            (entry.size == file.size && manifest.extents(entry).iter().all(as_wanted)).then_some((here, there))
         });
         Candidates { pairs: pairs.collect() }
     }
@@ -502,6 +517,7 @@ fn assemble(
                         origin_vid: old.origin_vid,
                         commit: old.commit,
                         hashes: manifest.object_hashes(extent.object).to_vec(),
+                        coded: manifest.object_coded(extent.object),
                     })
                 });
                 extents[index].push(Extent { object, ..*extent });

@@ -13,7 +13,7 @@ use super::chain::{Chain, Survey};
 use super::keys::{SlotKeys, SlotTarget};
 use super::progress::{Meter, Phase, ProgressFn};
 use super::{blocking, random};
-use crate::crypto::{Dek, ModelKeys, SigningKey, Verify, open_chunk, open_manifest, seal_manifest};
+use crate::crypto::{Dek, ModelKeys, SigningKey, Verify, open_chunk, open_manifest, scratch_len, seal_manifest};
 use crate::error::{Class, Code, Error, Result};
 use crate::format::{
     ChannelId, ChunkIndex, Manifest, ManifestDigest, ManifestHeader, Ref, RefSignature, SignatureObject, Slots,
@@ -206,14 +206,13 @@ impl Publisher {
 
     async fn check_sample(&self, manifest: Manifest, keys: ModelKeys) -> Result<()> {
         let sample = sample(&manifest)?;
-        let stored =
-            |&(object, index): &(u32, ChunkIndex)| manifest.objects()[object as usize].layout.chunk_stored(index);
-        let total = sample.iter().map(stored).map(|range| range.end - range.start).sum();
+        let stored = |&(object, index): &(u32, ChunkIndex)| manifest.chunk_shape(object, index).stored_len();
+        let total = sample.iter().map(stored).sum();
         let meter = Meter::start(&self.progress, Phase::Verify, total);
         let (mut shared, mut slot) = (Arc::new((manifest, keys)), Zeroizing::new(Vec::new()));
         for (object, index) in sample {
             let entry = shared.0.objects()[object as usize];
-            let chunk = fetch_chunk(&*self.chain.store, self.chain.model_id, &entry, index).await?;
+            let chunk = fetch_chunk(&*self.chain.store, &shared.0, object, index).await?;
             let len = chunk.stored_len();
             (shared, slot) = blocking(move || {
                 let plain_len =
@@ -221,7 +220,8 @@ impl Publisher {
                 // Wiped before it is resized: a vector that moves leaves its old place behind.
                 zeroize::Zeroize::zeroize(&mut *slot);
                 slot.resize(plain_len, 0);
-                open_chunk(&shared.1, &shared.0, object, &chunk, Verify::Strict, &mut slot)?;
+                let mut scratch = Zeroizing::new(vec![0; scratch_len(&entry)]);
+                open_chunk(&shared.1, &shared.0, object, &chunk, Verify::Strict, &mut slot, &mut scratch)?;
                 Ok((shared, slot))
             })
             .await?;

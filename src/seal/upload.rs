@@ -1,12 +1,12 @@
 //! From plaintext files to stored objects: read, hashed, encrypted and written in one pass, several chunks at a time.
 //!
 //! ```text
-//!  read + SHA-256 of the file, in order ──> encrypt + chunk hash, in parallel ──> write, in order      (one object)
+//!  read + SHA-256 of the file, in order ──> code, encrypt, chunk hash, in parallel ──> write, in order   (one object)
 //! ```
 //! In: a plan. Out: what the manifest says of the new objects, and the SHA-256 of every file read.
-//! Promises: the bytes that are hashed are the bytes that are encrypted, one buffer holds both; at most
-//! [`Pipeline::chunks_in_flight`] chunk buffers exist, whatever the size of the model; a buffer that still holds plaintext
-//! is wiped when it is dropped; a chunk is encrypted once, and only its ciphertext is sent again.
+//! Promises: the bytes that are hashed are the bytes that are encrypted (as they are, or coded), one buffer holds both; at most
+//! [`Pipeline::chunks_in_flight`] chunks are under way, in two buffers each, whatever the size of the model; a buffer that
+//! still holds plaintext is wiped when it is dropped; a chunk is encrypted once, and only its ciphertext is sent again.
 //! Held by: the tests of `seal`.
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,8 +15,9 @@ use std::sync::{Arc, Mutex};
 use bytes::Bytes;
 use futures::stream::{self, StreamExt, TryStreamExt};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
-use zeroize::Zeroizing;
+use zeroize::{Zeroize, Zeroizing};
 
+use super::coding::{CodecChoice, Coding};
 use super::plan::{Job, ObjectPlan};
 use super::progress::Meter;
 use super::source::{SourceFile, SourceTree, StableFile};
@@ -44,6 +45,7 @@ pub struct Pipeline {
     pub hash_alg: HashAlg,
     pub block_log2: u8,
     pub chunk_log2: u8,
+    pub codec: CodecChoice,
     pub threads: usize,
 }
 
@@ -107,8 +109,11 @@ impl Pipeline {
     ) -> Result<(NewObject, Reader)> {
         room.check()?;
         let layout = ObjectLayout::new(plan.plain_len, self.block_log2, self.chunk_log2)?;
+        let coding = self.coding(&plan).await?;
+        let coded = coding.is_some();
         let oid = Oid(random()?);
-        let sealer = Arc::new(ObjectSealer::new(&self.dek, self.suite, layout, self.hash_alg, oid, self.vid));
+        let sealer = ObjectSealer::new(&self.dek, self.suite, layout, coded, self.hash_alg, oid, self.vid);
+        let sealer = Arc::new(Sealer { sealer, coding });
         let name = names::data(self.model_id, oid);
         let mut writer = self.store.begin(&name, layout.stored_len()).await?;
 
@@ -116,41 +121,53 @@ impl Pipeline {
         let (ready, mut in_order) = mpsc::channel(self.threads + 1);
         let produce = produce(plan, reader, Arc::clone(&sealer), layout, ready, room);
         let consume = async {
-            writer.write(Bytes::copy_from_slice(&sealer.header())).await?;
+            writer.write(Bytes::copy_from_slice(&sealer.sealer.header())).await?;
             let mut hashes = Vec::with_capacity(usize::try_from(layout.chunk_count()).unwrap_or(0));
-            while let Some(sealing) = in_order.recv().await {
+            let mut sealed_lens = Vec::new();
+            for index in layout.chunks() {
+                let Some(sealing) = in_order.recv().await else { break };
                 let chunk: SealedChunk = joined(sealing).await?;
-                let plain_len = chunk.ciphertext.len() as u64;
+                sealed_lens.push(u32::try_from(chunk.ciphertext.len()).expect("a chunk is at most 64 MiB"));
                 writer.write(chunk.ciphertext).await?;
                 writer.write(Bytes::from(chunk.tags)).await?;
                 hashes.push(chunk.hash);
-                meter.add(plain_len);
+                meter.add(layout.chunk_plain_len(index));
             }
-            Ok(hashes)
+            Ok((hashes, sealed_lens))
         };
-        let (reader, hashes) = match futures::try_join!(produce, consume) {
+        let (reader, (hashes, sealed_lens)) = match futures::try_join!(produce, consume) {
             Ok(done) => done,
             Err(failed) => {
                 writer.abort().await;
                 return Err(failed);
             }
         };
-        self.finish(writer, &name, layout.stored_len()).await?;
         let object = NewObject {
             oid,
             layout,
             suite: self.suite,
             inherited: false,
             origin_vid: self.vid,
-            commit: sealer.commit(),
+            commit: sealer.sealer.commit(),
             hashes,
+            coded: coded.then_some(sealed_lens),
         };
+        self.finish(writer, &name, object.stored_len()?).await?;
         Ok((object, reader))
+    }
+
+    /// How the object's chunks are to be coded, if they are.
+    async fn coding(&self, plan: &Arc<ObjectPlan>) -> Result<Option<Coding>> {
+        if self.codec == CodecChoice::None {
+            return Ok(None);
+        }
+        let (plan, tree, files) = (Arc::clone(plan), Arc::clone(&self.tree), Arc::clone(&self.files));
+        blocking(move || Coding::choose(&plan, &tree, &files)).await
     }
 
     /// A lost answer is not a lost object: its name is known to nobody else, so what is there with its length is it.
     async fn finish(&self, writer: Box<dyn ObjectWriter>, name: &str, stored_len: u64) -> Result<()> {
-        match writer.finish().await {
+        match writer.finish(stored_len).await {
             Err(lost) if lost.class() == Class::Unreachable => match self.store.size(name).await {
                 Ok(size) if size == stored_len => Ok(()),
                 _ => Err(lost),
@@ -209,7 +226,7 @@ type Sealing = tokio::task::JoinHandle<SealedChunk>;
 async fn produce(
     plan: Arc<ObjectPlan>,
     mut reader: Reader,
-    sealer: Arc<ObjectSealer>,
+    sealer: Arc<Sealer>,
     layout: ObjectLayout,
     ready: mpsc::Sender<Sealing>,
     room: &Room,
@@ -236,6 +253,12 @@ async fn produce(
     Ok(reader)
 }
 
+/// Seals the chunks of one object, coded where that wins.
+struct Sealer {
+    sealer: ObjectSealer,
+    coding: Option<Coding>,
+}
+
 /// A chunk as it will be stored, on its way out.
 struct SealedChunk {
     ciphertext: Bytes,
@@ -246,12 +269,19 @@ struct SealedChunk {
 }
 
 fn seal_chunk(
-    sealer: &ObjectSealer,
+    Sealer { sealer, coding }: &Sealer,
     index: ChunkIndex,
     mut chunk: Zeroizing<Vec<u8>>,
     buffers: Arc<Buffers>,
     permit: OwnedSemaphorePermit,
 ) -> SealedChunk {
+    if let Some(coding) = coding {
+        let mut coded = buffers.take(0);
+        if coding.code(sealer.layout().chunk_plain(index).start, &chunk, &mut coded) {
+            std::mem::swap(&mut chunk, &mut coded);
+        }
+        buffers.give_back(coded);
+    }
     let mut tags = Vec::new();
     let hash = sealer.seal_chunk(index, &mut chunk, &mut tags);
     // Encrypted in place: what leaves the wiping wrapper is ciphertext.
@@ -318,6 +348,21 @@ impl Buffers {
         Zeroizing::new(bytes)
     }
 
+    /// Takes back a buffer that may hold plaintext.
+    fn give_back(&self, mut buffer: Zeroizing<Vec<u8>>) {
+        buffer.zeroize();
+        self.keep(std::mem::take(&mut *buffer));
+    }
+
+    fn keep(&self, bytes: Vec<u8>) {
+        /// Of no use to keep more than can be in flight.
+        const KEPT_MAX: usize = 64;
+        let mut free = self.list();
+        if free.len() < KEPT_MAX {
+            free.push(bytes);
+        }
+    }
+
     fn list(&self) -> std::sync::MutexGuard<'_, Vec<Vec<u8>>> {
         self.free.lock().expect("no thread panics while it holds the list")
     }
@@ -337,11 +382,6 @@ impl AsRef<[u8]> for Recycled {
 
 impl Drop for Recycled {
     fn drop(&mut self) {
-        /// Of no use to keep more than can be in flight.
-        const KEPT_MAX: usize = 64;
-        let mut free = self.buffers.list();
-        if free.len() < KEPT_MAX {
-            free.push(std::mem::take(&mut self.bytes));
-        }
+        self.buffers.keep(std::mem::take(&mut self.bytes));
     }
 }

@@ -370,9 +370,9 @@ impl<S: ChunkSink + 'static> ChunkSink for Faulty<S> {
         Self::leave(fault, result)
     }
 
-    async fn begin(&self, name: &str, stored_len: u64) -> Result<Box<dyn ObjectWriter>> {
+    async fn begin(&self, name: &str, stored_len_max: u64) -> Result<Box<dyn ObjectWriter>> {
         let fault = self.enter(Call::Begin, name).await?;
-        let inner = self.inner.begin(name, stored_len).await?;
+        let inner = self.inner.begin(name, stored_len_max).await?;
         Self::leave(fault, Ok(()))?;
         Ok(Box::new(Writer { faulty: self.clone(), name: name.to_owned(), inner }))
     }
@@ -401,9 +401,9 @@ impl<S: ChunkSink + 'static> ObjectWriter for Writer<S> {
         Faulty::<S>::leave(fault, self.inner.write(piece).await)
     }
 
-    async fn finish(self: Box<Self>) -> Result<()> {
+    async fn finish(self: Box<Self>, stored_len: u64) -> Result<()> {
         let fault = self.faulty.enter(Call::Finish, &self.name).await?;
-        Faulty::<S>::leave(fault, self.inner.finish().await)
+        Faulty::<S>::leave(fault, self.inner.finish(stored_len).await)
     }
 
     async fn abort(self: Box<Self>) {

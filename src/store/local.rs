@@ -184,11 +184,11 @@ impl ChunkSink for LocalStore {
         .await
     }
 
-    async fn begin(&self, name: &str, stored_len: u64) -> Result<Box<dyn ObjectWriter>> {
+    async fn begin(&self, name: &str, stored_len_max: u64) -> Result<Box<dyn ObjectWriter>> {
         check_name(name)?;
         let staged = self.blocking(|inner| inner.stage()).await?;
         let store = self.clone();
-        Ok(Box::new(Writer { store, name: name.to_owned(), stored_len, staged: Some(staged) }))
+        Ok(Box::new(Writer { store, name: name.to_owned(), stored_len_max, staged: Some(staged) }))
     }
 
     async fn replace_hint(&self, name: &str, bytes: Bytes) -> Result<()> {
@@ -212,7 +212,7 @@ impl ChunkSink for LocalStore {
 struct Writer {
     store: LocalStore,
     name: String,
-    stored_len: u64,
+    stored_len_max: u64,
     /// None after a failed write: what was staged is gone, and finishing is refused.
     staged: Option<Staged>,
 }
@@ -223,20 +223,21 @@ impl ObjectWriter for Writer {
         let Some(mut staged) = self.staged.take() else {
             refuse!(Host, "object {} already failed to be written", self.name);
         };
-        if staged.len + piece.len() as u64 > self.stored_len {
-            refuse!(Length, "object {} was announced with {} bytes, more were written", self.name, self.stored_len);
+        if staged.len + piece.len() as u64 > self.stored_len_max {
+            let max = self.stored_len_max;
+            refuse!(Length, "object {} was announced with at most {max} bytes, more were written", self.name);
         }
         let staged = spawn(move || staged.append(&piece).map(|()| staged)).await?;
         self.staged = Some(staged);
         Ok(())
     }
 
-    async fn finish(mut self: Box<Self>) -> Result<()> {
+    async fn finish(mut self: Box<Self>, stored_len: u64) -> Result<()> {
         let Some(mut staged) = self.staged.take() else {
             refuse!(Host, "object {} already failed to be written", self.name);
         };
-        if staged.len != self.stored_len {
-            refuse!(Length, "object {} has {} of {} bytes written", self.name, staged.len, self.stored_len);
+        if staged.len != stored_len {
+            refuse!(Length, "object {} has {} of {stored_len} bytes written", self.name, staged.len);
         }
         let name = mem::take(&mut self.name);
         self.store.blocking(move |inner| staged.publish(inner, &name)).await

@@ -108,10 +108,10 @@ impl ChunkSink for MemoryStore {
         insert_new(&self.objects, name, bytes)
     }
 
-    async fn begin(&self, name: &str, stored_len: u64) -> Result<Box<dyn ObjectWriter>> {
+    async fn begin(&self, name: &str, stored_len_max: u64) -> Result<Box<dyn ObjectWriter>> {
         check_name(name)?;
         let objects = Arc::clone(&self.objects);
-        Ok(Box::new(Writer { objects, name: name.to_owned(), stored_len, bytes: BytesMut::new() }))
+        Ok(Box::new(Writer { objects, name: name.to_owned(), stored_len_max, bytes: BytesMut::new() }))
     }
 
     async fn replace_hint(&self, name: &str, bytes: Bytes) -> Result<()> {
@@ -142,23 +142,24 @@ fn insert_new(objects: &Objects, name: &str, bytes: Bytes) -> Result<()> {
 struct Writer {
     objects: Objects,
     name: String,
-    stored_len: u64,
+    stored_len_max: u64,
     bytes: BytesMut,
 }
 
 #[async_trait]
 impl ObjectWriter for Writer {
     async fn write(&mut self, piece: Bytes) -> Result<()> {
-        if self.bytes.len() as u64 + piece.len() as u64 > self.stored_len {
-            refuse!(Length, "object {} was announced with {} bytes, more were written", self.name, self.stored_len);
+        if self.bytes.len() as u64 + piece.len() as u64 > self.stored_len_max {
+            let max = self.stored_len_max;
+            refuse!(Length, "object {} was announced with at most {max} bytes, more were written", self.name);
         }
         self.bytes.extend_from_slice(&piece);
         Ok(())
     }
 
-    async fn finish(self: Box<Self>) -> Result<()> {
-        if self.bytes.len() as u64 != self.stored_len {
-            refuse!(Length, "object {} has {} of {} bytes written", self.name, self.bytes.len(), self.stored_len);
+    async fn finish(self: Box<Self>, stored_len: u64) -> Result<()> {
+        if self.bytes.len() as u64 != stored_len {
+            refuse!(Length, "object {} has {} of {stored_len} bytes written", self.name, self.bytes.len());
         }
         insert_new(&self.objects, &self.name, self.bytes.freeze())
     }

@@ -24,7 +24,7 @@ use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
 
 use crate::error::{Code, Error, Result};
-use crate::format::{self, ChunkIndex, ModelId, ObjectEntry, Oid};
+use crate::format::{self, ChunkIndex, Manifest, Oid};
 use crate::refuse;
 
 pub use patient::{Patience, Patient};
@@ -105,8 +105,8 @@ pub trait ChunkSource: Send + Sync + fmt::Debug {
 pub trait ChunkSink: ChunkSource {
     async fn create(&self, name: &str, bytes: Bytes) -> Result<()>;
 
-    /// Starts a data object of exactly `stored_len` bytes; it becomes visible when `finish` answers Ok.
-    async fn begin(&self, name: &str, stored_len: u64) -> Result<Box<dyn ObjectWriter>>;
+    /// Starts a data object of at most `stored_len_max` bytes; it becomes visible when `finish` answers Ok.
+    async fn begin(&self, name: &str, stored_len_max: u64) -> Result<Box<dyn ObjectWriter>>;
 
     async fn replace_hint(&self, name: &str, bytes: Bytes) -> Result<()>;
 
@@ -141,8 +141,8 @@ pub trait ObjectWriter: Send {
     /// the writer is of no more use and must be aborted or dropped.
     async fn write(&mut self, piece: Bytes) -> Result<()>;
 
-    /// Publishes the object; `Code::Length` when fewer bytes were written than announced.
-    async fn finish(self: Box<Self>) -> Result<()>;
+    /// Publishes the object; `Code::Length` when not exactly `stored_len` bytes were written.
+    async fn finish(self: Box<Self>, stored_len: u64) -> Result<()>;
 
     /// Gives up and frees what the store keeps of it, as far as the store answers.
     async fn abort(self: Box<Self>);
@@ -166,17 +166,17 @@ impl CipherChunk {
     }
 }
 
-/// One chunk of a data object, whole. The range is the layout's; the object's own header is never asked for.
+/// One chunk of a data object, whole. The range is the manifest's; the object's own header is never asked for.
 pub async fn fetch_chunk(
     source: &dyn ChunkSource,
-    model: ModelId,
-    object: &ObjectEntry,
+    manifest: &Manifest,
+    object: u32,
     index: ChunkIndex,
 ) -> Result<CipherChunk> {
-    let range = object.layout.chunk_stored(index);
-    let name = format::names::data(model, object.oid);
-    let pieces = source.read_range(&name, range).await?;
-    Ok(CipherChunk { object: object.oid, index, pieces })
+    let oid = manifest.objects()[object as usize].oid;
+    let name = format::names::data(manifest.header().model_id, oid);
+    let pieces = source.read_range(&name, manifest.chunk_stored(object, index)).await?;
+    Ok(CipherChunk { object: oid, index, pieces })
 }
 
 /// Where a store is. Parsed once, shown to people, never holds a secret.
@@ -419,6 +419,7 @@ impl Pieces {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::format::ModelId;
 
     #[test]
     fn store_urls_parse_and_show_themselves() {
@@ -492,31 +493,60 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_chunk_is_fetched_from_where_the_layout_says() {
+    async fn a_chunk_is_fetched_from_where_the_manifest_says() {
         let layout = format::ObjectLayout::new((2 << 20) + 5, 16, 20).expect("a layout");
-        let object = ObjectEntry {
-            oid: Oid([3; 32]),
-            layout,
-            suite: format::Suite::Aes256Gcm,
-            inherited: None,
-            first_hash: 0,
-            origin_vid: format::Vid([4; 16]),
-            commit: [5; 32],
-        };
-        let model = ModelId::of_name("acme/model");
-        let stored: Vec<u8> = (0..layout.stored_len()).map(|i| (i % 251) as u8).collect();
-        let store = memory::MemoryStore::new();
-        store.put(&format::names::data(model, object.oid), stored.clone());
+        for coded in [None, Some(vec![1 << 20, 700_001, 2])] {
+            let object = format::NewObject {
+                oid: Oid([3; 32]),
+                layout,
+                suite: format::Suite::Aes256Gcm,
+                inherited: false,
+                origin_vid: format::Vid([4; 16]),
+                commit: [5; 32],
+                hashes: vec![[0; 32]; 3],
+                coded,
+            };
+            let stored: Vec<u8> = (0..object.stored_len().expect("lengths")).map(|i| (i % 251) as u8).collect();
+            let (oid, model) = (object.oid, ModelId::of_name("acme/model"));
+            let manifest = manifest_of(object, model);
+            let store = memory::MemoryStore::new();
+            store.put(&format::names::data(model, oid), stored.clone());
 
-        let mut at = 128;
-        for index in 0..3 {
-            let chunk = fetch_chunk(&store, model, &object, ChunkIndex(index)).await.expect("there");
-            assert_eq!((chunk.object, chunk.index), (object.oid, ChunkIndex(index)));
-            let bytes = chunk.pieces.concat();
-            assert_eq!(bytes, stored[at..at + bytes.len()]);
-            at += bytes.len();
+            let mut at = 128;
+            for index in 0..3 {
+                let chunk = fetch_chunk(&store, &manifest, 0, ChunkIndex(index)).await.expect("there");
+                assert_eq!((chunk.object, chunk.index), (oid, ChunkIndex(index)));
+                let bytes = chunk.pieces.concat();
+                assert_eq!(bytes, stored[at..at + bytes.len()]);
+                at += bytes.len();
+            }
+            assert_eq!(at, stored.len(), "the chunks are the object without its header");
         }
-        assert_eq!(at, stored.len(), "the chunks are the object without its header");
+    }
+
+    fn manifest_of(object: format::NewObject, model_id: ModelId) -> Manifest {
+        let len = object.layout.plain_len();
+        let mut builder = format::ManifestBuilder::new();
+        let object = builder.add_object(object);
+        builder.add_file(format::NewFile {
+            path: "weights".into(),
+            mode: 0o444,
+            size: len,
+            sha256: [6; 32],
+            mtime: 0,
+            extents: vec![format::Extent { object, object_offset: 0, len }],
+        });
+        let head = format::NewHeader {
+            suite: format::Suite::Aes256Gcm,
+            hash_alg: format::HashAlg::Blake3,
+            model_id,
+            vid: format::Vid([4; 16]),
+            seq: 1,
+            created_at: 0,
+            msalt: [0; 32],
+            previous: None,
+        };
+        builder.finish(head).expect("a manifest")
     }
 
     #[test]

@@ -201,11 +201,11 @@ impl<S: ChunkSink + 'static> ChunkSink for Patient<S> {
         }
     }
 
-    async fn begin(&self, name: &str, stored_len: u64) -> Result<Box<dyn ObjectWriter>> {
+    async fn begin(&self, name: &str, stored_len_max: u64) -> Result<Box<dyn ObjectWriter>> {
         let what = format!("begin object {name} in {}", self.describe());
-        let inner = self.patience.run(&what, Attempt::Single, || self.inner.begin(name, stored_len)).await?;
+        let inner = self.patience.run(&what, Attempt::Single, || self.inner.begin(name, stored_len_max)).await?;
         // Four parts may be waited for before one is taken, and a completion with its check after them.
-        let sending = Duration::from_secs(stored_len / SEND_BYTES_PER_S_MIN);
+        let sending = Duration::from_secs(stored_len_max / SEND_BYTES_PER_S_MIN);
         let limit = self.patience.budget.saturating_mul(3) + sending;
         Ok(Box::new(PatientWriter { inner, name: name.to_owned(), limit }))
     }
@@ -244,8 +244,8 @@ impl ObjectWriter for PatientWriter {
         Self::bounded(self.limit, &self.name, self.inner.write(piece)).await
     }
 
-    async fn finish(self: Box<Self>) -> Result<()> {
-        Self::bounded(self.limit, &self.name, self.inner.finish()).await
+    async fn finish(self: Box<Self>, stored_len: u64) -> Result<()> {
+        Self::bounded(self.limit, &self.name, self.inner.finish(stored_len)).await
     }
 
     async fn abort(self: Box<Self>) {

@@ -286,11 +286,11 @@ impl ChunkSink for S3Store {
         }
     }
 
-    async fn begin(&self, name: &str, stored_len: u64) -> Result<Box<dyn ObjectWriter>> {
+    async fn begin(&self, name: &str, stored_len_max: u64) -> Result<Box<dyn ObjectWriter>> {
         let path = self.path(name)?;
-        let part_len = part_len(stored_len);
+        let part_len = part_len(stored_len_max);
         // One part needs no upload of many parts: a plain create-only PUT, when all is there.
-        let upload = if stored_len <= part_len {
+        let upload = if stored_len_max <= part_len {
             None
         } else {
             let id = self.s3.create_multipart(&path).await.map_err(|e| self.of(name, &e))?;
@@ -299,7 +299,7 @@ impl ChunkSink for S3Store {
         Ok(Box::new(Writer {
             store: self.clone(),
             name: name.to_owned(),
-            stored_len,
+            stored_len_max,
             part_len,
             taken: 0,
             waiting: VecDeque::new(),
@@ -377,7 +377,7 @@ impl Upload {
 struct Writer {
     store: S3Store,
     name: String,
-    stored_len: u64,
+    stored_len_max: u64,
     part_len: u64,
     taken: u64,
     /// Pieces that do not fill a part yet.
@@ -432,9 +432,9 @@ impl Writer {
         }
     }
 
-    async fn publish(&mut self) -> Result<()> {
-        if self.taken != self.stored_len {
-            refuse!(Length, "object {} has {} of {} bytes written", self.name, self.taken, self.stored_len);
+    async fn publish(&mut self, stored_len: u64) -> Result<()> {
+        if self.taken != stored_len {
+            refuse!(Length, "object {} has {} of {stored_len} bytes written", self.name, self.taken);
         }
         let Some(upload) = self.upload.clone() else {
             let whole = self.take(self.waiting_len);
@@ -448,7 +448,7 @@ impl Writer {
         }
         self.done.sort_unstable_by_key(|(index, _)| *index);
         let parts = self.done.drain(..).map(|(_, id)| id).collect();
-        upload.complete(parts, self.stored_len).await
+        upload.complete(parts, stored_len).await
     }
 
     async fn create_whole(&self, whole: PutPayload) -> Result<()> {
@@ -462,14 +462,14 @@ impl Writer {
                 match self.store.put(&self.name, whole, PutMode::Create).await {
                     // Nobody else knows the name: an earlier attempt of ours was taken and its answer lost.
                     Err(there) if again && there.code() == Code::Exists => match self.store.size(&self.name).await {
-                        Ok(size) if size == self.stored_len => Ok(()),
+                        Ok(size) if size == self.taken => Ok(()),
                         _ => Err(there),
                     },
                     other => other,
                 }
             }
         };
-        self.store.patience.run(&what, Attempt::Sending(self.stored_len), put).await
+        self.store.patience.run(&what, Attempt::Sending(self.taken), put).await
     }
 
     async fn give_up(&mut self) {
@@ -484,8 +484,9 @@ impl Writer {
 #[async_trait]
 impl ObjectWriter for Writer {
     async fn write(&mut self, piece: Bytes) -> Result<()> {
-        if self.taken + piece.len() as u64 > self.stored_len {
-            refuse!(Length, "object {} was announced with {} bytes, more were written", self.name, self.stored_len);
+        if self.taken + piece.len() as u64 > self.stored_len_max {
+            let max = self.stored_len_max;
+            refuse!(Length, "object {} was announced with at most {max} bytes, more were written", self.name);
         }
         if piece.is_empty() {
             return Ok(());
@@ -500,8 +501,8 @@ impl ObjectWriter for Writer {
         Ok(())
     }
 
-    async fn finish(mut self: Box<Self>) -> Result<()> {
-        let result = self.publish().await;
+    async fn finish(mut self: Box<Self>, stored_len: u64) -> Result<()> {
+        let result = self.publish(stored_len).await;
         match &result {
             Ok(()) => self.settled = true,
             Err(_) => self.give_up().await,

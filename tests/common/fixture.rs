@@ -203,7 +203,7 @@ async fn put(
 ) -> u32 {
     let oid = Oid(random.bytes(32).try_into().expect("32"));
     let layout = ObjectLayout::new(plain.len() as u64, style.block_log2, style.chunk_log2).expect("a valid layout");
-    let new_sealer = |dek: &Dek| ObjectSealer::new(dek, style.suite, layout, style.hash_alg, oid, vid);
+    let new_sealer = |dek: &Dek| ObjectSealer::new(dek, style.suite, layout, false, style.hash_alg, oid, vid);
     let honest = new_sealer(dek);
     let sealer = if style.lie == Lie::Honest { new_sealer(dek) } else { new_sealer(&Dek::random()) };
     let told = if style.lie == Lie::OtherKeyAndCommitment { &sealer } else { &honest };
@@ -227,5 +227,6 @@ async fn put(
         origin_vid: vid,
         commit: told.commit(),
         hashes,
+        coded: None,
     })
 }

@@ -165,13 +165,9 @@ fn object_header() -> Cases {
         ("OBJECT", "object header: blocks of 2^11", vec![put(12, [11])]),
         ("OBJECT", "object header: blocks of 2^63", vec![put(12, [63])]),
         ("OBJECT", "object header: chunks of 2^40", vec![put(13, [40])]),
-        ("UNSUPPORTED_CODED", "object header: coded", vec![put(14, u16(1))]),
-        (
-            "UNSUPPORTED_CODED",
-            "object header: coded and wrong besides",
-            vec![put(10, [9, 0, 63, 63, 3, 0]), put(96, [1])],
-        ),
+        ("ACCEPTED", "object header: coded", vec![put(14, u16(1))]),
         ("UNSUPPORTED", "object header: flag 2", vec![put(14, u16(2))]),
+        ("UNSUPPORTED", "object header: coded and flag 2", vec![put(14, u16(3))]),
         ("UNSUPPORTED", "object header: reserved byte", vec![put(127, [1])]),
     ]
 }
@@ -229,7 +225,7 @@ fn body_counts() -> Cases {
         ("LIMIT", "body: 2^27+1 bytes of paths", vec![put(24, u32((1 << 27) + 1))]),
         ("LIMIT", "body: 2^20+1 bytes of annotations", vec![put(28, u32((1 << 20) + 1))]),
         ("LIMIT", "body: more coded chunks than chunks", vec![put(32, u64(5))]),
-        ("UNSUPPORTED_CODED", "body: one coded chunk", vec![put(32, u64(1)), Edit::Insert(STRINGS, u32(1))]),
+        ("BODY_LENGTH", "body: a coded length of no object", vec![put(32, u64(1)), Edit::Insert(STRINGS, u32(1))]),
         ("UNSUPPORTED", "body: reserved byte", vec![put(63, [1])]),
         ("BODY_LENGTH", "body: as many extents as may be, and no bytes", vec![put(8, u32(4_000_000))]),
         ("BODY_LENGTH", "body: a hash of no chunk", vec![put(16, u64(5)), Edit::Insert(STRINGS, vec![0; 32])]),
@@ -370,13 +366,42 @@ fn body_objects() -> Cases {
                 Edit::Insert(HASH, vec![0; 64]),
             ],
         ),
-        ("UNSUPPORTED_CODED", "object: coded", vec![put(at + 60, u32(1))]),
-        ("UNSUPPORTED_CODED", "object: coded and wrong besides", vec![put(at + 32, [0xff; 28]), put(at + 60, u32(3))]),
         ("UNSUPPORTED", "object: flag 2", vec![put(at + 60, u32(2))]),
+        ("UNSUPPORTED", "object: coded and flag 2", vec![put(at + 60, u32(3))]),
+        ("ACCEPTED", "object: coded, its chunk as it is", coded(205_704, 205_896)),
+        ("ACCEPTED", "object: coded, its chunk shorter", coded(100_000, 100_160)),
+        ("ACCEPTED", "object: coded, its chunk one byte", coded(1, 145)),
+        ("OBJECT", "object: coded, its chunk empty", coded(0, 128)),
+        ("OBJECT", "object: coded, its chunk longer than plain", coded(205_705, 205_897)),
+        ("OBJECT", "object: coded, its chunk of 2^32-1", coded(u32::MAX, 128)),
+        ("OBJECT", "object: coded, stored length of plain", coded(100_000, 205_896)),
+        ("OBJECT", "object: coded, stored length one short", coded(100_000, 100_159)),
+        ("BODY_LENGTH", "object: coded, no coded length", vec![put(at + 60, u32(1))]),
+        (
+            "BODY_LENGTH",
+            "object: coded, its length elsewhere",
+            [coded(100_000, 100_160), vec![put(at + 120, u64(1))]].concat(),
+        ),
+        (
+            "BODY_LENGTH",
+            "object: coded, a length too many",
+            [coded(100_000, 100_160), vec![put(32, u64(2)), Edit::Insert(STRINGS + 4, u32(1))]].concat(),
+        ),
+        (
+            "BODY_LENGTH",
+            "object: coded, a length for three chunks",
+            vec![put(32, u64(1)), Edit::Insert(STRINGS, u32(9)), put(OBJECT[1] + 60, u32(1))],
+        ),
         ("BODY_LENGTH", "object: hashes start elsewhere", vec![put(at + 64, u64(1))]),
         ("BODY_LENGTH", "object: hashes of its neighbour", vec![put(OBJECT[1] + 64, u64(0))]),
         ("OBJECT", "object: first coded chunk, not coded", vec![put(at + 120, u64(1))]),
     ]
+}
+
+/// Object 0 told to be coded, its one chunk in `len` bytes.
+fn coded(len: u32, stored_len: u64) -> Vec<Edit> {
+    let at = OBJECT[0];
+    vec![put(32, u64(1)), put(at + 40, u64(stored_len)), put(at + 60, u32(1)), Edit::Insert(STRINGS, u32(len))]
 }
 
 fn chunks_of_other_manifests() -> Cases {
@@ -386,6 +411,8 @@ fn chunks_of_other_manifests() -> Cases {
         ("COMMIT", "object: another origin", vec![put(at + 72, [0; 16])]),
         ("COMMIT", "object: another commitment", vec![put(at + 88, [0; 32])]),
         ("COMMIT", "object: another chunk size", vec![put(at + 49, [21])]),
+        ("COMMIT", "object: coded, which it is not", coded(205_704, 205_896)),
+        ("COMMIT", "object: coded, shorter than it is stored", coded(100_000, 100_160)),
         (
             "COMMIT",
             "object: another root",

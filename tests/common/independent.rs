@@ -133,6 +133,52 @@ pub fn object(dek: &[u8; 32], kdf_input: &[u8; 64], plain: &[u8]) -> Vec<u8> {
     out
 }
 
+/// A coded object of 64 KiB blocks and 1 MiB chunks under suite 1, from what each chunk seals.
+pub fn coded_object(dek: &[u8; 32], kdf_input: &[u8; 64], sealed: &[Vec<u8>]) -> Vec<u8> {
+    let root = expand(dek, "object-root", &kdf_input[16..48], 32);
+    let keys = keys(&root, "object", kdf_input);
+    let mut out = [&kdf_input[..], &keys.commit, &[0; 32]].concat();
+    for (index, chunk) in sealed.iter().enumerate() {
+        let end = index * 16 + chunk.len().div_ceil(65_536);
+        let total = if index + 1 == sealed.len() { end } else { usize::MAX };
+        out.extend(keys.seal(chunk, index * 16, total, &[]));
+    }
+    out
+}
+
+/// The coded stream of whole bf16 elements and perhaps one byte more, bit by bit as the page has it.
+pub fn coded_bf16(plain: &[u8]) -> Vec<u8> {
+    let mut out = vec![1, 1, 8, 0, 0, 0, 0, 0];
+    let (elements, tail) = plain.as_chunks::<2>();
+    for segment in elements.chunks(65_536) {
+        let values: Vec<u16> = segment.iter().map(|bytes| u16::from_le_bytes(*bytes)).collect();
+        let exponent = |value: &u16| (value >> 7) as u8;
+        let mut counts = [0u32; 256];
+        values.iter().for_each(|value| counts[usize::from(exponent(value))] += 1);
+        let mut table: Vec<u8> = (0..=255).collect();
+        table.sort_by_key(|&exponent| (std::cmp::Reverse(counts[usize::from(exponent)]), exponent));
+        table.truncate(7);
+        let code = |value: &u16| table.iter().position(|&known| known == exponent(value)).unwrap_or(7);
+        let escapes: Vec<u8> = values.iter().filter(|value| code(value) == 7).map(exponent).collect();
+        out.extend((escapes.len() as u32).to_le_bytes());
+        out.extend(&table);
+        out.extend([0; 5]);
+        for group in values.chunks(32) {
+            for bit in 0..3 {
+                let word = group
+                    .iter()
+                    .enumerate()
+                    .fold(0u32, |word, (i, value)| word | u32::try_from(code(value) >> bit & 1).unwrap() << i);
+                out.extend(word.to_le_bytes());
+            }
+        }
+        out.extend(values.iter().map(|value| ((value >> 15) << 7 | value & 0x7f) as u8));
+        out.extend(escapes);
+    }
+    out.extend(tail);
+    out
+}
+
 fn manifest_keys(dek: &[u8; 32], header: &[u8]) -> Keys {
     // suite || model_id || vid || seq || msalt
     let context = [&header[10..12], &header[16..48], &header[48..64], &header[64..72], &header[96..128]].concat();
