@@ -27,7 +27,13 @@
 //! would cost a look-up for each escape and stop nothing: one plaintext has many streams anyway, and the stream is
 //! authentic before it gets here.
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod encode;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod portable;
 #[cfg(test)]
 mod tests;
@@ -174,6 +180,10 @@ impl Implementation {
     /// Every one that runs here, the fastest first, the portable one last.
     pub fn all_here() -> Vec<Implementation> {
         let mut all = Vec::new();
+        #[cfg(target_arch = "x86_64")]
+        all.extend(avx512::implementation().into_iter().chain(avx2::implementation()));
+        #[cfg(target_arch = "aarch64")]
+        all.extend(neon::implementation());
         all.push(Implementation::PORTABLE);
         all
     }

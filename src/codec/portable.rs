@@ -35,10 +35,10 @@ fn groups<const WIDTH: usize>(
     let bit_planes = segment.bits.len() / 4 / n_groups;
     let byte_planes = segment.planes.len() / segment.len;
     let (elements, _) = out.as_chunks_mut::<WIDTH>();
-    for group in place.group..n_groups {
+    for (group, codes) in code_words.iter().enumerate().skip(place.group) {
         let from = group * GROUP;
         let to = segment.len.min(from + GROUP);
-        let codes = words(&code_words[group]);
+        let codes = words(codes);
         let mut exponents = [0; GROUP];
         for (i, exponent) in exponents.iter_mut().enumerate() {
             *exponent = segment.table[usize::from(element_bits(codes, i))];
