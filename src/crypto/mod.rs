@@ -29,7 +29,7 @@ mod testing;
 #[cfg(test)]
 mod vectors;
 
-pub use aead::TAG_LEN;
+pub use aead::{Implementation, TAG_LEN, implementation};
 pub use chunk::{ObjectSealer, Verify, check_chunk_hash, open_chunk, scratch_len};
 pub use dek::{Dek, ModelKeys};
 pub use hash::{FileHasher, sha256};
