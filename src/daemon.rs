@@ -56,9 +56,10 @@ pub struct Ready {
 ///
 /// # Errors
 /// Whatever refused the mount; `HELD` if programs still held files at the end.
-pub fn run(plan: MountPlan, ready: impl FnOnce(&Ready)) -> Result<()> {
+pub fn run(mut plan: MountPlan, ready: impl FnOnce(&Ready)) -> Result<()> {
     let hardening = mem::harden()?;
     let telemetry = Arc::new(Telemetry::default());
+    plan.access.store.telemetry = telemetry.clone();
     telemetry.cache_bytes_max.set(plan.cache_bytes);
     // Before anything is fetched: a machine that cannot lock this much will not do so later either.
     let limits = CacheLimits::default();

@@ -103,6 +103,10 @@ metrics! {
     fetch_errors: Counter => u64;
     /// Chunks asked for again because hash or length was wrong.
     refetches: Counter => u64;
+    /// Extra requests for ranges whose first request was far behind its peers.
+    hedges_sent: Counter => u64;
+    /// Of those, how many answered before the first one.
+    hedges_won: Counter => u64;
     /// Time a request waited for its bytes, summed.
     fetch_seconds: Spent => f64;
 

@@ -570,7 +570,7 @@ async fn wrong_credentials_and_buckets_are_told_apart() {
         let mut aws = server.settings();
         aws.retain(|(seen, _)| seen != name);
         aws.push((name.to_owned(), value.to_owned()));
-        StoreOptions { aws, ignore_environment: true, patience: few_attempts() }
+        StoreOptions { aws, ignore_environment: true, patience: few_attempts(), ..StoreOptions::default() }
     };
     let store = |url: &str, opts: &StoreOptions| open(&url.parse().expect("a URL"), opts).expect("settings");
 
@@ -593,7 +593,12 @@ async fn wrong_credentials_and_buckets_are_told_apart() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_s3_object_that_became_shorter_is_an_error_and_never_a_short_read() {
     let Some(server) = common::S3Server::start() else { return };
-    let opts = StoreOptions { aws: server.settings(), ignore_environment: true, patience: few_attempts() };
+    let opts = StoreOptions {
+        aws: server.settings(),
+        ignore_environment: true,
+        patience: few_attempts(),
+        ..StoreOptions::default()
+    };
     let store = open(&"s3://models".parse().expect("a URL"), &opts).expect("settings");
     store.create("m/x", Bytes::from(vec![5; 1000])).await.expect("new");
     std::fs::write(server.bucket_dir().join("m/x"), vec![5; 500]).expect("its plain file");

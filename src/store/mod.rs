@@ -9,8 +9,10 @@
 
 mod beneath;
 pub mod fault;
+pub mod hedge;
 pub mod local;
 pub mod memory;
+pub mod pace;
 pub mod patient;
 pub mod s3;
 mod wire;
@@ -26,7 +28,9 @@ use bytes::{Bytes, BytesMut};
 use crate::error::{Code, Error, Result};
 use crate::format::{self, ChunkIndex, Manifest, Oid};
 use crate::refuse;
+use crate::telemetry::Telemetry;
 
+pub use hedge::{Hedged, Progress};
 pub use patient::{Patience, Patient};
 
 /// Longest object name, in bytes. The longest the format makes is 64 + 3 + 64 + 21 bytes; S3 allows 1024 with the
@@ -76,6 +80,20 @@ pub trait ChunkSource: Send + Sync + fmt::Debug {
 
     /// The whole of a small object; `Code::Limit` as soon as it is longer than `max` bytes.
     async fn read_small(&self, name: &str, max: u64) -> Result<Bytes>;
+
+    /// `read_range`, and `progress` is told of the body's bytes as they arrive, where the store can tell.
+    async fn read_range_watched(&self, name: &str, range: Range<u64>, progress: &Progress) -> Result<Vec<Bytes>> {
+        let pieces = self.read_range(name, range).await?;
+        progress.add(pieces.iter().map(|piece| piece.len() as u64).sum());
+        Ok(pieces)
+    }
+
+    /// `read_small`, likewise.
+    async fn read_small_watched(&self, name: &str, max: u64, progress: &Progress) -> Result<Bytes> {
+        let bytes = self.read_small(name, max).await?;
+        progress.add(bytes.len() as u64);
+        Ok(bytes)
+    }
 
     /// How long the store says the object is.
     async fn size(&self, name: &str) -> Result<u64>;
@@ -273,6 +291,8 @@ pub struct StoreOptions {
     pub aws: Vec<(String, String)>,
     /// Whether `AWS_…` variables of the process are left alone, so that only `aws` counts.
     pub ignore_environment: bool,
+    /// Where hedged requests are counted.
+    pub telemetry: Arc<Telemetry>,
 }
 
 impl fmt::Debug for StoreOptions {
@@ -283,11 +303,11 @@ impl fmt::Debug for StoreOptions {
             .field("patience", &self.patience)
             .field("aws", &names)
             .field("ignore_environment", &self.ignore_environment)
-            .finish()
+            .finish_non_exhaustive()
     }
 }
 
-/// The store at `url`, with patience around it. Asks nothing of the store yet.
+/// The store at `url`, with patience around it, and hedging where there is a network. Asks nothing of the store yet.
 ///
 /// # Errors
 /// `Code::Usage` for settings that cannot work, `Code::StorePerms` for a local root that is a symlink.
@@ -295,7 +315,10 @@ pub fn open(url: &StoreUrl, opts: &StoreOptions) -> Result<Arc<dyn ChunkSink>> {
     let patience = opts.patience.clone();
     Ok(match url {
         StoreUrl::Local(path) => Arc::new(Patient::new(local::LocalStore::open(path)?, patience)),
-        StoreUrl::S3 { bucket, prefix } => Arc::new(Patient::new(s3::S3Store::open(bucket, prefix, opts)?, patience)),
+        StoreUrl::S3 { bucket, prefix } => {
+            let store = s3::S3Store::open(bucket, prefix, opts)?;
+            Arc::new(Patient::new(Hedged::new(store, opts.telemetry.clone()), patience))
+        }
     })
 }
 

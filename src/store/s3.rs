@@ -31,8 +31,8 @@ use tokio::task::JoinSet;
 use super::patient::{Attempt, Patience};
 use super::wire::{Wire, told};
 use super::{
-    ChunkSink, ChunkSource, LIST_NAMES_MAX, Listed, ObjectWriter, Pieces, StoreOptions, check_name, check_prefix,
-    is_component, range_len,
+    ChunkSink, ChunkSource, LIST_NAMES_MAX, Listed, ObjectWriter, Pieces, Progress, StoreOptions, check_name,
+    check_prefix, is_component, range_len,
 };
 use crate::error::{Class, Code, Error, Result};
 use crate::refuse;
@@ -184,6 +184,10 @@ fn endpoint_host(endpoint: &str, allow_http: bool) -> Result<(Vec<(String, u16)>
 #[async_trait]
 impl ChunkSource for S3Store {
     async fn read_range(&self, name: &str, range: Range<u64>) -> Result<Vec<Bytes>> {
+        self.read_range_watched(name, range, &Progress::start()).await
+    }
+
+    async fn read_range_watched(&self, name: &str, range: Range<u64>, progress: &Progress) -> Result<Vec<Bytes>> {
         let path = self.path(name)?;
         let len = range_len(name, &range)? as u64;
         let opts = GetOptions { range: Some(GetRange::Bounded(range.clone())), ..GetOptions::default() };
@@ -191,7 +195,9 @@ impl ChunkSource for S3Store {
         let mut pieces = Pieces::new(len);
         let mut stream = answer.into_stream();
         while let Some(piece) = stream.next().await {
-            if !pieces.push(piece.map_err(|e| self.of(name, &e))?) {
+            let piece = piece.map_err(|e| self.of(name, &e))?;
+            progress.add(piece.len() as u64);
+            if !pieces.push(piece) {
                 refuse!(Length, "store sent more than the {len} bytes asked for of {name}");
             }
         }
@@ -202,6 +208,10 @@ impl ChunkSource for S3Store {
     }
 
     async fn read_small(&self, name: &str, max: u64) -> Result<Bytes> {
+        self.read_small_watched(name, max, &Progress::start()).await
+    }
+
+    async fn read_small_watched(&self, name: &str, max: u64, progress: &Progress) -> Result<Bytes> {
         let path = self.path(name)?;
         let answer = self.s3.get_opts(&path, GetOptions::default()).await.map_err(|e| self.of(name, &e))?;
         let size = answer.meta.size;
@@ -212,7 +222,9 @@ impl ChunkSource for S3Store {
         let mut pieces = Pieces::new(max);
         let mut stream = GetResult::into_stream(answer);
         while let Some(piece) = stream.next().await {
-            if !pieces.push(piece.map_err(|e| self.of(name, &e))?) {
+            let piece = piece.map_err(|e| self.of(name, &e))?;
+            progress.add(piece.len() as u64);
+            if !pieces.push(piece) {
                 return Err(too_long());
             }
         }

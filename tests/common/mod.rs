@@ -8,6 +8,7 @@
 #![allow(dead_code)]
 
 pub mod hostile;
+pub mod slow;
 
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::process::CommandExt;

@@ -1,0 +1,211 @@
+//! A second request when the first is stuck: no connection that fell silent holds up a stream.
+//!
+//! In: any store that can tell how far a request has come. Out: the same store; a read far behind what its peers took is
+//! asked for once more, on another connection, and the first complete answer wins.
+//! Promises: one extra request at a time for a range, and all of them within the budget of `pace`; an answer is one
+//! request's from first to last byte; the loser is dropped, and with it its connection; an error of an extra request
+//! is never the answer. Writes are passed on as they are.
+//! Not here: what is far behind (`pace`), deadlines and retries (`patient`, around this).
+//! Held by: the tests below, tests/slow_store.rs, tests/store_contract.rs.
+
+use std::ops::Range;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+
+use super::pace::{EXTRA_PER_RANGE_MAX, Pace, Seen, Verdict};
+use super::{ChunkSink, ChunkSource, Listed, ObjectWriter};
+use crate::error::{Class, Result};
+use crate::telemetry::Telemetry;
+
+/// How far one request has come, told by the store and read by whoever waits.
+#[derive(Debug)]
+pub struct Progress {
+    sent: Instant,
+    received: AtomicU64,
+    /// Microseconds from `sent`; 0: no byte yet.
+    first_byte_us: AtomicU64,
+    last_byte_us: AtomicU64,
+}
+
+impl Progress {
+    pub fn start() -> Self {
+        let (received, first_byte_us, last_byte_us) = <(AtomicU64, AtomicU64, AtomicU64)>::default();
+        Progress { sent: Instant::now(), received, first_byte_us, last_byte_us }
+    }
+
+    /// That many bytes more of the body have arrived.
+    pub fn add(&self, bytes: u64) {
+        let now_us = u64::try_from(self.sent.elapsed().as_micros()).unwrap_or(u64::MAX).max(1);
+        self.last_byte_us.store(now_us, Ordering::Relaxed);
+        // One task tells; the others only read.
+        if self.first_byte_us.load(Ordering::Relaxed) == 0 {
+            self.first_byte_us.store(now_us, Ordering::Relaxed);
+        }
+        self.received.fetch_add(bytes, Ordering::Release);
+    }
+
+    fn seen(&self) -> Seen {
+        let received = self.received.load(Ordering::Acquire);
+        let elapsed = self.sent.elapsed();
+        let last_byte = Duration::from_micros(self.last_byte_us.load(Ordering::Relaxed));
+        Seen { elapsed, received, silent: elapsed.saturating_sub(last_byte) }
+    }
+
+    fn first_byte(&self) -> Duration {
+        Duration::from_micros(self.first_byte_us.load(Ordering::Relaxed))
+    }
+}
+
+/// A store whose reads are hedged.
+#[derive(Debug)]
+pub struct Hedged<S> {
+    inner: Arc<S>,
+    pace: Mutex<Pace>,
+    telemetry: Arc<Telemetry>,
+}
+
+/// One request under way.
+struct Run<'a, T> {
+    progress: Arc<Progress>,
+    answer: Pin<Box<dyn Future<Output = Result<T>> + Send + 'a>>,
+}
+
+impl<S: ChunkSink> Hedged<S> {
+    pub fn new(inner: S, telemetry: Arc<Telemetry>) -> Self {
+        Hedged { inner: Arc::new(inner), pace: Mutex::default(), telemetry }
+    }
+
+    fn pace(&self) -> MutexGuard<'_, Pace> {
+        self.pace.lock().expect("no thread panics while it holds the pace")
+    }
+
+    /// Sends a request for `len` bytes, and another one whenever the latest is far behind; the first answer wins.
+    async fn race<'a, T>(
+        &'a self,
+        len: Option<u64>,
+        ask: impl Fn(Arc<Progress>) -> Pin<Box<dyn Future<Output = Result<T>> + Send + 'a>> + Send,
+    ) -> Result<T> {
+        let send = || {
+            let progress = Arc::new(Progress::start());
+            Run { answer: ask(progress.clone()), progress }
+        };
+        self.pace().asked();
+        let mut first = send();
+        let mut extra: Option<Run<'a, T>> = None;
+        let mut extras_sent = 0;
+        loop {
+            let latest = extra.as_ref().unwrap_or(&first).progress.seen();
+            let mut wait = Duration::MAX;
+            if extras_sent < EXTRA_PER_RANGE_MAX {
+                let mut pace = self.pace();
+                match pace.verdict(latest, len, extras_sent) {
+                    Verdict::LookAgain(time) => wait = time,
+                    // The budget is used up: others earn it meanwhile.
+                    Verdict::Behind if !pace.take_extra() => wait = super::pace::FLOOR,
+                    Verdict::Behind => {
+                        // What was extra before is dropped here. The first request keeps its turn: of a store that is
+                        // slow for everyone it is the one that has waited longest.
+                        extra = Some(send());
+                        extras_sent += 1;
+                        self.telemetry.hedges_sent.inc();
+                        continue;
+                    }
+                }
+            }
+            let second = async {
+                match &mut extra {
+                    Some(run) => run.answer.as_mut().await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                answer = first.answer.as_mut() => match answer {
+                    Ok(bytes) => return Ok(self.won(&first, bytes)),
+                    // The connection broke; the other one may hold.
+                    Err(error) if error.class() == Class::Unreachable && extra.is_some() => {
+                        first = extra.take().expect("seen a moment ago");
+                    }
+                    Err(error) => return Err(error),
+                },
+                answer = second => match answer {
+                    Ok(bytes) => {
+                        self.telemetry.hedges_won.inc();
+                        return Ok(self.won(extra.as_ref().expect("it has just answered"), bytes));
+                    }
+                    Err(error) => {
+                        tracing::debug!(%error, "an extra request failed; the first one goes on");
+                        extra = None;
+                    }
+                },
+                () = tokio::time::sleep(wait) => {}
+            }
+        }
+    }
+
+    fn won<T>(&self, run: &Run<'_, T>, bytes: T) -> T {
+        let seen = run.progress.seen();
+        self.pace().brought(seen.received, run.progress.first_byte(), seen.elapsed);
+        bytes
+    }
+}
+
+#[async_trait]
+impl<S: ChunkSink + 'static> ChunkSource for Hedged<S> {
+    async fn read_range(&self, name: &str, range: Range<u64>) -> Result<Vec<Bytes>> {
+        let len = range.end.saturating_sub(range.start);
+        self.race(Some(len), |progress| {
+            let (inner, name, range) = (self.inner.clone(), name.to_owned(), range.clone());
+            Box::pin(async move { inner.read_range_watched(&name, range, &progress).await })
+        })
+        .await
+    }
+
+    async fn read_small(&self, name: &str, max: u64) -> Result<Bytes> {
+        self.race(None, |progress| {
+            let (inner, name) = (self.inner.clone(), name.to_owned());
+            Box::pin(async move { inner.read_small_watched(&name, max, &progress).await })
+        })
+        .await
+    }
+
+    async fn size(&self, name: &str) -> Result<u64> {
+        self.inner.size(name).await
+    }
+
+    async fn list(&self, prefix: &str) -> Result<Vec<Listed>> {
+        self.inner.list(prefix).await
+    }
+
+    async fn list_dirs(&self, prefix: &str) -> Result<Vec<String>> {
+        self.inner.list_dirs(prefix).await
+    }
+
+    fn describe(&self) -> String {
+        self.inner.describe()
+    }
+}
+
+#[async_trait]
+impl<S: ChunkSink + 'static> ChunkSink for Hedged<S> {
+    async fn create(&self, name: &str, bytes: Bytes) -> Result<()> {
+        self.inner.create(name, bytes).await
+    }
+
+    async fn begin(&self, name: &str, stored_len: u64) -> Result<Box<dyn ObjectWriter>> {
+        self.inner.begin(name, stored_len).await
+    }
+
+    async fn replace_hint(&self, name: &str, bytes: Bytes) -> Result<()> {
+        self.inner.replace_hint(name, bytes).await
+    }
+
+    async fn delete(&self, name: &str) -> Result<()> {
+        self.inner.delete(name).await
+    }
+}

@@ -1,0 +1,292 @@
+//! How fast a store answers, and what follows from it: when a request is hopelessly behind its peers, how many requests
+//! fetch one range. Pure: time comes in as durations.
+//!
+//! In: what finished requests took. Out: verdicts on running ones, a number of parts.
+//! Promises: nothing is judged below [`FLOOR`]; extra requests stay within [`EXTRA_SHARE`] of all requests and
+//! [`EXTRA_BURST`] beyond; a range that no measurement asks to split stays whole.
+//! Not here: sending anything (`hedge`), giving up (`patient`, `wire`).
+//! Held by: the tests below, tests/slow_store.rs.
+
+use std::time::Duration;
+
+/// A request younger or silent for less than this is left alone: a busy machine makes its own pauses of this order.
+pub const FLOOR: Duration = Duration::from_millis(300);
+
+/// The same while nothing is known of the store, and the most that knowledge can stretch a wait without any byte.
+pub const UNKNOWN: Duration = Duration::from_secs(2);
+
+/// How many times its peers' 90 % quantile a first byte may take.
+const FIRST_BYTE_TIMES: u32 = 4;
+
+/// How many times its peers' median the whole of a request may take.
+const WHOLE_TIMES: u32 = 3;
+
+/// Extra requests, as a share of all: with one connection in ten stuck, one request in nine needs another, and chance
+/// needs room.
+pub const EXTRA_SHARE: f64 = 0.2;
+
+/// Extra requests at once, before any share was earned: half of the requests a mount has in flight.
+pub const EXTRA_BURST: f64 = 8.0;
+
+/// Extra requests for one range in its life, one at a time. Of a store that loses one connection in ten, two lost in a row
+/// are met once in a hundred chunks, four once in ten thousand.
+pub const EXTRA_PER_RANGE_MAX: u32 = 3;
+
+/// Finished requests remembered: some seconds of a stream.
+const SAMPLES_MAX: usize = 64;
+
+/// Fewer than this say nothing about their peers.
+const SAMPLES_MIN: usize = 4;
+
+/// Bodies shorter than this say nothing about a rate.
+const RATE_BYTES_MIN: u64 = 64 << 10;
+
+/// How far a request has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Seen {
+    /// Since it was sent.
+    pub elapsed: Duration,
+    /// Bytes of the body.
+    pub received: u64,
+    /// Since its last byte, or since it was sent.
+    pub silent: Duration,
+}
+
+/// What to do about a running request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// It is far behind its peers: another one would be faster.
+    Behind,
+    /// Nothing to say before that much more time.
+    LookAgain(Duration),
+}
+
+/// A ring of the latest values, read by quantile.
+#[derive(Debug, Default)]
+struct Ring {
+    values: Vec<f64>,
+    next: usize,
+}
+
+impl Ring {
+    fn add(&mut self, value: f64) {
+        if self.values.len() < SAMPLES_MAX {
+            self.values.push(value);
+        } else {
+            self.values[self.next] = value;
+        }
+        self.next = (self.next + 1) % SAMPLES_MAX;
+    }
+
+    fn quantile(&self, share: f64) -> Option<f64> {
+        if self.values.len() < SAMPLES_MIN {
+            return None;
+        }
+        let mut sorted = self.values.clone();
+        sorted.sort_by(f64::total_cmp);
+        Some(sorted[((sorted.len() - 1) as f64 * share).round() as usize])
+    }
+}
+
+/// What the latest requests to one store took.
+#[derive(Debug)]
+pub struct Pace {
+    /// Seconds to the first byte of a body.
+    first_byte: Ring,
+    /// Bytes a second from the first byte on.
+    rate: Ring,
+    extra_left: f64,
+}
+
+impl Default for Pace {
+    fn default() -> Self {
+        Pace { first_byte: Ring::default(), rate: Ring::default(), extra_left: EXTRA_BURST }
+    }
+}
+
+impl Pace {
+    /// A request was sent that is no extra one.
+    pub fn asked(&mut self) {
+        self.extra_left = (self.extra_left + EXTRA_SHARE).min(EXTRA_BURST);
+    }
+
+    /// Whether one more extra request is within the budget; if so it counts as sent.
+    pub fn take_extra(&mut self) -> bool {
+        let may = self.extra_left >= 1.0;
+        if may {
+            self.extra_left -= 1.0;
+        }
+        may
+    }
+
+    /// A request brought `bytes`, the first after `first_byte`, the last after `whole`.
+    pub fn brought(&mut self, bytes: u64, first_byte: Duration, whole: Duration) {
+        self.first_byte.add(first_byte.as_secs_f64());
+        if bytes >= RATE_BYTES_MIN {
+            // A body that came in one piece took no time: a millisecond is as little as can be told.
+            let body = whole.saturating_sub(first_byte).max(Duration::from_millis(1));
+            self.rate.add(bytes as f64 / body.as_secs_f64());
+        }
+    }
+
+    /// Whether a request for `len` bytes (`None`: nobody knows how many) is far behind what its peers took. `extra`: how
+    /// many extra requests its range had already; each doubles the patience with the next.
+    pub fn verdict(&self, seen: Seen, len: Option<u64>, extra: u32) -> Verdict {
+        let patience = |limit: Duration| limit.max(FLOOR).saturating_mul(1 << extra.min(8));
+        let first_byte_limit = self.first_byte.quantile(0.9).map_or(UNKNOWN, |s| {
+            // What is known shortens the wait; a store whose every answer takes seconds is not asked twice for all.
+            let limit = Duration::from_secs_f64(s).saturating_mul(FIRST_BYTE_TIMES);
+            limit.min(UNKNOWN.max(Duration::from_secs_f64(s).saturating_mul(2)))
+        });
+        if seen.received == 0 {
+            return over(seen.elapsed, patience(first_byte_limit));
+        }
+        let whole = len.and_then(|len| {
+            let (first, rate) = (self.first_byte.quantile(0.5)?, self.rate.quantile(0.5)?);
+            Some((len, Duration::from_secs_f64(first + len as f64 / rate)))
+        });
+        let Some((len, whole)) = whole else { return over(seen.silent, patience(UNKNOWN)) };
+        let silence = over(seen.silent, patience(first_byte_limit.max(whole).min(UNKNOWN)));
+        let Verdict::LookAgain(silence) = silence else { return Verdict::Behind };
+        let pace = match over(seen.elapsed, patience(whole.saturating_mul(WHOLE_TIMES))) {
+            Verdict::LookAgain(wait) => wait,
+            Verdict::Behind => {
+                let left = len.saturating_sub(seen.received) as f64;
+                let left = Duration::from_secs_f64(seen.elapsed.as_secs_f64() * left / seen.received as f64);
+                // Late, but nearly there: another one would come later still.
+                if left > whole.max(FLOOR) {
+                    return Verdict::Behind;
+                }
+                left.max(FLOOR / 4)
+            }
+        };
+        Verdict::LookAgain(silence.min(pace))
+    }
+}
+
+fn over(time: Duration, limit: Duration) -> Verdict {
+    match limit.checked_sub(time) {
+        Some(left) if !left.is_zero() => Verdict::LookAgain(left),
+        Some(_) | None => Verdict::Behind,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    fn ms(ms: u64) -> Duration {
+        Duration::from_millis(ms)
+    }
+
+    /// A store with 100 ms to the first byte and 50 MB/s a connection.
+    fn far() -> Pace {
+        let mut pace = Pace::default();
+        for _ in 0..20 {
+            pace.brought(8 * MIB, ms(100), ms(268));
+        }
+        pace
+    }
+
+    fn seen(elapsed: u64, received: u64, silent: u64) -> Seen {
+        Seen { elapsed: ms(elapsed), received, silent: ms(silent) }
+    }
+
+    #[test]
+    fn a_request_without_a_byte_is_behind_after_four_times_its_peers() {
+        let pace = far();
+        assert_eq!(pace.verdict(seen(0, 0, 0), Some(8 * MIB), 0), Verdict::LookAgain(ms(400)));
+        assert_eq!(pace.verdict(seen(399, 0, 399), Some(8 * MIB), 0), Verdict::LookAgain(ms(1)));
+        assert_eq!(pace.verdict(seen(400, 0, 400), Some(8 * MIB), 0), Verdict::Behind);
+    }
+
+    #[test]
+    fn nothing_is_behind_below_the_floor() {
+        let mut pace = Pace::default();
+        for _ in 0..64 {
+            pace.brought(MIB, ms(0), ms(1));
+        }
+        for received in [0, 1, MIB - 1] {
+            let verdict = pace.verdict(seen(299, received, 299), Some(MIB), 0);
+            assert!(matches!(verdict, Verdict::LookAgain(_)), "{received}: {verdict:?}");
+        }
+        assert_eq!(pace.verdict(seen(300, 0, 300), Some(MIB), 0), Verdict::Behind);
+    }
+
+    #[test]
+    fn an_unknown_store_has_two_seconds() {
+        let mut pace = Pace::default();
+        for _ in 0..SAMPLES_MIN - 1 {
+            pace.brought(MIB, ms(5), ms(6));
+        }
+        assert_eq!(pace.verdict(seen(1500, 0, 1500), Some(MIB), 0), Verdict::LookAgain(ms(500)));
+        assert_eq!(pace.verdict(seen(9000, MIB / 2, 100), Some(MIB), 0), Verdict::LookAgain(ms(1900)));
+        assert_eq!(pace.verdict(seen(2000, 0, 2000), Some(MIB), 0), Verdict::Behind);
+    }
+
+    #[test]
+    fn a_store_whose_every_answer_takes_seconds_is_not_asked_twice_for_all() {
+        let mut pace = Pace::default();
+        for _ in 0..20 {
+            pace.brought(MIB, ms(5000), ms(5100));
+        }
+        assert_eq!(pace.verdict(seen(9000, 0, 9000), Some(MIB), 0), Verdict::LookAgain(ms(1000)));
+    }
+
+    #[test]
+    fn a_body_that_stops_half_way_is_behind() {
+        let pace = far();
+        assert!(matches!(pace.verdict(seen(350, 7 * MIB, 100), Some(8 * MIB), 0), Verdict::LookAgain(_)));
+        assert_eq!(pace.verdict(seen(600, 7 * MIB, 400), Some(8 * MIB), 0), Verdict::Behind);
+    }
+
+    #[test]
+    fn a_body_of_ten_kilobytes_a_second_is_behind_and_one_nearly_there_is_not() {
+        let pace = far();
+        assert_eq!(pace.verdict(seen(900, 8_000, 50), Some(8 * MIB), 0), Verdict::Behind);
+        assert!(matches!(pace.verdict(seen(900, 7 * MIB, 50), Some(8 * MIB), 0), Verdict::LookAgain(_)));
+    }
+
+    #[test]
+    fn a_link_that_is_slow_for_all_is_behind_for_none() {
+        let mut pace = Pace::default();
+        // Sixteen share 1 Gb/s.
+        for _ in 0..20 {
+            pace.brought(8 * MIB, ms(30), ms(1070));
+        }
+        for elapsed in (50..3000).step_by(50) {
+            let received = 8 * MIB * elapsed / 3100;
+            assert!(matches!(pace.verdict(seen(elapsed, received, 50), Some(8 * MIB), 0), Verdict::LookAgain(_)));
+        }
+    }
+
+    #[test]
+    fn each_extra_request_doubles_the_patience_with_the_next() {
+        let pace = far();
+        for (extra, limit) in [(0, 400), (1, 800), (2, 1600)] {
+            assert_eq!(pace.verdict(seen(0, 0, 0), Some(8 * MIB), extra), Verdict::LookAgain(ms(limit)));
+        }
+    }
+
+    #[test]
+    fn extra_requests_stay_within_their_share() {
+        let mut pace = Pace::default();
+        let mut extra = 0;
+        for _ in 0..1000 {
+            pace.asked();
+            extra += u32::from(pace.take_extra());
+        }
+        let most = EXTRA_BURST + EXTRA_SHARE * 1000.0;
+        assert!(f64::from(extra) <= most && f64::from(extra) > 0.9 * EXTRA_SHARE * 1000.0, "{extra} of {most}");
+    }
+
+    #[test]
+    fn a_pause_earns_no_more_than_one_burst() {
+        let mut pace = Pace::default();
+        (0..1000).for_each(|_| pace.asked());
+        let burst = (0..100).filter(|_| pace.take_extra()).count();
+        assert_eq!(burst as f64, EXTRA_BURST);
+    }
+}

@@ -1,0 +1,170 @@
+//! A store behind a bad line: far, narrow, one connection in ten stuck. Nothing here fails on a time; what is counted is
+//! requests, and every byte is looked at.
+
+mod common;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use common::hostile::{Hostile, Request, head, object, respond};
+use common::slow::{Line, Sick, SlowLine, one_in_ten};
+use futures::StreamExt;
+use modelfs::error::Code;
+use modelfs::store::pace::{EXTRA_BURST, EXTRA_PER_RANGE_MAX, EXTRA_SHARE};
+use modelfs::store::{ChunkSink, ChunkSource, Patience, StoreOptions, open};
+use modelfs::telemetry::Telemetry;
+
+const RANGE_BYTES: usize = 256 << 10;
+const RANGES: usize = 64;
+
+/// Serves ranges of `whole`, one request a connection.
+fn serve(whole: Arc<Vec<u8>>) -> Hostile {
+    Hostile::start(move |request, stream| serve_range(&whole, request, stream))
+}
+
+fn serve_range(whole: &[u8], request: &Request, stream: &mut std::net::TcpStream) -> std::io::Result<()> {
+    let (first, last) = request.range().expect("only ranges are asked for");
+    let range = format!("bytes {first}-{last}/{}", whole.len());
+    respond(stream, "206 Partial Content", &[("Content-Range", &range)], &whole[first as usize..=last as usize])
+}
+
+/// The store behind `line`, and where it counts.
+fn store_over(server: &Hostile, line: &SlowLine, patience: Patience) -> (Arc<dyn ChunkSink>, Arc<Telemetry>) {
+    let telemetry = Arc::new(Telemetry::default());
+    let mut aws = server.settings();
+    aws[0].1 = format!("http://{}", line.address());
+    let opts = StoreOptions { aws, ignore_environment: true, patience, telemetry: telemetry.clone() };
+    (open(&"s3://models/prefix".parse().expect("a URL"), &opts).expect("settings"), telemetry)
+}
+
+async fn read_all(store: &dyn ChunkSource, whole: &[u8], parallel: usize) {
+    let mut ranges = futures::stream::iter(0..whole.len() / RANGE_BYTES)
+        .map(|number| async move {
+            let start = (number * RANGE_BYTES) as u64;
+            (number, store.read_range("m/d/x", start..start + RANGE_BYTES as u64).await)
+        })
+        .buffered(parallel);
+    while let Some((number, pieces)) = ranges.next().await {
+        let bytes = pieces.unwrap_or_else(|e| panic!("range {number}: {}", e.chain())).concat();
+        assert!(bytes == whole[number * RANGE_BYTES..][..RANGE_BYTES], "range {number} has other bytes");
+    }
+}
+
+/// The size of the object: no multiple of the period of its bytes, so that a piece in the wrong place is seen.
+fn whole() -> Arc<Vec<u8>> {
+    Arc::new(object(RANGES * RANGE_BYTES))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_of_which_every_tenth_connection_is_stuck_comes_whole_within_the_budget() {
+    let whole = whole();
+    let server = serve(whole.clone());
+    let line = Line { latency: Duration::from_millis(100), bytes_per_s: 50_000_000, sick: one_in_ten };
+    let line = SlowLine::to(server.address(), line);
+    let (store, telemetry) = store_over(&server, &line, Patience::default());
+
+    read_all(&*store, &whole, 16).await;
+
+    let (sent, won) = (telemetry.hedges_sent.get(), telemetry.hedges_won.get());
+    assert!(sent >= 1 && won >= 1, "{sent} sent, {won} won");
+    let asked = server.requests().len() as f64;
+    let most = RANGES as f64 * (1.0 + EXTRA_SHARE) + EXTRA_BURST;
+    assert!(asked <= most, "{asked} requests for {RANGES} ranges, at most {most}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn however_a_connection_is_stuck_another_one_answers() {
+    // The first ten connections are well, so that there are peers to compare with; then one is not.
+    fn mute(connection: usize) -> Option<Sick> {
+        (connection == 10).then_some(Sick::SilentAfter(0))
+    }
+    fn head_alone(connection: usize) -> Option<Sick> {
+        (connection == 10).then_some(Sick::SilentAfter(60))
+    }
+    fn half_a_body(connection: usize) -> Option<Sick> {
+        (connection == 10).then_some(Sick::SilentAfter(RANGE_BYTES / 2))
+    }
+    fn trickle(connection: usize) -> Option<Sick> {
+        (connection == 10).then_some(Sick::Trickle(10_000))
+    }
+    let whole = whole();
+    for (what, sick) in
+        [("mute", mute as fn(usize) -> _), ("head", head_alone), ("half", half_a_body), ("slow", trickle)]
+    {
+        let server = serve(whole.clone());
+        let line =
+            SlowLine::to(server.address(), Line { latency: Duration::from_millis(1), bytes_per_s: 100_000_000, sick });
+        let (store, telemetry) = store_over(&server, &line, Patience::default());
+
+        read_all(&*store, &whole[..RANGE_BYTES * 16], 1).await;
+
+        assert!(telemetry.hedges_won.get() >= 1, "{what}: {} sent", telemetry.hedges_sent.get());
+    }
+}
+
+/// The extra request may meet anything; the first one still has its turn.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_error_of_an_extra_request_is_never_the_answer() {
+    static CALLS: AtomicUsize = AtomicUsize::new(0);
+    let whole = whole();
+    let served = whole.clone();
+    let server = Hostile::start(move |request, stream| match CALLS.fetch_add(1, Ordering::SeqCst) {
+        0..10 => serve_range(&served, request, stream),
+        10 => {
+            // Answers only when an extra request was refused.
+            while CALLS.load(Ordering::SeqCst) == 11 {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            std::thread::sleep(Duration::from_millis(50));
+            serve_range(&served, request, stream)
+        }
+        _ => respond(stream, "404 Not Found", &[], b"<Code>NoSuchKey</Code>"),
+    });
+    let line = Line { latency: Duration::ZERO, bytes_per_s: 1_000_000_000, sick: |_| None };
+    let line = SlowLine::to(server.address(), line);
+    let (store, telemetry) = store_over(&server, &line, Patience::default());
+
+    read_all(&*store, &whole[..RANGE_BYTES * 11], 1).await;
+
+    assert!(telemetry.hedges_sent.get() >= 1);
+    assert_eq!(telemetry.hedges_won.get(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_store_that_answers_nobody_ends_in_an_error_after_a_bounded_number_of_requests() {
+    fn all_but_ten(connection: usize) -> Option<Sick> {
+        (connection >= 10).then_some(Sick::SilentAfter(0))
+    }
+    let whole = whole();
+    let server = serve(whole.clone());
+    let line = Line { latency: Duration::ZERO, bytes_per_s: 1_000_000_000, sick: all_but_ten };
+    let line = SlowLine::to(server.address(), line);
+    let patience = Patience { attempt: Duration::from_secs(3), attempts_max: 2, ..Patience::default() };
+    let (store, telemetry) = store_over(&server, &line, patience);
+    read_all(&*store, &whole[..RANGE_BYTES * 10], 1).await;
+
+    let error = store.read_range("m/d/x", 0..1000).await.expect_err("nobody answers");
+
+    assert_eq!(error.code(), Code::Deadline, "{}", error.chain());
+    let after = server.requests().len() - 10;
+    assert!(after <= 2 * (1 + EXTRA_PER_RANGE_MAX as usize), "{after} requests");
+    assert!(telemetry.hedges_sent.get() >= 1, "it was tried");
+}
+
+/// A small object is hedged too: the manifest of a mount is one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_small_object_on_a_stuck_connection_is_asked_for_again() {
+    fn first(connection: usize) -> Option<Sick> {
+        (connection == 0).then_some(Sick::SilentAfter(0))
+    }
+    let server = Hostile::start(|_, stream| {
+        head(stream, "200 OK", &[], Some(5))?;
+        std::io::Write::write_all(stream, b"small")
+    });
+    let line = Line { latency: Duration::ZERO, bytes_per_s: 1_000_000_000, sick: first };
+    let line = SlowLine::to(server.address(), line);
+    let (store, telemetry) = store_over(&server, &line, Patience::default());
+    assert_eq!(store.read_small("m/name", 100).await.expect("served"), "small");
+    assert_eq!(telemetry.hedges_won.get(), 1);
+}
