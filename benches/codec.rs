@@ -2,7 +2,7 @@
 //!
 //! For each kind of element and each implementation that runs here: weights with a normal distribution, 8 MiB chunks, a
 //! working set beyond any cache, into warm huge pages. `decode` reads whole streams from memory; `as opened` gets them
-//! in blocks of 64 KiB, copied first into one chunk's scratch, as a cipher would put them there, and decodes each segment
+//! in blocks of 64 KiB, copied first into a scratch of a segment and a block, as a cipher would put them there, and decodes each segment
 //! while it is warm. The second table has the ratios to memcpy of the same plaintext in the same round.
 //! `MODELFS_BENCH_WEIGHTS=PATH cargo bench --bench codec -- [--rounds N] [--json PATH] [--only bf16]` measures a file of
 //! weights besides, as what sniffing takes it for.
@@ -34,7 +34,7 @@ fn main() {
         let weights = std::fs::read(path).expect("MODELFS_BENCH_WEIGHTS is a file");
         let weights = &weights[..weights.len().min(len)];
         // The middle: a header or a vocabulary says little of what the rest is.
-        let found = codec::sniff(&weights[weights.len() / 2 & !7..]);
+        let found = codec::sniff(&weights[(weights.len() / 2) & !7..]);
         results.note(format!("the given weights are taken for {found:?}"));
         if let Some((kind, skew)) = found {
             measure("given weights", (kind, skew), weights, to, &options, &mut results);
@@ -67,7 +67,7 @@ fn measure(
     }
     let coded_len: usize = streams.iter().map(|stream| stream.len()).sum();
     results.add(what, "size", "ratio", coded_len as f64 / plain.len() as f64);
-    let scratch = warm_memory(codec::coded_len_max(kind, CHUNK));
+    let scratch = warm_memory(codec::SEGMENT_BYTES_MAX + BLOCK);
     let to = &mut to[..plain.len()];
     let gb = plain.len() as f64 / 1e9;
     for round in 0..options.rounds {
@@ -88,7 +88,7 @@ fn measure(
             results.add(&row, "decode / memcpy", "ratio", copy / took);
             let took = timed_on_core(|| {
                 for (stream, to) in streams.iter().zip(to.chunks_mut(CHUNK)) {
-                    as_opened(implementation, stream, &mut scratch[..stream.len()], to);
+                    as_opened(implementation, stream, scratch, to);
                 }
             });
             results.add(&row, "as opened", "GB/s", gb / took);
@@ -106,13 +106,15 @@ fn measure(
 
 fn as_opened(implementation: Implementation, stream: &[u8], scratch: &mut [u8], to: &mut [u8]) {
     let mut decoder = Decoder::with(implementation, stream.len(), to.len());
-    let mut at = 0;
+    let mut held = 0;
     for block in stream.chunks(BLOCK) {
-        scratch[at..at + block.len()].copy_from_slice(block);
-        at += block.len();
-        decoder.advance(scratch, at, to).expect("genuine");
+        scratch[held..held + block.len()].copy_from_slice(block);
+        held += block.len();
+        let used = decoder.advance(&scratch[..held], to).expect("genuine");
+        scratch.copy_within(used..held, 0);
+        held -= used;
     }
-    decoder.finish(scratch, to).expect("genuine");
+    decoder.finish(&scratch[..held], to).expect("genuine");
 }
 
 /// Values with a normal distribution, standard deviation 0.02.

@@ -98,9 +98,8 @@ struct Case {
 
 fn manifest() -> Manifest {
     let mut builder = ManifestBuilder::new();
-    for (number, (plain_len, inherited)) in
-        [(20_480, true), ((2 << 20) + 4096, false), (100, true)].into_iter().enumerate()
-    {
+    let objects = [(20_480, true, None), ((2 << 20) + 4096, false, Some(vec![1 << 20, 70_000, 5])), (100, true, None)];
+    for (number, (plain_len, inherited, coded)) in objects.into_iter().enumerate() {
         let layout = ObjectLayout::new(plain_len, 16, 20).unwrap();
         builder.add_object(NewObject {
             oid: Oid([number as u8; 32]),
@@ -110,6 +109,7 @@ fn manifest() -> Manifest {
             origin_vid: Vid([9; 16]),
             commit: [7; 32],
             hashes: layout.chunks().map(|index| [index.0 as u8; 32]).collect(),
+            coded,
         });
     }
     let mut file = |path: &str, size, extents: &[(u32, u64, u64)]| {
