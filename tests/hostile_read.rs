@@ -142,8 +142,12 @@ impl Scene {
 
     /// Where chunk `index` of the victim lies in its stored object.
     fn stored(&self, index: u32) -> Range<usize> {
-        let range = self.entry(VICTIM).layout.chunk_stored(ChunkIndex(index));
-        range.start as usize..range.end as usize
+        stored(&self.model, VICTIM, index)
+    }
+
+    /// Bytes of ciphertext of chunk `index` of the victim.
+    fn sealed_len(&self, index: u32) -> usize {
+        self.model.manifest.chunk_shape(object(&self.model, VICTIM), ChunkIndex(index)).sealed_len()
     }
 
     /// How often the cache asked for chunk `index` of the victim.
@@ -162,10 +166,24 @@ impl Scene {
     }
 }
 
-fn entry<'a>(model: &'a Model, file: &str) -> &'a ObjectEntry {
+fn object(model: &Model, file: &str) -> u32 {
     let manifest = &model.manifest;
-    let file = &manifest.files()[manifest.find(file).expect("a file of the scene")];
-    &manifest.objects()[manifest.extents(file)[0].object as usize]
+    manifest.extents(&manifest.files()[manifest.find(file).expect("a file of the scene")])[0].object
+}
+
+fn entry<'a>(model: &'a Model, file: &str) -> &'a ObjectEntry {
+    &model.manifest.objects()[object(model, file) as usize]
+}
+
+fn stored(model: &Model, file: &str, index: u32) -> Range<usize> {
+    let range = model.manifest.chunk_stored(object(model, file), ChunkIndex(index));
+    range.start as usize..range.end as usize
+}
+
+/// Puts what lies at `from` over what lies at `to`, as far as both reach.
+fn overlay(bytes: &mut [u8], to: Range<usize>, other: &[u8], from: Range<usize>) {
+    let len = to.len().min(from.len());
+    bytes[to.start..to.start + len].copy_from_slice(&other[from.start..from.start + len]);
 }
 
 /// A reader over a scene, without a kernel.
@@ -245,9 +263,11 @@ impl Row {
         Row { bad: &[0, 1, 2], strict, aead }
     }
 
-    /// Both levels, both ways of verifying.
+    /// Both levels, both ways of verifying, stored as it is and coded.
     fn hold(self, spoil: impl Fn(&Scene)) {
-        self.hold_style(Style::default(), spoil);
+        for coded in [false, true] {
+            self.hold_style(Style { coded, ..Style::default() }, &spoil);
+        }
     }
 
     fn hold_style(self, style: Style, spoil: impl Fn(&Scene)) {
@@ -399,7 +419,7 @@ const HASH_OR_TAG: Row = Row::one(Code::ChunkHash, Code::Tag);
 fn row_01_a_flipped_bit_of_ciphertext_is_refused() {
     for at in [0, 5 * BLOCK + 77, CHUNK - 1] {
         HASH_OR_TAG.hold(|scene| {
-            let start = scene.stored(1).start;
+            let (start, at) = (scene.stored(1).start, at.min(scene.sealed_len(1) - 1));
             scene.edit(|bytes| bytes[start + at] ^= 0x10);
         });
     }
@@ -447,8 +467,9 @@ fn row_06_swapped_chunks_of_one_object_are_refused() {
     Row { bad: &[0, 1], ..HASH_OR_TAG }.hold(|scene| {
         let (first, second) = (scene.stored(0), scene.stored(1));
         scene.edit(|bytes| {
-            let (low, high) = bytes.split_at_mut(second.start);
-            low[first].swap_with_slice(&mut high[..second.len()]);
+            let before = bytes.clone();
+            overlay(bytes, first.clone(), &before, second.clone());
+            overlay(bytes, second, &before, first);
         });
     });
 }
@@ -456,10 +477,10 @@ fn row_06_swapped_chunks_of_one_object_are_refused() {
 #[test]
 fn row_07_swapped_blocks_with_their_tags_are_refused() {
     HASH_OR_TAG.hold(|scene| {
-        let chunk = scene.stored(1);
+        let (chunk, sealed_len) = (scene.stored(1), scene.sealed_len(1));
         scene.edit(|bytes| {
             let chunk = &mut bytes[chunk];
-            let (blocks, tags) = chunk.split_at_mut(CHUNK);
+            let (blocks, tags) = chunk.split_at_mut(sealed_len);
             let (low, high) = blocks.split_at_mut(9 * BLOCK);
             low[2 * BLOCK..3 * BLOCK].swap_with_slice(&mut high[..BLOCK]);
             let (low, high) = tags.split_at_mut(9 * TAG);
@@ -471,8 +492,8 @@ fn row_07_swapped_blocks_with_their_tags_are_refused() {
 #[test]
 fn row_08_the_same_chunk_of_another_object_is_refused() {
     HASH_OR_TAG.hold(|scene| {
-        let (other, chunk) = (scene.store.inner().get(&scene.name(OTHER)).expect("stored"), scene.stored(1));
-        scene.edit(|bytes| bytes[chunk.clone()].copy_from_slice(&other[chunk]));
+        let other = scene.store.inner().get(&scene.name(OTHER)).expect("stored");
+        scene.edit(|bytes| overlay(bytes, scene.stored(1), &other, stored(&scene.model, OTHER, 1)));
     });
 }
 
@@ -480,10 +501,9 @@ fn row_08_the_same_chunk_of_another_object_is_refused() {
 #[test]
 fn row_08_the_same_chunk_of_an_older_version_is_refused() {
     HASH_OR_TAG.hold(|scene| {
-        let older = Scene::new(scene.verify);
+        let older = Scene::with(scene.verify, scene.fixture.style);
         let bytes_then = older.store.inner().get(&older.name(VICTIM)).expect("stored");
-        let chunk = scene.stored(1);
-        scene.edit(|bytes| bytes[chunk.clone()].copy_from_slice(&bytes_then[chunk]));
+        scene.edit(|bytes| overlay(bytes, scene.stored(1), &bytes_then, older.stored(1)));
     });
 }
 
@@ -541,7 +561,7 @@ fn row_10_a_chunk_forged_with_the_key_is_refused_in_strict_and_believed_in_aead(
 #[test]
 fn row_11_another_object_under_the_same_name_is_refused() {
     Row::all(Code::ChunkHash, Code::Tag).hold(|scene| {
-        let another = Scene::new(scene.verify);
+        let another = Scene::with(scene.verify, scene.fixture.style);
         let bytes_then = another.store.inner().get(&another.name(VICTIM)).expect("stored");
         scene.store.inner().put(&scene.name(VICTIM), bytes_then);
     });

@@ -36,6 +36,7 @@ fn style(random: &mut Random) -> Style {
         block_log2: *random.pick(&[12, 14, 16, 20]),
         chunk_log2: 20,
         pack_below: *random.pick(&[0, 100_000, 3 << 20]),
+        coded: random.one_in(2),
         slice: *random.pick(&[usize::MAX, usize::MAX, 4096 * 300, 2 << 20]),
         ..Style::default()
     }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use modelfs::cache::Model;
+use modelfs::codec;
 use modelfs::crypto::{self, Dek, FileHasher, ObjectSealer, Verify};
 use modelfs::format::{
     Extent, HashAlg, ManifestBuilder, ManifestDigest, ModelId, NewFile, NewHeader, NewObject, ObjectLayout, Oid, Suite,
@@ -83,6 +84,8 @@ pub struct Style {
     pub pack_below: usize,
     /// Files are cut into objects of at most this many bytes (a multiple of 4096).
     pub slice: usize,
+    /// Chunks are coded as bf16 where that makes them shorter; files are turned into such weights first.
+    pub coded: bool,
     pub lie: Lie,
     /// Of every file, seconds since 1970.
     pub mtime: i64,
@@ -97,6 +100,7 @@ impl Default for Style {
             chunk_log2: 20,
             pack_below: 0,
             slice: usize::MAX,
+            coded: false,
             mtime: 1_790_000_000,
             lie: Lie::Honest,
         }
@@ -115,7 +119,10 @@ pub struct Fixture {
 pub const NAME: &str = "acme/fixture";
 
 impl Fixture {
-    pub async fn seal(files: Vec<(String, Vec<u8>)>, style: Style, random: &mut Random) -> Fixture {
+    pub async fn seal(mut files: Vec<(String, Vec<u8>)>, style: Style, random: &mut Random) -> Fixture {
+        if style.coded {
+            files.iter_mut().for_each(|(_, bytes)| weigh(bytes));
+        }
         let store = Arc::new(MemoryStore::new());
         let model_id = ModelId::of_name(NAME);
         let dek_bytes: [u8; 32] = random.bytes(32).try_into().expect("32");
@@ -185,6 +192,24 @@ impl Fixture {
     }
 }
 
+/// Makes bf16 weights of random bytes: eight exponents, the rest as it was.
+pub fn weigh(bytes: &mut [u8]) {
+    for element in bytes.as_chunks_mut::<2>().0 {
+        let exponent = 0x78 + (element[1] & 7);
+        element[1] = element[1] & 0x80 | exponent >> 1;
+        element[0] = element[0] & 0x7f | exponent << 7;
+    }
+}
+
+/// What is sealed of a chunk.
+pub fn as_sealed(plain: &[u8], style: Style) -> Vec<u8> {
+    let mut coded = Vec::new();
+    if style.coded {
+        codec::encode(codec::Kind::Bf16, 0, plain, &mut coded);
+    }
+    if style.coded && coded.len() < plain.len() { coded } else { plain.to_vec() }
+}
+
 fn dek_of(bytes: &[u8; 32]) -> Dek {
     let mut copy = *bytes;
     Dek::from_secret(modelfs::mem::Secret::from_bytes(&mut copy))
@@ -203,23 +228,22 @@ async fn put(
 ) -> u32 {
     let oid = Oid(random.bytes(32).try_into().expect("32"));
     let layout = ObjectLayout::new(plain.len() as u64, style.block_log2, style.chunk_log2).expect("a valid layout");
-    let new_sealer = |dek: &Dek| ObjectSealer::new(dek, style.suite, layout, false, style.hash_alg, oid, vid);
+    let new_sealer = |dek: &Dek| ObjectSealer::new(dek, style.suite, layout, style.coded, style.hash_alg, oid, vid);
     let honest = new_sealer(dek);
     let sealer = if style.lie == Lie::Honest { new_sealer(dek) } else { new_sealer(&Dek::random()) };
     let told = if style.lie == Lie::OtherKeyAndCommitment { &sealer } else { &honest };
     let mut stored = told.header().to_vec();
-    let mut hashes = Vec::new();
+    let (mut hashes, mut lens) = (Vec::new(), Vec::new());
     for index in layout.chunks() {
         let range = layout.chunk_plain(index);
-        let mut buffer = plain[range.start as usize..range.end as usize].to_vec();
+        let mut buffer = as_sealed(&plain[range.start as usize..range.end as usize], style);
+        lens.push(buffer.len() as u32);
         let mut tags = Vec::new();
         hashes.push(sealer.seal_chunk(index, &mut buffer, &mut tags));
         stored.extend_from_slice(&buffer);
         stored.extend_from_slice(&tags);
     }
-    assert_eq!(stored.len() as u64, layout.stored_len());
-    store.create(&names::data(model_id, oid), Bytes::from(stored)).await.expect("stored");
-    builder.add_object(NewObject {
+    let object = NewObject {
         oid,
         layout,
         suite: style.suite,
@@ -227,6 +251,9 @@ async fn put(
         origin_vid: vid,
         commit: told.commit(),
         hashes,
-        coded: None,
-    })
+        coded: style.coded.then_some(lens),
+    };
+    assert_eq!(stored.len() as u64, object.stored_len().expect("lengths"));
+    store.create(&names::data(model_id, oid), Bytes::from(stored)).await.expect("stored");
+    builder.add_object(object)
 }
