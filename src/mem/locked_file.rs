@@ -10,13 +10,15 @@
 //! Life of a file: *filling* (read-write mapping, nobody else has it) -> *frozen* (read-only, may be open and mapped by
 //! readers through passthrough) -> *gone*. The mapping's address stays the same; only what is behind it changes.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::sync::{Mutex, OnceLock, RwLock, RwLockReadGuard};
+use std::sync::{Mutex, MutexGuard, OnceLock, RwLock, RwLockReadGuard};
 
 use super::arena::Pages;
+use super::huge;
 use super::map::{Access, Map, check, wipe_raw};
 use super::process::{count_locked, count_unlocked};
 use super::{HUGE_PAGE_BYTES, SMALL_PAGE_BYTES};
@@ -62,6 +64,8 @@ pub struct LockedFile {
     /// The one read-only open, made when the file is frozen.
     read_only: OnceLock<OwnedFd>,
     lease: Mutex<()>,
+    /// Starts of granules that are in small pages although huge ones were asked for.
+    short: Mutex<BTreeSet<u64>>,
 }
 
 impl LockedFile {
@@ -96,6 +100,7 @@ impl LockedFile {
             writable: RwLock::new(None),
             read_only: OnceLock::new(),
             lease: Mutex::new(()),
+            short: Mutex::new(BTreeSet::new()),
         };
         file.place(fd.as_fd(), Access::ReadWrite).map_err(failed)?;
         *file.writable.write().expect("nobody else has it yet") = Some(fd);
@@ -169,7 +174,12 @@ impl LockedFile {
 
     fn allocate(&self, fd: BorrowedFd<'_>, range: &Range<u64>) -> io::Result<()> {
         let whole = self.rounded(range);
+        let fell_back = huge::fallbacks();
         fallocate(fd, libc::FALLOC_FL_KEEP_SIZE, &whole)?;
+        // A memory file that gets huge pages only on advice gets small ones from fallocate, which knows no mapping.
+        if self.granule == HUGE_PAGE_BYTES && (self.backing == Backing::Memfd || huge::fallbacks() != fell_back) {
+            self.make_huge(range, &whole);
+        }
         if self.lock {
             let (start, len) = self.touchable(&whole);
             self.map.lock(start, len)?;
@@ -191,6 +201,37 @@ impl LockedFile {
             self.touch(&(whole.end - self.granule..whole.end))?;
         }
         Ok(())
+    }
+
+    /// Gathers small pages of `whole` into huge ones where the kernel can, and counts those where it cannot: memory is in
+    /// pieces. Before anything is filled, so that no plaintext is copied and left behind in a freed page; a granule that
+    /// `range` does not have for itself is left alone for the same reason.
+    pub(super) fn make_huge(&self, range: &Range<u64>, whole: &Range<u64>) {
+        let own = |start: u64| {
+            range.start <= start && (start + self.granule <= range.end || range.end == self.len) && start < self.len
+        };
+        for start in (whole.start..whole.end).step_by(self.granule as usize).filter(|start| own(*start)) {
+            let bytes = (self.len - start).min(self.granule);
+            let gathered = huge::may_gather()
+                && self.map.advise(start as usize, self.granule as usize, libc::MADV_COLLAPSE).is_ok();
+            huge::tell(gathered, bytes);
+            if !gathered && self.short().insert(start) {
+                huge::count_short(bytes);
+            }
+        }
+    }
+
+    fn short(&self) -> MutexGuard<'_, BTreeSet<u64>> {
+        self.short.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// The granules of `range` went back to the kernel.
+    fn forget_short(&self, range: &Range<u64>) {
+        let mut short = self.short();
+        while let Some(start) = short.range(range.clone()).next().copied() {
+            short.remove(&start);
+            huge::count_gone((self.len - start).min(self.granule));
+        }
     }
 
     fn touch(&self, range: &Range<u64>) -> io::Result<()> {
@@ -257,6 +298,7 @@ impl LockedFile {
             self.map.unlock(start, len).map_err(failed)?;
             self.count_unlocked(len as u64);
         }
+        self.forget_short(&range);
         let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         fallocate(fd.as_fd(), mode, &self.rounded(&range)).map_err(failed)
     }
@@ -392,6 +434,7 @@ impl LockedFile {
             }
         }
         self.phase.store(GONE, Ordering::Release);
+        self.forget_short(&(0..u64::MAX));
         // SAFETY: changes the size of our own file.
         check(unsafe { libc::ftruncate(fd.as_raw_fd(), 0) }).map_err(failed)?;
         self.map.place_nothing().map_err(failed)?;
@@ -522,6 +565,7 @@ impl Drop for LockedFile {
             Ok(true) => {
                 tracing::warn!(bytes = self.len, "a cached file was let go while others hold it; it ends with them");
                 self.count_unlocked(u64::MAX);
+                self.forget_short(&(0..u64::MAX));
                 Ok(())
             }
             Err(err) => Err(err),

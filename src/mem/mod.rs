@@ -11,16 +11,20 @@
 mod arena;
 mod budget;
 mod env;
+mod huge;
 mod locked_file;
 mod map;
+mod numa;
 mod process;
 mod secret;
 
 pub use arena::{Arena, ArenaKind, ArenaPlan, Pages};
 pub use budget::{Budget, Grant};
 pub use env::take_env;
+pub use huge::{huge_page_gathered_bytes, huge_page_short_bytes};
 pub use locked_file::{LockedFile, Wiped};
 pub use map::wipe;
+pub use numa::memory_nodes;
 pub use process::{
     Hardening, harden, has_cap_sys_admin, lock_thread_stack, locked_bytes, memlock_limit, memory_ceiling, scrub_stack,
 };
