@@ -254,7 +254,7 @@ fn check_mountpoint(path: &Path) -> Result<PathBuf> {
 }
 
 /// Half of what the machine or the container can still give.
-fn default_cache_bytes() -> u64 {
+pub(crate) fn default_cache_bytes() -> u64 {
     let free = proc_kib("/proc/meminfo", "MemAvailable:").unwrap_or(2 << 30);
     let ceiling = crate::mem::memory_ceiling().unwrap_or(u64::MAX);
     (free.min(ceiling) / 2).max(CACHE_BYTES_MIN) & !((2 << 20) - 1)

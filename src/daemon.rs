@@ -18,6 +18,7 @@ use tokio::sync::mpsc;
 use crate::cache::{Cache, CacheLimits, Model};
 use crate::config::MountPlan;
 use crate::control::{self, ControlTarget};
+use crate::doctor;
 use crate::error::{Class, Code, Error, Result};
 use crate::fuse::attach::{self, Attachment, MountLook};
 use crate::fuse::{Behaviour, ModelFs};
@@ -115,6 +116,7 @@ pub fn run(mut plan: MountPlan, ready: impl FnOnce(&Ready)) -> Result<()> {
             None
         }
     };
+    life.tell_what_costs_speed();
     ready(&Ready {
         mountpoint: life.attachment.mountpoint().to_owned(),
         models: life.fs.vfs().models().iter().map(|model| model.name.clone()).collect(),
@@ -283,6 +285,28 @@ impl Life {
             return Ok(());
         }
         Err(self.held(&holders, report.held_bytes))
+    }
+
+    /// One line of the log: which rules of `modelfs doctor` find something at this mount.
+    fn tell_what_costs_speed(&self) {
+        let facts = doctor::Facts {
+            cache_bytes: self.cache.budget().total(),
+            mount: self.attachment.device_number().map(|device| doctor::MountFacts {
+                device,
+                passthrough: Some(self.fs.passthrough()),
+                huge_page_short_bytes: None,
+            }),
+            ..doctor::Facts::default()
+        };
+        let slow: Vec<String> = doctor::examine(std::path::Path::new("/"), &facts)
+            .into_iter()
+            .filter(|finding| finding.severity >= doctor::Severity::Warning)
+            .map(|finding| format!("{} ({})", finding.rule, finding.seen))
+            .collect();
+        if !slow.is_empty() {
+            let mountpoint = self.attachment.mountpoint().display();
+            tracing::info!("held back by {}; `modelfs doctor {mountpoint}` tells what to do", slow.join(", "));
+        }
     }
 
     fn held(&self, holders: &[control::Holder], bytes: u64) -> Error {

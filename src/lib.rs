@@ -34,6 +34,7 @@
 //! - [`read`]: a plain range to verified bytes, and what to fetch ahead. [`vfs`]: the tree, without a kernel.
 //! - [`fuse`]: the kernel's requests; mounting. [`control`]: the socket behind `status` and `umount`.
 //! - [`reading`]: where every command and the daemon open a model. [`daemon`]: the order of starting and stopping. [`seal`]: a directory to a published version.
+//! - [`doctor`]: what of the machine stops all this or holds it back.
 //! - [`config`]: what the user meant; [`cli`]: what was typed.
 //!
 //! # Words
@@ -55,6 +56,7 @@ pub mod config;
 pub mod control;
 pub mod crypto;
 pub mod daemon;
+pub mod doctor;
 pub mod error;
 pub mod format;
 pub mod fuse;

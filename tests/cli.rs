@@ -8,7 +8,8 @@ use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 
-const COMMANDS: &[&str] = &["demo", "keygen", "seal", "ls", "inspect", "verify", "cat", "mount", "umount", "status"];
+const COMMANDS: &[&str] =
+    &["demo", "keygen", "seal", "ls", "inspect", "verify", "cat", "mount", "umount", "status", "doctor"];
 
 /// A home folder that nobody else uses, and the program in it.
 struct Home(tempfile::TempDir);

@@ -10,6 +10,7 @@ mod access;
 mod cat;
 mod demo;
 mod detach;
+mod doctor;
 mod inspect;
 mod keygen;
 mod ls;
@@ -178,13 +179,14 @@ pub enum Command {
     Mount(mount::MountArgs),
     Umount(umount::UmountArgs),
     Status(status::StatusArgs),
+    Doctor(doctor::DoctorArgs),
 }
 
 impl Command {
     /// Whether a closed pipe at standard output may end the process, as it does any filter.
     pub fn is_filter(&self) -> bool {
         match self {
-            Command::Ls(_) | Command::Inspect(_) | Command::Cat(_) | Command::Status(_) => true,
+            Command::Ls(_) | Command::Inspect(_) | Command::Cat(_) | Command::Status(_) | Command::Doctor(_) => true,
             Command::Demo(_)
             | Command::Keygen(_)
             | Command::Seal(_)
@@ -212,5 +214,6 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Mount(args) => mount::run(&args, layers, &out),
         Command::Umount(args) => umount::run(&args, &out),
         Command::Status(args) => status::run(&args, &out),
+        Command::Doctor(args) => doctor::run(&args, &out),
     }
 }

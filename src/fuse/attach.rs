@@ -23,7 +23,10 @@ use crate::error::{Code, Error, Result};
 use crate::{mem, mounts};
 
 /// The mount's readahead, KiB: larger makes random faults slow and sequential reads no faster (docs/PERFORMANCE.md).
-const READ_AHEAD_KIB: u32 = 1024;
+pub const READ_AHEAD_KIB: u32 = 1024;
+
+/// The most reads through the page cache that the kernel lets be under way: no limit (`ModelFs::init` says why).
+pub const BACKGROUND_REQUESTS: u16 = u16::MAX;
 
 /// Threads that read FUSE requests. None of them ever waits, so few are enough; two, so that a long copy in one does not
 /// stall the others.
@@ -248,7 +251,7 @@ impl Attachment {
     }
 
     /// `major:minor` of the mount.
-    fn device_number(&self) -> Option<String> {
+    pub fn device_number(&self) -> Option<String> {
         mounts::at(&self.mountpoint).ok().flatten().filter(mounts::Mount::is_ours).map(|mount| mount.device)
     }
 

@@ -353,7 +353,7 @@ impl Filesystem for ModelFs {
         // Reads through the page cache are "background" to the kernel: at its limit it would let reads of warm files wait
         // behind those of a store that is silent. So there is no limit but what readers ask for themselves; only what it
         // would read ahead of them stops at a number.
-        config.set_max_background(u16::MAX).expect("not zero");
+        config.set_max_background(attach::BACKGROUND_REQUESTS).expect("not zero");
         config.set_congestion_threshold(READ_AHEAD_REQUESTS_MAX).expect("not zero");
         Ok(())
     }
