@@ -192,7 +192,7 @@ impl Shared {
             return None;
         }
         let mut grants = Vec::with_capacity(state.chunks.len());
-        for chunk in &mut state.chunks {
+        for chunk in state.chunks.iter_mut() {
             let leaving = Chunk::Leaving { waiters: Vec::new() };
             if let Chunk::Resident { grant, .. } = std::mem::replace(chunk, leaving) {
                 grants.push(grant);
@@ -249,7 +249,7 @@ impl Shared {
                 state.file = None;
                 state.resident = 0;
                 state.phase = Phase::Partial;
-                for chunk in &mut state.chunks {
+                for chunk in state.chunks.iter_mut() {
                     *chunk = Chunk::Empty;
                 }
                 report.wiped_bytes += cost;

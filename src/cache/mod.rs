@@ -10,6 +10,7 @@
 //! Not here: which ranges make a read (`read`), names (`vfs`), the kernel (`fuse`).
 //! Held by: the tests below, tests/read_property.rs, tests/hostile_read.rs.
 
+mod chunks;
 mod evict;
 mod fill;
 mod model;
@@ -23,6 +24,7 @@ use std::time::{Duration, Instant};
 use lru::LruCache;
 use tokio::sync::{Notify, Semaphore, oneshot, watch};
 
+use chunks::Chunks;
 use fill::{Joined, Openers};
 pub use model::Model;
 
@@ -149,7 +151,7 @@ enum Phase {
 
 struct State {
     file: Option<Arc<LockedFile>>,
-    chunks: Box<[Chunk]>,
+    chunks: Chunks,
     resident: u64,
     pinned: u64,
     phase: Phase,
@@ -385,7 +387,7 @@ impl Cache {
                 // A chunk of 2 MiB or more fills whole huge pages; anything smaller would waste most of one.
                 let huge = layout.chunk_len().min(layout.plain_len()) >= self.shared.arena.granule(Pages::Huge);
                 let pages = if huge { Pages::Huge } else { Pages::Small };
-                let chunks = (0..layout.chunk_count()).map(|_| Chunk::Empty).collect();
+                let chunks = Chunks::new(layout.chunk_count());
                 Arc::new(CachedObject {
                     key,
                     model: model.clone(),
