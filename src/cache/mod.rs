@@ -527,7 +527,8 @@ impl Cache {
             let width = self.shared.limits.prefetches_max;
             let mut arrivals = stream::iter(missing)
                 .map(|index| async move { self.pin(object, index).await.map(drop) })
-                .buffered(width);
+                // Begun in order, taken as they come: one chunk that is late does not idle the others' places.
+                .buffer_unordered(width);
             let mut failed = false;
             while let Some(arrival) = arrivals.next().await {
                 failed |= arrival.is_err();
