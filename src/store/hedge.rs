@@ -1,7 +1,8 @@
-//! A second request when the first is stuck: no connection that fell silent holds up a stream.
+//! A second request when the first is stuck, several when one is slow: no connection holds up a stream.
 //!
 //! In: any store that can tell how far a request has come. Out: the same store; a read far behind what its peers took is
-//! asked for once more, on another connection, and the first complete answer wins.
+//! asked for once more, on another connection, and the first complete answer wins. A range of a far store comes in parts
+//! over several connections where that was measured to help.
 //! Promises: one extra request at a time for a range, and all of them within the budget of `pace`; an answer is one
 //! request's from first to last byte; the loser is dropped, and with it its connection; an error of an extra request
 //! is never the answer. Writes are passed on as they are.
@@ -10,12 +11,13 @@
 
 use std::ops::Range;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use futures::future::try_join_all;
 
 use super::pace::{EXTRA_PER_RANGE_MAX, Pace, Seen, Verdict};
 use super::{ChunkSink, ChunkSource, Listed, ObjectWriter};
@@ -66,7 +68,26 @@ impl Progress {
 pub struct Hedged<S> {
     inner: Arc<S>,
     pace: Mutex<Pace>,
+    opened: Instant,
+    ranges_in_flight: AtomicUsize,
     telemetry: Arc<Telemetry>,
+}
+
+/// A range under way, counted until dropped.
+struct InFlight<'a>(&'a AtomicUsize);
+
+impl<'a> InFlight<'a> {
+    /// And how many there are with it.
+    fn enter(count: &'a AtomicUsize) -> (Self, usize) {
+        let others = count.fetch_add(1, Ordering::Relaxed);
+        (InFlight(count), others + 1)
+    }
+}
+
+impl Drop for InFlight<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// One request under way.
@@ -75,9 +96,10 @@ struct Run<'a, T> {
     answer: Pin<Box<dyn Future<Output = Result<T>> + Send + 'a>>,
 }
 
-impl<S: ChunkSink> Hedged<S> {
+impl<S: ChunkSink + 'static> Hedged<S> {
     pub fn new(inner: S, telemetry: Arc<Telemetry>) -> Self {
-        Hedged { inner: Arc::new(inner), pace: Mutex::default(), telemetry }
+        let (pace, ranges_in_flight) = Default::default();
+        Hedged { inner: Arc::new(inner), pace, opened: Instant::now(), ranges_in_flight, telemetry }
     }
 
     fn pace(&self) -> MutexGuard<'_, Pace> {
@@ -148,6 +170,14 @@ impl<S: ChunkSink> Hedged<S> {
         }
     }
 
+    async fn read_part(&self, name: &str, part: Range<u64>) -> Result<Vec<Bytes>> {
+        self.race(Some(part.end.saturating_sub(part.start)), |progress| {
+            let (inner, name, part) = (self.inner.clone(), name.to_owned(), part.clone());
+            Box::pin(async move { inner.read_range_watched(&name, part, &progress).await })
+        })
+        .await
+    }
+
     fn won<T>(&self, run: &Run<'_, T>, bytes: T) -> T {
         let seen = run.progress.seen();
         self.pace().brought(seen.received, run.progress.first_byte(), seen.elapsed);
@@ -159,11 +189,17 @@ impl<S: ChunkSink> Hedged<S> {
 impl<S: ChunkSink + 'static> ChunkSource for Hedged<S> {
     async fn read_range(&self, name: &str, range: Range<u64>) -> Result<Vec<Bytes>> {
         let len = range.end.saturating_sub(range.start);
-        self.race(Some(len), |progress| {
-            let (inner, name, range) = (self.inner.clone(), name.to_owned(), range.clone());
-            Box::pin(async move { inner.read_range_watched(&name, range, &progress).await })
-        })
-        .await
+        let (_in_flight, ranges) = InFlight::enter(&self.ranges_in_flight);
+        let parts = self.pace().parts(len, ranges);
+        let pieces = if parts == 1 {
+            self.read_part(name, range).await?
+        } else {
+            let part_len = len.div_ceil(parts) as usize;
+            let cut = range.clone().step_by(part_len).map(|start| start..range.end.min(start + part_len as u64));
+            try_join_all(cut.map(|part| self.read_part(name, part))).await?.concat()
+        };
+        self.pace().range_ended(len, ranges, self.opened.elapsed());
+        Ok(pieces)
     }
 
     async fn read_small(&self, name: &str, max: u64) -> Result<Bytes> {
@@ -207,5 +243,70 @@ impl<S: ChunkSink + 'static> ChunkSink for Hedged<S> {
 
     async fn delete(&self, name: &str) -> Result<()> {
         self.inner.delete(name).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::fault::{Call, Fault, Faulty, When};
+    use super::super::memory::MemoryStore;
+    use super::*;
+    use crate::error::Code;
+
+    const LEN: usize = 8 << 20;
+
+    /// Over a store whose object x is `LEN` bytes, and which seemed far so far: 100 ms, 50 MB/s.
+    fn far() -> (Hedged<Faulty<MemoryStore>>, Faulty<MemoryStore>, Vec<u8>) {
+        let bytes: Vec<u8> = (0..LEN).map(|i| (i % 251) as u8).collect();
+        let store = Faulty::new(MemoryStore::new());
+        store.inner().put("m/d/x", bytes.clone());
+        let hedged = Hedged::new(store.clone(), Arc::default());
+        for _ in 0..20 {
+            hedged.pace().brought(LEN as u64, Duration::from_millis(100), Duration::from_millis(268));
+        }
+        (hedged, store, bytes)
+    }
+
+    #[tokio::test]
+    async fn a_range_in_parts_comes_in_its_order() {
+        let (hedged, store, bytes) = far();
+        // The first part comes last.
+        store.on(When::call(Call::ReadRange).once(), Fault::Delay(Duration::from_millis(20)));
+
+        let pieces = hedged.read_range("m/d/x", 5..LEN as u64 - 3).await.expect("served");
+
+        assert!(pieces.concat() == bytes[5..LEN - 3]);
+        assert_eq!(store.count(Call::ReadRange), 3);
+        assert_eq!(hedged.ranges_in_flight.load(Ordering::Relaxed), 0);
+    }
+
+    #[tokio::test]
+    async fn a_part_that_fails_fails_its_range() {
+        let (hedged, store, _) = far();
+        store.on(When::call(Call::ReadRange).after(1).once(), Fault::Fail(Code::StoreDenied));
+        let error = hedged.read_range("m/d/x", 0..LEN as u64).await.expect_err("refused");
+        assert_eq!(error.code(), Code::StoreDenied);
+        assert_eq!(hedged.ranges_in_flight.load(Ordering::Relaxed), 0);
+    }
+
+    #[tokio::test]
+    async fn a_stalled_request_is_asked_once_more_and_counted() {
+        let (hedged, store, bytes) = far();
+        store.on(When::call(Call::ReadRange).once(), Fault::Stall);
+        let pieces = hedged.read_range("m/d/x", 0..1000).await.expect("the second one answers");
+        assert!(pieces.concat() == bytes[..1000]);
+        assert_eq!((hedged.telemetry.hedges_sent.get(), hedged.telemetry.hedges_won.get()), (1, 1));
+        assert_eq!(store.count(Call::ReadRange), 2);
+    }
+
+    #[tokio::test]
+    async fn beyond_the_budget_nothing_more_is_asked() {
+        let (hedged, store, _) = far();
+        while hedged.pace().take_extra() {}
+        store.on(When::call(Call::ReadRange), Fault::Stall);
+        // Longer than patience with one request, shorter than any other end of this one.
+        let waited = tokio::time::timeout(Duration::from_secs(1), hedged.read_range("m/d/x", 0..1000)).await;
+        assert!(waited.is_err(), "nobody answers");
+        assert_eq!(store.count(Call::ReadRange), 1);
     }
 }

@@ -1,5 +1,5 @@
-//! How fast a store answers, and what follows from it: when a request is hopelessly behind its peers, how many requests
-//! fetch one range. Pure: time comes in as durations.
+//! How fast a store answers, and what follows from it: when a request is hopelessly behind its peers, and in how many
+//! requests one range is fetched. Pure: time comes in as durations.
 //!
 //! In: what finished requests took. Out: verdicts on running ones, a number of parts.
 //! Promises: nothing is judged below [`FLOOR`]; extra requests stay within [`EXTRA_SHARE`] of all requests and
@@ -40,6 +40,34 @@ const SAMPLES_MIN: usize = 4;
 
 /// Bodies shorter than this say nothing about a rate.
 const RATE_BYTES_MIN: u64 = 64 << 10;
+
+/// Requests for one range at once: 8 MiB by the megabyte.
+const PARTS_MAX: u64 = 8;
+
+/// No part is smaller: below, what a request costs shows.
+const PART_BYTES_MIN: u64 = 1 << 20;
+
+/// A part worth a request of its own takes half the time to its first byte, and never less than this: a near store, whose
+/// ranges come in a few milliseconds, is asked for them whole.
+const PART_TIME_MIN: Duration = Duration::from_millis(10);
+
+/// Connections to one store at once, to begin with: what a mount has chunks in flight.
+const CONNECTIONS_FIRST: usize = 16;
+
+/// And at most. Bytes in flight stay those of the ranges asked for, however many parts they come in.
+pub const CONNECTIONS_MAX: usize = 64;
+
+/// Ranges between two looks at the rate.
+const EPOCH_RANGES: u32 = 16;
+
+/// Fewer ranges in flight than this keep no link busy: their rate says nothing about it.
+const BUSY_RANGES: usize = 8;
+
+/// What more connections must bring to be kept.
+const GAIN_MIN: f64 = 1.1;
+
+/// Epochs without another try after one that brought nothing: doubled each time, up to this.
+const REST_MAX: u32 = 64;
 
 /// How far a request has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -88,6 +116,81 @@ impl Ring {
     }
 }
 
+/// How many connections a stream gets: more as long as more bring more.
+#[derive(Debug)]
+struct Window {
+    connections: usize,
+    /// The number before, while more are tried.
+    before: Option<usize>,
+    /// Bytes a second of the last epoch that counts.
+    rate: f64,
+    /// Epochs to go before the next try, and how many after a try in vain.
+    rest: u32,
+    rest_next: u32,
+    /// Ranges that began under another number and are not counted.
+    skip: usize,
+    since: Duration,
+    bytes: u64,
+    ranges: u32,
+}
+
+impl Default for Window {
+    fn default() -> Self {
+        let (before, rate, since) = (None, 0.0, Duration::ZERO);
+        Window {
+            connections: CONNECTIONS_FIRST,
+            before,
+            rate,
+            rest: 1,
+            rest_next: 2,
+            skip: 0,
+            since,
+            bytes: 0,
+            ranges: 0,
+        }
+    }
+}
+
+impl Window {
+    /// A range of `bytes` ended at `now`, `in_flight` ranges with it; `wanted`: parts it would be worth having.
+    fn ended(&mut self, bytes: u64, in_flight: usize, wanted: u64, now: Duration) {
+        if in_flight < BUSY_RANGES || self.skip > 0 {
+            self.skip = self.skip.saturating_sub(1);
+            (self.since, self.bytes, self.ranges) = (now, 0, 0);
+            return;
+        }
+        self.bytes += bytes;
+        self.ranges += 1;
+        if self.ranges < EPOCH_RANGES {
+            return;
+        }
+        let rate = self.bytes as f64 / now.saturating_sub(self.since).as_secs_f64().max(1e-6);
+        match self.before.take() {
+            Some(before) if rate < GAIN_MIN * self.rate => {
+                self.connections = before;
+                self.rest = self.rest_next;
+                self.rest_next = (self.rest_next * 2).min(REST_MAX);
+                self.skip = in_flight;
+            }
+            Some(_) => {
+                self.rate = rate;
+                self.rest = 0;
+            }
+            None => {
+                self.rate = rate;
+                self.rest = self.rest.saturating_sub(1);
+                let more = self.connections < CONNECTIONS_MAX && wanted > (self.connections / in_flight) as u64;
+                if self.rest == 0 && more {
+                    self.before = Some(self.connections);
+                    self.connections = (self.connections * 2).min(CONNECTIONS_MAX);
+                    self.skip = in_flight;
+                }
+            }
+        }
+        (self.since, self.bytes, self.ranges) = (now, 0, 0);
+    }
+}
+
 /// What the latest requests to one store took.
 #[derive(Debug)]
 pub struct Pace {
@@ -96,11 +199,13 @@ pub struct Pace {
     /// Bytes a second from the first byte on.
     rate: Ring,
     extra_left: f64,
+    window: Window,
 }
 
 impl Default for Pace {
     fn default() -> Self {
-        Pace { first_byte: Ring::default(), rate: Ring::default(), extra_left: EXTRA_BURST }
+        let (first_byte, rate, window) = Default::default();
+        Pace { first_byte, rate, extra_left: EXTRA_BURST, window }
     }
 }
 
@@ -127,6 +232,27 @@ impl Pace {
             let body = whole.saturating_sub(first_byte).max(Duration::from_millis(1));
             self.rate.add(bytes as f64 / body.as_secs_f64());
         }
+    }
+
+    /// In how many requests at once to fetch a range of `len` bytes, as one of `ranges` in flight.
+    ///
+    /// A lone range is waited for by a reader, and most of its time on a far store is one connection's slowness: it comes
+    /// in parts. Of a stream each range comes whole, until more connections were seen to bring more.
+    pub fn parts(&self, len: u64, ranges: usize) -> u64 {
+        self.parts_worth(len).min((self.window.connections / ranges.max(1)) as u64).max(1)
+    }
+
+    /// Parts that take long enough to be worth a request each.
+    fn parts_worth(&self, len: u64) -> u64 {
+        let (Some(first), Some(rate)) = (self.first_byte.quantile(0.1), self.rate.quantile(0.5)) else { return 1 };
+        let part = rate * (first / 2.0).max(PART_TIME_MIN.as_secs_f64());
+        (len / (part as u64).max(PART_BYTES_MIN)).clamp(1, PARTS_MAX)
+    }
+
+    /// A range of `bytes`, however many parts it had, ended at `now`; `ranges` were in flight with it.
+    pub fn range_ended(&mut self, bytes: u64, ranges: usize, now: Duration) {
+        let wanted = self.parts_worth(bytes);
+        self.window.ended(bytes, ranges, wanted, now);
     }
 
     /// Whether a request for `len` bytes (`None`: nobody knows how many) is far behind what its peers took. `extra`: how
@@ -288,5 +414,53 @@ mod tests {
         (0..1000).for_each(|_| pace.asked());
         let burst = (0..100).filter(|_| pace.take_extra()).count();
         assert_eq!(burst as f64, EXTRA_BURST);
+    }
+
+    #[test]
+    fn a_lone_range_of_a_far_store_comes_in_parts_and_of_a_near_one_whole() {
+        assert_eq!(far().parts(8 * MIB, 1), 3);
+        assert_eq!(far().parts(MIB, 1), 1, "a small one is not worth it");
+        let mut near = Pace::default();
+        for _ in 0..20 {
+            near.brought(8 * MIB, ms(1), ms(9));
+        }
+        assert_eq!(near.parts(8 * MIB, 1), 1);
+        assert_eq!(Pace::default().parts(8 * MIB, 1), 1, "nothing is known");
+    }
+
+    /// A stream of 16 ranges over connections of 50 MB/s with 100 ms to the first byte, on a link of `link` bytes a second:
+    /// the parts of a range after `ranges` of them.
+    fn streamed(link: f64, ranges: u32) -> u64 {
+        let mut pace = far();
+        let mut now = 0.0;
+        for _ in 0..ranges {
+            let parts = pace.parts(8 * MIB, 16);
+            let alone = 0.1 + (8 * MIB / parts) as f64 / 50e6;
+            let rate = (16.0 * (8 * MIB) as f64 / alone).min(link);
+            now += (8 * MIB) as f64 / rate;
+            pace.range_ended(8 * MIB, 16, Duration::from_secs_f64(now));
+        }
+        pace.parts(8 * MIB, 16)
+    }
+
+    #[test]
+    fn a_stream_gets_more_connections_while_they_bring_more() {
+        assert_eq!(streamed(10e9, 15), 1);
+        assert_eq!(streamed(10e9, 500), 3, "as many as are worth it");
+    }
+
+    #[test]
+    fn a_stream_that_fills_its_link_gets_no_more_connections() {
+        let split = (100..1000).filter(|&ranges| streamed(125e6, ranges) > 1).count();
+        assert!(split < 200, "tried for {split} of 900 ranges");
+    }
+
+    #[test]
+    fn a_few_ranges_in_flight_say_nothing_about_the_link() {
+        let mut pace = far();
+        for second in 0..1000 {
+            pace.range_ended(8 * MIB, BUSY_RANGES - 1, Duration::from_secs(second));
+        }
+        assert_eq!(pace.window.connections, CONNECTIONS_FIRST);
     }
 }
