@@ -1,6 +1,9 @@
 //! A line to a server that is far, narrow, and sometimes dead: a proxy that passes bytes on late and paced, and lets
 //! chosen connections fall silent without closing them.
 
+// Tests and benches/slow_line.rs each use a part of it.
+#![allow(dead_code)]
+
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
@@ -25,6 +28,7 @@ pub struct Line {
     pub latency: Duration,
     /// Of one connection.
     pub bytes_per_s: u64,
+    /// One that says nothing more does not hang up either.
     pub sick: fn(usize) -> Option<Sick>,
 }
 
