@@ -82,7 +82,7 @@ fn store() -> Store {
         let plain = plain(number);
         let layout = ObjectLayout::new(plain.len() as u64, 16, 20).unwrap();
         let oid = names::oid(name).unwrap();
-        let sealer = ObjectSealer::new(&dek(), Suite::Aes256Gcm, layout, false, HashAlg::Sha256, oid, vid());
+        let sealer = ObjectSealer::new(&dek(), Suite::Aes256Gcm, layout, HashAlg::Sha256, oid, vid());
         let (mut stored, mut hashes, mut tags) = (sealer.header().to_vec(), Vec::new(), Vec::new());
         for (index, chunk) in layout.chunks().zip(plain.chunks(1 << 20)) {
             let mut chunk = chunk.to_vec();
@@ -375,7 +375,7 @@ fn coded_store() -> (Vec<u8>, Manifest) {
     let plain = weights();
     let layout = ObjectLayout::new(plain.len() as u64, 16, 20).unwrap();
     let (suite, oid) = (Suite::Aes256Gcm, Oid(det_array("oid2")));
-    let sealer = ObjectSealer::new(&dek(), suite, layout, true, HashAlg::Sha256, oid, vid());
+    let sealer = ObjectSealer::coded(&dek(), suite, layout, HashAlg::Sha256, oid, vid());
     let (mut stored, mut hashes, mut lens) = (sealer.header().to_vec(), Vec::new(), Vec::new());
     for (index, chunk) in layout.chunks().zip(plain.chunks(1 << 20)) {
         let (mut coded, mut tags) = (Vec::new(), Vec::new());

@@ -524,15 +524,8 @@ fn forge(scene: &Scene) -> Vec<u8> {
     let content = Random(99).bytes(CHUNK);
     let entry = scene.entry(VICTIM);
     let hash_alg = scene.model.manifest.header().hash_alg;
-    let sealer = ObjectSealer::new(
-        &scene.fixture.dek(),
-        entry.suite,
-        entry.layout,
-        false,
-        hash_alg,
-        entry.oid,
-        entry.origin_vid,
-    );
+    let sealer =
+        ObjectSealer::new(&scene.fixture.dek(), entry.suite, entry.layout, hash_alg, entry.oid, entry.origin_vid);
     let (mut chunk, mut tags) = (content.clone(), Vec::new());
     sealer.seal_chunk(ChunkIndex(1), &mut chunk, &mut tags);
     chunk.extend_from_slice(&tags);

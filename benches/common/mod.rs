@@ -117,7 +117,7 @@ impl Sealed {
         fill_random(3, &mut dek_bytes);
         let dek = dek_of(&dek_bytes);
         let layout = ObjectLayout::new(size, 16, 23).expect("a valid layout");
-        let sealer = ObjectSealer::new(&dek, suite, layout, false, hash_alg, oid, vid);
+        let sealer = ObjectSealer::new(&dek, suite, layout, hash_alg, oid, vid);
         let mut writer = store.begin(&names::data(model_id, oid), layout.stored_len()).await.expect("store");
         writer.write(Bytes::copy_from_slice(&sealer.header())).await.expect("store");
         let (mut hashes, mut tags, mut sum, mut hasher) = (Vec::new(), Vec::new(), 0u64, FileHasher::new());

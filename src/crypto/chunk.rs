@@ -349,19 +349,20 @@ pub struct ObjectSealer {
 }
 
 impl ObjectSealer {
-    /// `oid` is fresh from the random number generator and belongs to this object only.
-    pub fn new(
-        dek: &Dek,
-        suite: Suite,
-        layout: ObjectLayout,
-        coded: bool,
-        hash_alg: HashAlg,
-        oid: Oid,
-        vid: Vid,
-    ) -> Self {
-        let (block_log2, chunk_log2) = (layout.block_log2(), layout.chunk_log2());
-        let mut header = ObjectHeader { suite, block_log2, chunk_log2, oid, origin_vid: vid, coded, commit: [0; 32] };
-        let mut derived = Derived::new(&dek.object_root(oid), "object", &[&header.kdf_input()]);
+    /// An object whose chunks are all stored as they are. `oid` is fresh from the random number generator and belongs to
+    /// this object only.
+    pub fn new(dek: &Dek, suite: Suite, layout: ObjectLayout, hash_alg: HashAlg, oid: Oid, vid: Vid) -> Self {
+        ObjectSealer::with(dek, layout, hash_alg, unsealed_header(suite, layout, oid, vid))
+    }
+
+    /// An object whose chunks may be coded; otherwise as [`ObjectSealer::new`].
+    pub fn coded(dek: &Dek, suite: Suite, layout: ObjectLayout, hash_alg: HashAlg, oid: Oid, vid: Vid) -> Self {
+        let header = ObjectHeader { coded: true, ..unsealed_header(suite, layout, oid, vid) };
+        ObjectSealer::with(dek, layout, hash_alg, header)
+    }
+
+    fn with(dek: &Dek, layout: ObjectLayout, hash_alg: HashAlg, mut header: ObjectHeader) -> Self {
+        let mut derived = Derived::new(&dek.object_root(header.oid), "object", &[&header.kdf_input()]);
         header.commit = derived.commit;
         let key = Secret::from_bytes(&mut derived.key);
         let base_nonce = derived.base_nonce;
@@ -420,6 +421,11 @@ impl ObjectSealer {
             tags.extend_from_slice(&cipher.seal(block.number, &block.aad, bytes));
         }
     }
+}
+
+fn unsealed_header(suite: Suite, layout: ObjectLayout, oid: Oid, origin_vid: Vid) -> ObjectHeader {
+    let (block_log2, chunk_log2) = (layout.block_log2(), layout.chunk_log2());
+    ObjectHeader { suite, block_log2, chunk_log2, oid, origin_vid, coded: false, commit: [0; 32] }
 }
 
 impl std::fmt::Debug for ObjectSealer {
@@ -621,7 +627,7 @@ mod tests {
     fn a_chunk_is_sealed_once() {
         let layout = ObjectLayout::new(100, 16, 20).unwrap();
         let (oid, vid) = (Oid([1; 32]), Vid([1; 16]));
-        let sealer = ObjectSealer::new(&Dek::random(), Suite::Aes256Gcm, layout, false, HashAlg::Blake3, oid, vid);
+        let sealer = ObjectSealer::new(&Dek::random(), Suite::Aes256Gcm, layout, HashAlg::Blake3, oid, vid);
         let (mut buf, mut tags) = ([0; 100], Vec::new());
         sealer.seal_chunk(ChunkIndex(0), &mut buf, &mut tags);
         sealer.seal_chunk(ChunkIndex(0), &mut buf, &mut tags);

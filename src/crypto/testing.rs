@@ -56,7 +56,8 @@ impl Sealed {
         let model_id = ModelId::of_name("test/model");
         let (vid, mut key) = (Vid([9; 16]), [0x42; 32]);
         let dek = Dek::from_secret(crate::mem::Secret::from_bytes(&mut key));
-        let sealer = ObjectSealer::new(&dek, suite, layout, coded_but.is_some(), hash_alg, oid, vid);
+        let new_sealer = if coded_but.is_some() { ObjectSealer::coded } else { ObjectSealer::new };
+        let sealer = new_sealer(&dek, suite, layout, hash_alg, oid, vid);
         let (mut chunks, mut hashes, mut lens) = (Vec::new(), Vec::new(), Vec::new());
         for index in layout.chunks() {
             let range = layout.chunk_plain(index);

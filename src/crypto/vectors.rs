@@ -110,7 +110,7 @@ fn plain0() -> Vec<u8> {
 fn seal(oid: &str, plain: &[u8]) -> (NewObject, Vec<Vec<u8>>) {
     let layout = ObjectLayout::new(plain.len() as u64, 16, 20).unwrap();
     let (oid, suite) = (Oid(det32(oid)), Suite::Aes256Gcm);
-    let sealer = ObjectSealer::new(&dek(), suite, layout, false, HashAlg::Sha256, oid, vid());
+    let sealer = ObjectSealer::new(&dek(), suite, layout, HashAlg::Sha256, oid, vid());
     let (mut hashes, mut chunks) = (Vec::new(), Vec::new());
     for (index, chunk) in layout.chunks().zip(plain.chunks(1 << 20)) {
         let (mut chunk, mut tags) = (chunk.to_vec(), Vec::new());

@@ -112,7 +112,8 @@ impl Pipeline {
         let coding = self.coding(&plan).await?;
         let coded = coding.is_some();
         let oid = Oid(random()?);
-        let sealer = ObjectSealer::new(&self.dek, self.suite, layout, coded, self.hash_alg, oid, self.vid);
+        let new_sealer = if coded { ObjectSealer::coded } else { ObjectSealer::new };
+        let sealer = new_sealer(&self.dek, self.suite, layout, self.hash_alg, oid, self.vid);
         let sealer = Arc::new(Sealer { sealer, coding });
         let name = names::data(self.model_id, oid);
         let mut writer = self.store.begin(&name, layout.stored_len()).await?;

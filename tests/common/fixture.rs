@@ -228,7 +228,8 @@ async fn put(
 ) -> u32 {
     let oid = Oid(random.bytes(32).try_into().expect("32"));
     let layout = ObjectLayout::new(plain.len() as u64, style.block_log2, style.chunk_log2).expect("a valid layout");
-    let new_sealer = |dek: &Dek| ObjectSealer::new(dek, style.suite, layout, style.coded, style.hash_alg, oid, vid);
+    let make = if style.coded { ObjectSealer::coded } else { ObjectSealer::new };
+    let new_sealer = |dek: &Dek| make(dek, style.suite, layout, style.hash_alg, oid, vid);
     let honest = new_sealer(dek);
     let sealer = if style.lie == Lie::Honest { new_sealer(dek) } else { new_sealer(&Dek::random()) };
     let told = if style.lie == Lie::OtherKeyAndCommitment { &sealer } else { &honest };

@@ -148,6 +148,7 @@ impl Huge {
                 origin_vid: VID,
                 commit,
                 hashes,
+                coded: None,
             });
         }
         let header = NewHeader {
