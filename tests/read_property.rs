@@ -321,3 +321,33 @@ fn a_failing_store_costs_errors_never_a_wrong_byte_and_nothing_lasts() {
     eprintln!("{done} reads in {worlds} worlds, {refusals} refused");
     assert!(refusals > 0, "the faults never met a read");
 }
+
+/// Readahead wants a little room beside its own for readers that may come; it must not throw out of the cache, for that, what
+/// was read a moment ago and would be read again.
+#[test]
+fn a_model_that_fits_is_not_thrown_out_by_its_own_readahead() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("runtime");
+    let mut random = Random(7);
+    // Not whole objects: of a pack, every chunk leaves by itself.
+    let files: Vec<_> = (0..30).map(|i| (format!("file-{i:02}"), random.bytes(2 << 20))).collect();
+    let style = Style { pack_below: 3 << 20, ..Style::default() };
+    let fixture = runtime.block_on(Fixture::seal(files, style, &mut random));
+    let budget = 66 * CHUNK;
+    let arena = Arena::open(ArenaPlan { bytes: budget }).expect("arena");
+    let telemetry = Arc::new(Telemetry::default());
+    let limits = CacheLimits::default();
+    let cache = Cache::new(arena, budget, limits, runtime.handle().clone(), telemetry).expect("cache");
+    let reader = Reader::new(cache.clone(), Duration::from_secs(30)).expect("reader");
+    let model = fixture.model(fixture.store.clone(), Verify::Strict);
+    for _ in 0..2 {
+        for (index, (_, bytes)) in fixture.files.iter().enumerate() {
+            let file = OpenFile::new(&cache, &model, index as u32);
+            for at in (0..bytes.len()).step_by(256 << 10) {
+                let answer = runtime.block_on(reader.read(&file, at as u64, 256 << 10)).expect("read");
+                assert!(answer.bytes() == &bytes[at..at + (256 << 10)]);
+            }
+        }
+    }
+    assert_eq!(cache.telemetry().evicted_bytes.get(), 0);
+    assert_eq!(cache.telemetry().chunks_opened.get(), 60, "each chunk once");
+}

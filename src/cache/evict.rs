@@ -40,7 +40,9 @@ impl Shared {
         }
     }
 
-    /// Locked room for `cost` bytes. Prefetch leaves a quarter free for demand and never waits.
+    /// Locked room for `cost` bytes. Prefetch never waits, and leaves room for the demand fetches that may start beside it
+    /// (of a small cache a quarter at most). No more than that: what it wants free beyond its own need it throws out of the
+    /// cache, and a model that fits would be thrown out with it.
     pub(super) async fn room(self: &Arc<Self>, cost: u64, urgency: Urgency, hurry: &Notify) -> Result<Grant> {
         let deadline = tokio::time::Instant::now() + self.limits.room_deadline;
         let mut stop = self.stop.subscribe();
@@ -52,7 +54,10 @@ impl Shared {
             let mut released = std::pin::pin!(self.budget.released());
             let keep_free = match urgency {
                 Urgency::Demand => 0,
-                Urgency::Prefetch => self.budget.total() / 4,
+                Urgency::Prefetch => {
+                    let demand_fetches = self.limits.fetches_max - self.limits.prefetches_max;
+                    (self.budget.total() / 4).min(demand_fetches as u64 * cost)
+                }
             };
             if let Some(grant) = self.budget.try_take(cost, keep_free) {
                 return Ok(grant);
