@@ -171,6 +171,8 @@ impl Shared {
             let measure = telemetry.open_seconds.measure();
             let outcome = open_into(&object, index, &cipher, &file, scratch, &arena);
             drop(measure);
+            // Before anyone is woken: who waits may look at what memory is in use.
+            drop(cipher);
             // The receiver lives as long as the fill task, which never stops early.
             let _ = sender.send(outcome);
         }))?;
