@@ -4,7 +4,8 @@
 server and reads them back; they take turns, round after round, and what is printed are medians over the rounds of the
 ratio within a round. A contender whose bytes are wrong, by SHA-256 of a whole read before anything is timed, is named and
 left out. Cold means: a fresh mount (or a fresh loading process) for every measurement, nothing decrypted or cached by
-the client; what the server reads from lies in its page cache, for every contender, so that no disk is measured.
+the client; what the server reads from lies in its page cache, for every contender, so that no disk is measured; and free
+memory has just been touched, so that no hypervisor is.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import contextlib
 import datetime
 import json
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -32,6 +34,8 @@ from servers import Failed, Nginx, Processes, S3, run
 
 READERS = 4
 READ_SECONDS = 600
+# Who takes longer than this for one load is not asked again in later rounds.
+SLOW_SECONDS = 60
 # Where the same bytes by plain GETs are taken from; the best of these is the reference of the cold columns.
 GETS_IN_FLIGHT = (4, 8, 16)
 PART_BYTES = 8 << 20
@@ -119,6 +123,8 @@ class Numbers:
         return statistics.median([a / b for a, b in pairs if b]) if pairs else None
 
     def note(self, text: str) -> None:
+        # Where this run's files lie is nobody's business and never the same.
+        text = re.sub(r"/\S*modelfs-bench\.[^/\s]*", "…", text.split("\n")[0])[:240]
         if text not in self.notes:
             self.notes.append(text)
             print(f"note: {text}", file=sys.stderr)
@@ -129,11 +135,14 @@ class Suite:
         self.args, self.bed, self.reader, self.gets, self.loader = args, bed, reader, gets, loader
         self.numbers = Numbers()
         self.sums: dict[str, dict[str, Any]] = {}
-        self.own_sizes: dict[str, dict[str, float]] = {}
+        self.began = time.monotonic()
 
     def say(self, text: str) -> None:
-        end = "\r\x1b[K" if sys.stderr.isatty() else "\n"
-        print(f"{end if end != chr(10) else ''}{text}", end="" if end != "\n" else "\n", file=sys.stderr, flush=True)
+        """One line of progress: overwritten on a terminal, with the minutes passed in a log."""
+        if sys.stderr.isatty():
+            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+        elif text:
+            print(f"{(time.monotonic() - self.began) / 60:5.1f} min  {text}", file=sys.stderr, flush=True)
 
     # ---- preparing ---------------------------------------------------------------------------------------------------
 
@@ -171,6 +180,10 @@ class Suite:
                 while opened.read(8 << 20):
                     pass
 
+    def settle(self, data: Data) -> None:
+        """Before anything cold: there is free memory for the plaintext, a loader's copy of it, and the page cache's."""
+        machine.touch_free_memory((data.all_bytes if data.whole else data.bytes) * (2 if data.whole else 3))
+
     # ---- floors ------------------------------------------------------------------------------------------------------
 
     def floors(self, data: Data) -> None:
@@ -179,12 +192,15 @@ class Suite:
         self.numbers.add(data.name, report.MEMCPY, "warm", data.bytes / copied["seconds"] / 1e9)
         key = f"plain/{data.name}/{data.file}"
         self.prime([data.path])
+        link = self.bed.work / "plain" / data.name
+        if not link.exists():
+            link.symlink_to(data.folder)
         if not (self.bed.s3.folder / key).exists():
             self.bed.s3.put_tree(f"plain/{data.name}", data.folder)
         self.prime([self.bed.s3.folder / key])
         servers = [("versitygw", self.bed.s3.process.pid, self.bed.s3.presigned(key))]
         if self.bed.nginx:
-            servers.append(("nginx", self.bed.nginx.process.pid, self.bed.nginx.url(f"{data.folder.name}/{data.file}")))
+            servers.append(("nginx", self.bed.nginx.process.pid, self.bed.nginx.url(f"{data.name}/{data.file}")))
         for server, pid, url in servers:
             for parallel in GETS_IN_FLIGHT:
                 before = machine.cpu_seconds([pid])
@@ -223,10 +239,16 @@ class Suite:
         self.prime(contender.stored(data))
         add = lambda what, value: self.numbers.add(data.name, contender.name, what, value)  # noqa: E731
         memory = isinstance(contender, Tmpfs)
-        if contender.mounts:
+        if contender.mounts and not contender.reads:
+            with contender.serve(data) as live:
+                if "warm load" in columns and self.loader and data.file.endswith(".safetensors"):
+                    self.load(contender, data, live, "warm load", add)
+        elif contender.mounts:
             if "first" in columns and not memory:
+                self.settle(data)
                 with contender.serve(data) as live:
                     add("first", self.reader.read("first byte", live.folder / data.file)["seconds"] * 1e3)
+            self.settle(data)
             with contender.serve(data) as live:
                 path = live.folder / data.file
                 if not memory:
@@ -234,6 +256,7 @@ class Suite:
                 if columns & {"warm", "mmap", "direct", "random", "many", "warm load"}:
                     self.warm(contender, data, live, path, columns, add)
         if "cold load" in columns and self.loader and data.file.endswith(".safetensors") and not memory:
+            self.settle(data)
             with contender.serve(data) if contender.mounts else contextlib.nullcontext(None) as served:
                 self.load(contender, data, served, "cold load", add)
 
@@ -278,6 +301,9 @@ class Suite:
 
     def load(self, contender: Contender, data: Data, live: Live | None, what: str, add: Callable[[str, float], None]) -> None:
         assert self.loader is not None
+        if max(self.numbers.of(data.name, contender.name, f"{what} seconds"), default=0) > SLOW_SECONDS:
+            self.numbers.note(f"{contender.name}, {data.name}: one {what} only, it takes more than {SLOW_SECONDS} s")
+            return
         whole = data.whole
         request = contender.load_model(data, live) if whole else contender.load(data, live)
         pids = live.pids if live else []
@@ -301,7 +327,10 @@ class Suite:
         able = self.ready(contenders, data)
         for number in range(self.args.rounds):
             self.say(f"{data.name}, round {number + 1}: plain GETs")
-            self.floors(data)
+            try:
+                self.floors(data)
+            except (Failed, OSError, KeyError, subprocess.TimeoutExpired) as error:
+                self.numbers.note(f"plain GETs, {data.name}: {error}")
             # Another order every round.
             turn = number % max(1, len(able))
             for contender in [*able[turn:], *able[:turn]]:
@@ -356,6 +385,7 @@ class Suite:
                 add = lambda what, value, who=contender.name: self.numbers.add(data.name, who, what, value)  # noqa: E731
                 try:
                     self.prime(contender.stored(data))
+                    self.settle(data)
                     with contender.serve(data) if contender.mounts else contextlib.nullcontext(None) as live:
                         memory = isinstance(contender, Tmpfs)
                         if not memory:
@@ -414,8 +444,9 @@ def prepared(args: argparse.Namespace) -> Iterator[tuple[Bed, Loader | None]]:
     try:
         s3 = S3(gateway, work / "s3", processes)
         nginx = None
+        (work / "plain").mkdir()
         if shutil.which("nginx") or Path("/usr/sbin/nginx").exists():
-            nginx = Nginx(args.data, work / "nginx", processes)
+            nginx = Nginx(work / "plain", work / "nginx", processes)
         bed = Bed(work, cache, args.modelfs, s3, nginx, processes)
         python = cache / "bench-peers/bin/python"
         if not args.no_torch and (cache / "bench-peers/complete").exists():
@@ -467,7 +498,7 @@ QUICK = ("tmpfs", "modelfs", "modelfs, open=whole", "rclone", "mountpoint-s3", "
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benches/run.sh peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, metavar="MIB", help="of each file [1024; with --quick 96]")
+    parser.add_argument("--size", type=int, metavar="MIB", help="of each file [512; with --quick 96]")
     parser.add_argument("--rounds", type=int, help="[3; with --quick 1]")
     parser.add_argument("--quick", action="store_true", help="small files, one round, few peers: a smoke test of some minutes")
     parser.add_argument("--only", action="append", metavar="NAME", help="only contenders whose name holds this; give it again for more")
@@ -482,7 +513,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gets", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--crypto", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.size = args.size or (96 if args.quick else 1024)
+    args.size = args.size or (96 if args.quick else 512)
     args.rounds = args.rounds or (1 if args.quick else 3)
     args.proof_gb = args.proof_gb or (1 if args.quick else 10)
     args.kinds = args.kinds.split(",") if args.kinds else (["minilm-bf16", "random"] if args.quick else [*KINDS, "llama-bf16"])

@@ -33,7 +33,7 @@ UNITS = {"first": "ms", "cpu": "s/GB", "server cpu": "s/GB", "memory": "MiB", "r
 def short(value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2 if value >= 0.1 or value == 0 else 3}f}"
 
 
 def cell(numbers: Numbers, data: str, who: str, column: tuple[str, str, str, str | None, str]) -> dict[str, Any] | None:
@@ -46,10 +46,10 @@ def cell(numbers: Numbers, data: str, who: str, column: tuple[str, str, str, str
     value = numbers.median(data, who, key)
     if value is None:
         return None
-    made: dict[str, Any] = {"value": round(value, 3), "unit": UNITS.get(key.removeprefix("load ").removeprefix("cold load "), "GB/s")}
+    made: dict[str, Any] = {"value": round(value, 4), "unit": UNITS.get(key.removeprefix("load ").removeprefix("cold load "), "GB/s")}
     if against:
         ratio = numbers.ratio(data, who, against, key, key_against)
-        made["ratio"] = None if ratio is None else round(1 / ratio if kind == "time" else ratio, 3)
+        made["ratio"] = None if ratio is None else round(1 / ratio if kind == "time" else ratio, 4)
     made["rounds"] = [round(value, 3) for value in numbers.of(data, who, key)]
     return made
 
