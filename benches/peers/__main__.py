@@ -150,6 +150,8 @@ class Suite:
         """Stores the data with everyone, reads it back once, and keeps those that answered right."""
         able = []
         for contender in contenders:
+            if isinstance(contender, Modelfs) and contender.codec == "none" and not self.codec_matters(able, contender, data):
+                continue
             self.say(f"{data.name}: {contender.name} stores and is checked")
             try:
                 contender.store(data)
@@ -159,6 +161,16 @@ class Suite:
                 continue
             able.append(contender)
         return able
+
+    def codec_matters(self, able: list[Contender], plain: Modelfs, data: Data) -> bool:
+        """Whether the codec stored anything else than `--codec none` does; the same bytes need not be read twice."""
+        coded = next((other for other in able if isinstance(other, Modelfs)), None)
+        plain.store(data)
+        size = lambda contender: sum(path.stat().st_size for path in contender.stored(data))  # noqa: E731
+        if coded and abs(size(coded) - size(plain)) < data.all_bytes // 1000:
+            self.numbers.note(f"{data.name}: the codec has nothing to win, so there is no line without it")
+            return False
+        return True
 
     def check(self, contender: Contender, data: Data) -> None:
         """One cold read, not timed: its SHA-256, and the memory that it took beyond the plaintext."""
@@ -368,6 +380,27 @@ class Suite:
             self.numbers.add("proofs", own.name, "daemon cpu", machine.cpu_seconds(live.pids) - before)
             self.numbers.add("proofs", own.name, "bytes read", read)
 
+    def narrow_link(self, data: Data, own: Modelfs) -> None:
+        """A link held to 1 Gb/s, by benches/slow_store.sh: a cold read against plain GETs of the plain file."""
+        script = Path(__file__).parents[1] / "slow_store.sh"
+        if not script.exists() or not self.gets or not shutil.which("tc"):
+            self.numbers.note("no narrow link: it needs benches/slow_store.sh, benches/gets.rs and tc (Debian: iproute2)")
+            return
+        store = self.bed.folder("sealed") / data.name
+        try:
+            own.seal(data, str(store))
+            command = ["bash", str(script), "link", "--rounds", str(self.args.rounds), "--plain", str(data.path), "--path", data.file]
+            command += ["--sealed", str(store), "--model", data.name, "--key", f"file:{own.keys}/key", "--trust", f"{own.keys}/signing.key.pub"]
+            told = run(command, {"MODELFS": str(self.bed.modelfs), "GETS": str(self.gets), "SLOW_LINE": "/bin/false"})
+            found = re.search(r"mount cold.* / plain GETs.*: ([0-9.]+)", told)
+            if not found:
+                raise Failed("benches/slow_store.sh printed no ratio")
+            self.numbers.add(data.name, own.name, "narrow link", float(found[1]))
+        except (Failed, subprocess.TimeoutExpired) as error:
+            self.numbers.note(f"narrow link, {data.name}: {error}")
+        finally:
+            shutil.rmtree(store, ignore_errors=True)
+
     def models(self, data: Data, contenders: list[Contender]) -> list[Contender]:
         """Whole-model loads, each contender with its own copy in the bucket, cold; and warm where it can stay warm."""
         able = []
@@ -490,6 +523,8 @@ def make_data(args: argparse.Namespace, kinds: list[str]) -> dict[str, Data]:
 
 ALL_COLUMNS = {"first", "cold", "cold load", "warm", "mmap", "direct", "random", "many", "warm load"}
 KINDS = ["minilm-bf16", "minilm-f16", "minilm-f32", "normal-bf16", "random", "gguf-q4k"]
+# What is read through a narrow link as well.
+LINK = ("minilm-bf16", "normal-bf16", "random")
 # Who is in the shorter comparisons by kind of data.
 SHORT = ("modelfs", "modelfs, open=whole", "modelfs, whole, no codec", "mountpoint-s3", "rclone crypt")
 MODEL = ("tmpfs", "modelfs", "modelfs, open=whole", "rclone", "s3fs", "mountpoint-s3", "Run:ai streamer", "rclone crypt", "tensorizer, encrypted")
@@ -504,6 +539,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", action="append", metavar="NAME", help="only contenders whose name holds this; give it again for more")
     parser.add_argument("--kinds", default=None, help="only these kinds of data, by commas: " + ",".join([*KINDS, "llama-bf16"]))
     parser.add_argument("--no-torch", action="store_true", help="leave out what needs torch")
+    parser.add_argument("--no-link", action="store_true", help="leave out the link of 1 Gb/s (network namespaces, tc)")
     parser.add_argument("--proof-gb", type=float, default=None, help="how much is read warm to see the daemon idle [10; with --quick 1]")
     parser.add_argument("--dir", type=Path, default=Path(os.environ.get("TMPDIR", "/var/tmp")), help="where the stores lie meanwhile")
     parser.add_argument("--out", type=Path, help="writes benchmark.json and benchmark.svg into this folder")
@@ -571,6 +607,9 @@ def main() -> int:
             if everyone and isinstance(own, Modelfs):
                 suite.say("modelfs: its processor time while warm files are read")
                 suite.proofs(data[kind], own, int(args.proof_gb * 1e9))
+            if isinstance(own, Modelfs) and kind in LINK and not args.no_link:
+                suite.say(f"{kind}: a link of 1 Gb/s")
+                suite.narrow_link(data[kind], own)
             suite.forget(data[kind])
         model = data.get("llama-bf16")
         if model:

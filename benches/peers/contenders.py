@@ -200,18 +200,17 @@ class Modelfs(Contender):
         return f"modelfs-{self.codec}/{data.name}"
 
     def store(self, data: Data) -> None:
-        if self.stored(data):
-            return
+        if not self.stored(data):
+            self.seal(data, f"s3://{BUCKET}/{self._prefix(data)}")
+
+    def seal(self, data: Data, store: str) -> None:
         key, signing = self.keys / "key", self.keys / "signing.key"
         if not key.exists():
             run([str(self.bed.modelfs), "keygen", str(key)], self._env())
             run([str(self.bed.modelfs), "keygen", "--signing", str(signing)], self._env())
         codec = ["--codec", self.codec] if self.codec != "default" else []
-        store = f"s3://{BUCKET}/{self._prefix(data)}"
-        run(
-            [str(self.bed.modelfs), "seal", "-q", str(data.folder), store, data.name, "--key", f"file:{key}", "--sign", str(signing), *codec],
-            self._env(),
-        )
+        command = [str(self.bed.modelfs), "seal", "-q", str(data.folder), store, data.name, "--key", f"file:{key}", "--sign", str(signing)]
+        run([*command, *codec], self._env())
 
     def stored(self, data: Data) -> list[Path]:
         return below(self.bed.s3.folder / self._prefix(data))
@@ -456,6 +455,7 @@ def modelfs_variants(bed: Bed) -> list[Modelfs]:
     whole = ["--open", "whole"]
     variants = [
         Modelfs(bed, "modelfs", codec, [], "as it comes: open=auto, strict"),
+        Modelfs(bed, "modelfs, open=lazy", codec, ["--open", "lazy"], "no open waits"),
         Modelfs(bed, "modelfs, open=whole", codec, whole, "every open waits for the whole file"),
         Modelfs(bed, "modelfs, whole, aead", codec, [*whole, "--verify", "aead"], "tags only, no signed hash: the work that gocryptfs and rclone do"),
     ]

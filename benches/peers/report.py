@@ -27,7 +27,7 @@ COLUMNS: list[tuple[str, str, str, str | None, str]] = [
     ("many", "4 processes", "rate", TMPFS, "many"),
     ("warm load", "warm load to torch", "rate", TMPFS, "warm load"),
 ]
-UNITS = {"first": "ms", "cpu": "s/GB", "server cpu": "s/GB", "memory": "MiB", "random": "us", "stored": "of the source"}
+UNITS = {"first": "ms", "cpu": "s/GB", "server cpu": "s/GB", "memory": "MiB", "random": "us", "stored": "of the source", "narrow link": "of plain GETs"}
 
 
 def short(value: float | None) -> str:
@@ -69,7 +69,7 @@ def collect(
         floors = [who for (of, who, what) in numbers.values if of == name and what == "cold" and who.startswith("plain GETs, ") and who != PLAIN_GETS]
         for who in [MEMCPY, PLAIN_GETS, *(contender.name for contender in contenders)]:
             cells = {column[0]: made for column in COLUMNS if (made := cell(numbers, name, who, column))}
-            for extra in ("server cpu", "stored", "cold load seconds", "warm load seconds", "cold load cpu"):
+            for extra in ("server cpu", "stored", "cold load seconds", "warm load seconds", "cold load cpu", "narrow link"):
                 value = numbers.median(name, who, extra)
                 if value is not None:
                     cells[extra] = {"value": round(value, 3), "unit": UNITS.get(extra, "s")}
@@ -130,7 +130,8 @@ def main_table(kind: dict[str, Any]) -> str:
 def kinds_table(kinds: list[dict[str, Any]]) -> str:
     names = ("modelfs", "modelfs, open=whole", "modelfs, whole, no codec", "mountpoint-s3", "rclone crypt")
     shown = [who for who in names if any(value_of(kind, who, "cold") for kind in kinds)]
-    heads = ["data", "size", "stored / source", "plain GETs, GB/s", *(f"{who}" for who in shown)]
+    link = any(row["cells"].get("narrow link") for kind in kinds for row in kind["rows"])
+    heads = ["data", "size", "stored / source", "plain GETs, GB/s", *shown, *(["link of 1 Gb/s"] if link else [])]
     rows = []
     for kind in kinds:
         stored = value_of(kind, "modelfs", "stored")
@@ -141,6 +142,7 @@ def kinds_table(kinds: list[dict[str, Any]]) -> str:
                 "-" if stored is None else f"{stored:.3f}",
                 short(value_of(kind, PLAIN_GETS, "cold")),
                 *(short(value_of(kind, who, "cold", "ratio")) for who in shown),
+                *([short(value_of(kind, "modelfs, open=whole", "narrow link"))] if link else []),
             ]
         )
     return table(heads, rows)

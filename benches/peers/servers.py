@@ -95,7 +95,10 @@ def _wait_for_port(port: int, name: str, process: subprocess.Popen[bytes], proce
 
 
 class S3:
-    """versitygw over a folder; its objects are plain files below it, which is how sizes are taken and caches are warmed."""
+    """versitygw over a folder; its objects are plain files below it, which is how sizes are taken and caches are warmed.
+
+    With connections kept, as the services it stands for do; it would close each after one answer.
+    """
 
     def __init__(self, program: Path, folder: Path, processes: Processes) -> None:
         (folder / BUCKET).mkdir(parents=True)
@@ -103,7 +106,7 @@ class S3:
         self.port = free_port()
         self.endpoint = f"http://127.0.0.1:{self.port}"
         env = {"ROOT_ACCESS_KEY": ACCESS_KEY, "ROOT_SECRET_KEY": SECRET_KEY}
-        command = [str(program), "--port", f"127.0.0.1:{self.port}", "--quiet", "posix", str(folder)]
+        command = [str(program), "--port", f"127.0.0.1:{self.port}", "--quiet", "--keep-alive", "posix", str(folder)]
         self.process = processes.start("versitygw", command, env)
         _wait_for_port(self.port, "versitygw", self.process, processes)
 
