@@ -83,7 +83,9 @@ class Bed:
         return str(mine) if mine.is_file() else shutil.which(program)
 
     @contextlib.contextmanager
-    def mounted(self, name: str, command: list[str], mountpoint: Path, there: Path, env: dict[str, str]) -> Iterator[int]:
+    def mounted(
+        self, name: str, command: list[str], mountpoint: Path, there: Path, env: dict[str, str]
+    ) -> Iterator[int]:
         """Runs a file system in the foreground until `there` is seen below it; takes the mount off at the end."""
         process = self.processes.start(name, command, env)
         try:
@@ -131,6 +133,9 @@ class Contender:
         """Where the server keeps it: for its size, and to have it in the server's page cache before each run."""
         return []
 
+    def stored_bytes(self, data: Data) -> int:
+        return sum(path.stat().st_size for path in self.stored(data))
+
     def serve(self, data: Data) -> contextlib.AbstractContextManager[Live]:
         raise NotImplementedError
 
@@ -168,7 +173,17 @@ class Tmpfs(Contender):
     def serve(self, data: Data) -> Iterator[Live]:
         mountpoint = self.bed.folder("tmpfs")
         size = data.all_bytes + (64 << 20)
-        run(["mount", "-t", "tmpfs", "-o", f"huge={'always' if self.huge else 'never'},size={size},mode=0700", "bench", str(mountpoint)])
+        run(
+            [
+                "mount",
+                "-t",
+                "tmpfs",
+                "-o",
+                f"huge={'always' if self.huge else 'never'},size={size},mode=0700",
+                "bench",
+                str(mountpoint),
+            ]
+        )
         try:
             shutil.copytree(data.folder, mountpoint / data.name)
             yield Live(mountpoint / data.name, [])
@@ -209,7 +224,18 @@ class Modelfs(Contender):
             run([str(self.bed.modelfs), "keygen", str(key)], self._env())
             run([str(self.bed.modelfs), "keygen", "--signing", str(signing)], self._env())
         codec = ["--codec", self.codec] if self.codec != "default" else []
-        command = [str(self.bed.modelfs), "seal", "-q", str(data.folder), store, data.name, "--key", f"file:{key}", "--sign", str(signing)]
+        command = [
+            str(self.bed.modelfs),
+            "seal",
+            "-q",
+            str(data.folder),
+            store,
+            data.name,
+            "--key",
+            f"file:{key}",
+            "--sign",
+            str(signing),
+        ]
         run([*command, *codec], self._env())
 
     def stored(self, data: Data) -> list[Path]:
@@ -221,7 +247,15 @@ class Modelfs(Contender):
         key, trust = self.keys / "key", self.keys / "signing.key.pub"
         command = [str(self.bed.modelfs), "mount", f"s3://{BUCKET}/{self._prefix(data)}", str(mountpoint)]
         # Room for the whole and as much again for what is on its way out; never less than it takes by itself.
-        command += ["--key", f"file:{key}", "--trust", str(trust), "--cache", str(data.all_bytes + (512 << 20)), *self.options]
+        command += [
+            "--key",
+            f"file:{key}",
+            "--trust",
+            str(trust),
+            "--cache",
+            str(data.all_bytes + (512 << 20)),
+            *self.options,
+        ]
         folder = mountpoint / data.name
         with self.bed.mounted("modelfs", command, mountpoint, folder, self._env()) as pid:
             yield Live(folder, [pid])
@@ -241,7 +275,8 @@ class Uploaded(Contender):
 class Rclone(Uploaded):
     """With its disk cache, which made it fastest of what was tried at loads of maps (7 times), or without.
 
-    Tried as well: 4 and 8 streams at once of 8 and 16 MiB, with and without the disk cache: slower in all but some cold reads.
+    Tried as well: 4 and 8 streams at once of 8 and 16 MiB, with and without the disk cache: slower in all but some cold
+    reads.
     """
 
     def __init__(self, bed: Bed, crypt: bool, disk: bool = True) -> None:
@@ -264,8 +299,8 @@ class Rclone(Uploaded):
             config.write_text(
                 f"[s3]\ntype = s3\nprovider = Other\naccess_key_id = {ACCESS_KEY}\nsecret_access_key = {SECRET_KEY}\n"
                 f"region = {REGION}\nendpoint = {self.bed.s3.endpoint}\nforce_path_style = true\n"
-                f"[crypt]\ntype = crypt\nremote = s3:{BUCKET}/rclone-crypt\npassword = {password}\nfilename_encryption = off\n"
-                "directory_name_encryption = false\n"
+                f"[crypt]\ntype = crypt\nremote = s3:{BUCKET}/rclone-crypt\npassword = {password}\n"
+                "filename_encryption = off\ndirectory_name_encryption = false\n"
             )
         return str(config)
 
@@ -303,7 +338,13 @@ class S3fs(Uploaded):
         secret = self.bed.work / "s3fs.pass"
         secret.write_text(f"{ACCESS_KEY}:{SECRET_KEY}\n")
         secret.chmod(0o600)
-        options = [f"url={self.bed.s3.endpoint}", f"passwd_file={secret}", f"endpoint={REGION}", "use_path_request_style", "ro"]
+        options = [
+            f"url={self.bed.s3.endpoint}",
+            f"passwd_file={secret}",
+            f"endpoint={REGION}",
+            "use_path_request_style",
+            "ro",
+        ]
         options += ["parallel_count=16", "multipart_size=16"]
         command = ["s3fs", f"{BUCKET}:/{prefix}", str(mountpoint), "-f"]
         for option in options:
@@ -412,7 +453,11 @@ class Tensorizer(Contender):
         if self.stored(data):
             return
         out = self.bed.work / "model.tensors"
-        request = {"way": "tensorize", "paths": [str(data.folder / file) for file in weights(data)], "options": {"key": KEY, "out": str(out)}}
+        request: dict[str, object] = {
+            "way": "tensorize",
+            "paths": [str(data.folder / file) for file in weights(data)],
+            "options": {"key": KEY, "out": str(out)},
+        }
         assert self.bed.helper is not None
         told = self.bed.helper(request)
         if "error" in told:
@@ -425,7 +470,11 @@ class Tensorizer(Contender):
 
     def load(self, data: Data, live: Live | None) -> dict[str, object]:
         options = {"key": KEY, "endpoint": f"127.0.0.1:{self.bed.s3.port}", "readers": 4}
-        return {"way": "tensorizer", "paths": [f"s3://{BUCKET}/tensorizer/{data.name}/model.tensors"], "options": options}
+        return {
+            "way": "tensorizer",
+            "paths": [f"s3://{BUCKET}/tensorizer/{data.name}/model.tensors"],
+            "options": options,
+        }
 
     def load_model(self, data: Data, live: Live | None) -> dict[str, object]:
         return {**self.load(data, live), "way": "tensorizer model", "folder": str(data.folder)}
@@ -442,7 +491,9 @@ class Fast(Tmpfs):
         self.note = "a loader of local files; on the CPU, without GPU direct storage"
 
     def why_not(self) -> str | None:
-        return super().why_not() or (None if self.bed.helper else "needs torch (tests/parts/install.sh clients-torch bench-peers)")
+        return super().why_not() or (
+            None if self.bed.helper else "needs torch (tests/parts/install.sh clients-torch bench-peers)"
+        )
 
     def load(self, data: Data, live: Live | None) -> dict[str, object]:
         return {**super().load(data, live), "way": "fastsafetensors"}
@@ -457,7 +508,13 @@ def modelfs_variants(bed: Bed) -> list[Modelfs]:
         Modelfs(bed, "modelfs", codec, [], "as it comes: open=auto, strict"),
         Modelfs(bed, "modelfs, open=lazy", codec, ["--open", "lazy"], "no open waits"),
         Modelfs(bed, "modelfs, open=whole", codec, whole, "every open waits for the whole file"),
-        Modelfs(bed, "modelfs, whole, aead", codec, [*whole, "--verify", "aead"], "tags only, no signed hash: the work that gocryptfs and rclone do"),
+        Modelfs(
+            bed,
+            "modelfs, whole, aead",
+            codec,
+            [*whole, "--verify", "aead"],
+            "tags only, no signed hash: the work that gocryptfs and rclone do",
+        ),
     ]
     if knows_codec:
         variants.append(Modelfs(bed, "modelfs, whole, no codec", "none", whole, "sealed with --codec none"))

@@ -1,7 +1,7 @@
 """Makes the model files that everything reads, once, into FOLDER/KIND-SIZE/: `data.py FOLDER --mib N KIND...`
 
 minilm-bf16, minilm-f16, minilm-f32   the real all-MiniLM-L6-v2 weights in that type, repeated under other names
-normal-bf16   bf16 tensors of normally distributed values, each with a deviation of its own, as trained weights have them
+normal-bf16   bf16 tensors of normally distributed values, each with its own deviation, as trained weights have them
 random        a safetensors file of random bytes: nothing to win
 gguf-q4k      Q4_K tensors: normally distributed values, quantised block by block to 4.5 bits each
 
@@ -50,7 +50,9 @@ def to_bf16(values: np.ndarray) -> np.ndarray:
 def minilm(out: Path, mib: int, kind: str, model: Path) -> None:
     from safetensors.numpy import load_file
 
-    weights = {name: value for name, value in load_file(model / "model.safetensors").items() if value.dtype == np.float32}
+    weights = {
+        name: value for name, value in load_file(model / "model.safetensors").items() if value.dtype == np.float32
+    }
     cast = {"bf16": ("BF16", to_bf16), "f16": ("F16", lambda v: v.astype(np.float16)), "f32": ("F32", lambda v: v)}
     dtype, convert = cast[kind]
     stored = {name: (list(value.shape), convert(value).tobytes()) for name, value in weights.items()}
@@ -81,7 +83,9 @@ def normal_bf16(out: Path, mib: int, _kind: str, _model: Path) -> None:
 
 def random_bytes(out: Path, mib: int, _kind: str, _model: Path) -> None:
     random = np.random.default_rng(SEED)
-    write_safetensors(out / "model.safetensors", ((f"bytes{i}", "U8", [MIB * 8], random.bytes(MIB * 8)) for i in range(mib // 8)))
+    write_safetensors(
+        out / "model.safetensors", ((f"bytes{i}", "U8", [MIB * 8], random.bytes(MIB * 8)) for i in range(mib // 8))
+    )
 
 
 def quantise_q4k(values: np.ndarray) -> np.ndarray:
@@ -104,7 +108,9 @@ def quantise_q4k(values: np.ndarray) -> np.ndarray:
     packed[:, 4:8] = (mn[:, :4] & 63) | ((mn[:, 4:] >> 4) << 6)
     packed[:, 8:12] = (sc[:, 4:] & 15) | ((mn[:, 4:] & 15) << 4)
     nibbles = q[:, 0::2] | (q[:, 1::2] << 4)
-    blocks = np.concatenate([d.view(np.uint8).reshape(-1, 2), dmin.view(np.uint8).reshape(-1, 2), packed, nibbles.reshape(-1, 128)], axis=1)
+    blocks = np.concatenate(
+        [d.view(np.uint8).reshape(-1, 2), dmin.view(np.uint8).reshape(-1, 2), packed, nibbles.reshape(-1, 128)], axis=1
+    )
     return blocks.reshape(values.shape[0], -1)
 
 

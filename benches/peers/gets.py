@@ -1,4 +1,4 @@
-"""Fetches URL by parallel range GETs and throws the bytes away: `gets.py URL SIZE PARALLEL PART`; for want of benches/gets.rs.
+"""Parallel range GETs, thrown away: `gets.py URL SIZE PARALLEL PART`; for want of benches/gets.rs.
 
 Threads, each with one connection and one buffer. Prints {"seconds", "cpu"}; fails unless every byte came.
 """

@@ -1,8 +1,8 @@
 """Loads models as programs do, one process a load: a line of JSON in on standard input, a line of JSON out.
 
 The imports, which take seconds, are done once; every load is then a fork of this process that ends with its answer, so
-nothing stays warm in it. The clock runs from before the loader is asked to after every byte of every tensor has been
-added up: a tensor that is only a map of a file must have come from it by then. The sum tells whether the bytes are right.
+nothing stays warm in it. The clock runs from before the loader is asked until every byte of every tensor has been
+added up: a tensor that is only a map of a file must have come from it by then. The sum tells whether they are right.
 
 request   {"way": WAY, "paths": [FILE or s3:// URL...], "folder": DIR, "options": {...}}
 answer    {"seconds", "cpu", "bytes", "sum", "memory"} or {"error"}
@@ -107,7 +107,8 @@ def tensorize(request: dict[str, Any]) -> Iterable[torch.Tensor]:
 def by_transformers(request: dict[str, Any]) -> Iterable[torch.Tensor]:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(request["folder"], dtype="auto").parameters()
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(request["folder"], dtype="auto")
+    return list(model.parameters())
 
 
 def _into_model(folder: str, weights: dict[str, torch.Tensor]) -> Iterable[torch.Tensor]:
@@ -115,9 +116,11 @@ def _into_model(folder: str, weights: dict[str, torch.Tensor]) -> Iterable[torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
+        model: torch.nn.Module = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(folder), dtype=torch.bfloat16
+        )
     model.load_state_dict(weights, strict=True, assign=True)
-    return model.parameters()
+    return list(model.parameters())
 
 
 def by_runai_model(request: dict[str, Any]) -> Iterable[torch.Tensor]:
@@ -125,8 +128,9 @@ def by_runai_model(request: dict[str, Any]) -> Iterable[torch.Tensor]:
 
     with SafetensorsStreamer() as streamer:
         streamer.stream_files(request["paths"])
-        # What it hands out is a view of a buffer that it uses again.
-        weights = {name: tensor.clone() for name, tensor in streamer.get_tensors()}
+        # Views of its buffer, which is as large as the model unless told otherwise: were it used again, the sum would
+        # tell.
+        weights = dict(streamer.get_tensors())
     return _into_model(request["folder"], weights)
 
 
@@ -187,10 +191,10 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     # Everything slow to import that needs no thread of its own; threads do not survive a fork.
-    import safetensors.torch
+    import safetensors.torch  # noqa: F401
 
     if "--transformers" in sys.argv:
-        import transformers.models.llama.modeling_llama
+        import transformers.models.llama.modeling_llama  # noqa: F401
     for line in sys.stdin:
         request = json.loads(line)
         got, put = os.pipe()

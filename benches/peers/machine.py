@@ -18,7 +18,9 @@ def describe() -> dict[str, object]:
     cpuinfo = Path("/proc/cpuinfo").read_text()
 
     def field(name: str) -> str:
-        return next((line.split(":", 1)[1].strip() for line in cpuinfo.splitlines() if line.startswith(name)), "unknown")
+        return next(
+            (line.split(":", 1)[1].strip() for line in cpuinfo.splitlines() if line.startswith(name)), "unknown"
+        )
 
     return {
         "cpu": field("model name"),
@@ -95,9 +97,9 @@ def anonymous(pids: list[int]) -> int:
 
 
 class MemoryPeak:
-    """While in its block: the most that was held at once by `pids` and by shared memory and the page cache of the whole
-    machine, above what was there at the start. So whatever a mount, its reader and the kernel keep of a file counts once
-    for each copy of it; only one thing may be measured at a time.
+    """While in its block: the most that was held at once by `pids` and by the machine's shared memory and page cache,
+    above what was there at the start. So whatever a mount and the kernel keep of a file counts once for each copy of
+    it; only one thing may be measured at a time.
     """
 
     def __init__(self, pids: list[int]) -> None:

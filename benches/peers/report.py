@@ -6,8 +6,8 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from __main__ import Numbers
     from contenders import Contender, Data
+    from suite import Numbers
 
 PLAIN_GETS = "plain GETs, thrown away"
 MEMCPY = "memcpy"
@@ -27,7 +27,15 @@ COLUMNS: list[tuple[str, str, str, str | None, str]] = [
     ("many", "4 processes", "rate", TMPFS, "many"),
     ("warm load", "warm load to torch", "rate", TMPFS, "warm load"),
 ]
-UNITS = {"first": "ms", "cpu": "s/GB", "server cpu": "s/GB", "memory": "MiB", "random": "us", "stored": "of the source", "narrow link": "of plain GETs"}
+UNITS = {
+    "first": "ms",
+    "cpu": "s/GB",
+    "server cpu": "s/GB",
+    "memory": "MiB",
+    "random": "us",
+    "stored": "of the source",
+    "narrow link": "of plain GETs",
+}
 
 
 def short(value: float | None) -> str:
@@ -46,7 +54,10 @@ def cell(numbers: Numbers, data: str, who: str, column: tuple[str, str, str, str
     value = numbers.median(data, who, key)
     if value is None:
         return None
-    made: dict[str, Any] = {"value": round(value, 4), "unit": UNITS.get(key.removeprefix("load ").removeprefix("cold load "), "GB/s")}
+    made: dict[str, Any] = {
+        "value": round(value, 4),
+        "unit": UNITS.get(key.removeprefix("load ").removeprefix("cold load "), "GB/s"),
+    }
     if against:
         ratio = numbers.ratio(data, who, against, key, key_against)
         made["ratio"] = None if ratio is None else round(1 / ratio if kind == "time" else ratio, 4)
@@ -66,10 +77,21 @@ def collect(
     kinds = []
     for name, contenders in seen.items():
         rows = []
-        floors = [who for (of, who, what) in numbers.values if of == name and what == "cold" and who.startswith("plain GETs, ") and who != PLAIN_GETS]
+        floors = [
+            who
+            for (of, who, what) in numbers.values
+            if of == name and what == "cold" and who.startswith("plain GETs, ") and who != PLAIN_GETS
+        ]
         for who in [MEMCPY, PLAIN_GETS, *(contender.name for contender in contenders)]:
             cells = {column[0]: made for column in COLUMNS if (made := cell(numbers, name, who, column))}
-            for extra in ("server cpu", "stored", "cold load seconds", "warm load seconds", "cold load cpu", "narrow link"):
+            for extra in (
+                "server cpu",
+                "stored",
+                "cold load seconds",
+                "warm load seconds",
+                "cold load cpu",
+                "narrow link",
+            ):
                 value = numbers.median(name, who, extra)
                 if value is not None:
                     cells[extra] = {"value": round(value, 3), "unit": UNITS.get(extra, "s")}
@@ -82,22 +104,34 @@ def collect(
                 "file_bytes": data[name].bytes,
                 "all_bytes": data[name].all_bytes,
                 "whole_model": data[name].whole,
-                "plain_gets_gb_per_s": {who.removeprefix("plain GETs, "): round(numbers.median(name, who, "cold") or 0, 3) for who in floors},
+                "plain_gets_gb_per_s": {
+                    who.removeprefix("plain GETs, "): round(numbers.median(name, who, "cold") or 0, 3) for who in floors
+                },
                 "rows": rows,
             }
         )
     proofs = {what: numbers.of(of, who, what)[0] for (of, who, what) in numbers.values if of == "proofs"}
     notes = {who: contender.note for who, contender in everyone.items() if contender.note}
-    return {**about, "one_core_gb_per_s": one_core, "kinds": kinds, "proofs": proofs, "about_contenders": notes, "notes": numbers.notes}
+    return {
+        **about,
+        "one_core_gb_per_s": one_core,
+        "kinds": kinds,
+        "proofs": proofs,
+        "about_contenders": notes,
+        "notes": numbers.notes,
+    }
 
 
-# ---- text --------------------------------------------------------------------------------------------------------------
+# ---- text ------------------------------------------------------------------------------------------------------------
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
     """As Markdown, its columns aligned."""
     widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
-    line = lambda row: "| " + " | ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)) + " |"  # noqa: E731
+
+    def line(row: list[str]) -> str:
+        return "| " + " | ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)) + " |"
+
     return "\n".join([line(heads), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, rows)])
 
 
@@ -116,7 +150,9 @@ def main_table(kind: dict[str, Any]) -> str:
     for _, _, _, against, key_against in columns:
         value = value_of(kind, against, key_against) if against else None
         unit = UNITS.get(key_against, "GB/s")
-        reference.append("" if value is None else f"{short(value)} {unit}, {'tmpfs' if against == TMPFS else 'plain GETs'}")
+        reference.append(
+            "" if value is None else f"{short(value)} {unit}, {'tmpfs' if against == TMPFS else 'plain GETs'}"
+        )
     rows = [reference]
     for row in kind["rows"]:
         words = [row["who"]]
@@ -151,7 +187,11 @@ def kinds_table(kinds: list[dict[str, Any]]) -> str:
 def models_table(kind: dict[str, Any]) -> str:
     rows = []
     timed = [row for row in kind["rows"] if "cold load seconds" in row["cells"] or "warm load seconds" in row["cells"]]
-    plain = [row["cells"]["cold load seconds"]["value"] for row in timed if row["group"] == "plain" and "cold load seconds" in row["cells"]]
+    plain = [
+        row["cells"]["cold load seconds"]["value"]
+        for row in timed
+        if row["group"] == "plain" and "cold load seconds" in row["cells"]
+    ]
     tmpfs = value_of(kind, TMPFS, "warm load seconds")
     for row in timed:
         cold, warm = (row["cells"].get(f"{when} load seconds", {}).get("value") for when in ("cold", "warm"))
@@ -169,51 +209,77 @@ def models_table(kind: dict[str, Any]) -> str:
 
 
 def text(result: dict[str, Any]) -> str:
-    about, out = result["machine"], []
-    virtual = "virtual, " if about["virtual"] else ""
-    out.append(
-        f"modelfs against its peers, {result['date']}: {about['cores']} cores of {about['cpu']} (family {about['cpu_family']}, model "
-        f"{about['cpu_model']}), {virtual}{about['memory_gib']:.0f} GiB, Linux {about['kernel']}; {result['rounds']} rounds, "
-        f"{result['minutes']} minutes.\n" + ", ".join(f"{name} {version}" for name, version in result["versions"].items()) + "."
-    )
+    """The whole of what a run prints."""
+    kinds = result["kinds"]
+    single = [kind for kind in kinds if not kind["whole_model"]]
+    out = [opening(result)]
     if result["one_core_gb_per_s"]:
-        out.append("One core, GB/s: " + ", ".join(f"{what} {short(rate)}" for what, rate in result["one_core_gb_per_s"].items()) + ".")
-    for position, kind in enumerate(kind for kind in result["kinds"] if not kind["whole_model"]):
-        if position:
-            continue
-        if kind["plain_gets_gb_per_s"]:
-            rates = kind["plain_gets_gb_per_s"]
-            out.append(f"Plain range GETs of 8 MiB, thrown away ({result['plain_gets_by']}), GB/s: " + "; ".join(f"{who} {short(rate)}" for who, rate in rates.items()) + ".")
-            spent = value_of(kind, PLAIN_GETS, "server cpu")
-            cpu = value_of(kind, PLAIN_GETS, "cpu")
-            if spent and cpu:
-                out.append(
-                    f"The S3 server spends {short(spent)} and the plainest client {short(cpu)} processor seconds a GB: with both on "
-                    f"{about['cores']} cores nobody gets more than {short(about['cores'] / (spent + cpu))} GB/s from it. "
-                    + ("So the server is a limit of the cold columns." if about["cores"] <= 4 else "")
-                )
-        out.append(f"{kind['data']}, {kind['file_bytes'] / (1 << 20):.0f} MiB; ratios of rates, more is better; a dash: does not apply (see below)\n\n{main_table(kind)}")
-    if len(result["kinds"]) > 1:
-        out.append("By kind of data: what modelfs stores, and cold reads against plain GETs of the plain bytes\n\n" + kinds_table(result["kinds"]))
-    for kind in result["kinds"]:
+        rates = (f"{what} {short(rate)}" for what, rate in result["one_core_gb_per_s"].items())
+        out.append(f"One core, GB/s: {', '.join(rates)}.")
+    if single:
+        first = single[0]
+        out += server_limit(first, result)
+        size = first["file_bytes"] / (1 << 20)
+        out.append(
+            f"{first['data']}, {size:.0f} MiB; ratios of rates, more is better; dashes as below\n\n{main_table(first)}"
+        )
+    if len(kinds) > 1 or not single:
+        heading = "By kind of data: what modelfs stores; cold reads against plain GETs of the plain bytes"
+        out.append(f"{heading}\n\n{kinds_table(kinds)}")
+    for kind in kinds:
         if kind["whole_model"]:
-            out.append(f"The whole model, {kind['all_bytes'] / 1e9:.2f} GB in shards, to torch by transformers\n\n{models_table(kind)}")
+            size = kind["all_bytes"] / 1e9
+            out.append(f"The whole model, {size:.2f} GB in shards, to torch by transformers\n\n{models_table(kind)}")
     if "bytes read" in result["proofs"]:
-        proofs = result["proofs"]
-        out.append(f"While {proofs['bytes read'] / 1e9:.1f} GB are read warm, the daemon of modelfs uses {proofs['daemon cpu']:.2f} s of processor time (user and system).")
+        read, spent = result["proofs"]["bytes read"] / 1e9, result["proofs"]["daemon cpu"]
+        out.append(f"While {read:.1f} GB are read warm, the daemon of modelfs uses {spent:.2f} s of processor time.")
     out.append("\n".join(f"- {who}: {note}" for who, note in result["about_contenders"].items()))
     out.append(
-        "- tmpfs and what loads from it are never cold; loaders that are no mounts have the load columns alone, and their memory is the\n"
-        "  process's own beyond its tensors; of a mount it is daemon, page cache and shared memory together beyond the file's size"
+        "- a dash: tmpfs and what loads from it are never cold; loaders that are no mounts load and do nothing else\n"
+        "- memory: of a mount, daemon, page cache and shared memory together beyond the file's size; of a loader, its\n"
+        "  process beyond its tensors\n"
+        "- client CPU: the reading or loading process and everything below it but the server"
     )
     if result["notes"]:
         out.append("\n".join(f"- {note}" for note in result["notes"]))
     return "\n\n".join(out)
 
 
-# ---- the chart -----------------------------------------------------------------------------------------------------------
+def opening(result: dict[str, Any]) -> str:
+    about = result["machine"]
+    model = f"{about['cpu']} (family {about['cpu_family']}, model {about['cpu_model']})"
+    kind = "virtual, " if about["virtual"] else ""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return (
+        f"modelfs against its peers, {result['date']}: {about['cores']} cores of {model}, {kind}"
+        f"{about['memory_gib']:.0f} GiB, Linux {about['kernel']}; {result['rounds']} rounds, "
+        f"{result['minutes']} minutes.\n"
+        f"{versions}."
+    )
+
+
+def server_limit(kind: dict[str, Any], result: dict[str, Any]) -> list[str]:
+    """What both servers give to the plainest client, and whether the server is the limit of the cold columns."""
+    said = []
+    if rates := kind["plain_gets_gb_per_s"]:
+        listed = "; ".join(f"{who} {short(rate)}" for who, rate in rates.items())
+        said.append(f"Plain range GETs of 8 MiB, thrown away ({result['plain_gets_by']}), GB/s: {listed}.")
+    served, spent = value_of(kind, PLAIN_GETS, "server cpu"), value_of(kind, PLAIN_GETS, "cpu")
+    if served and spent:
+        cores = result["machine"]["cores"]
+        said.append(
+            f"The S3 server spends {short(served)} and the plainest client {short(spent)} processor seconds a GB, on "
+            f"the same {cores} cores:\nnobody gets more than {short(cores / (served + spent))} GB/s from it here, "
+            f"and who spends s seconds a GB no more than {cores} / ({short(served)} + s)."
+        )
+    return said
+
+
+# ---- the chart -------------------------------------------------------------------------------------------------------
 
 WIDTH, LEFT, BAR, GAP = 800, 230, 18, 6
+# The table has them; in the chart they would hide the others.
+NOT_IN_CHART = (MEMCPY, "modelfs, open=lazy", "modelfs, whole, no codec")
 
 STYLE = """
   text { font: 13px system-ui, -apple-system, "Segoe UI", sans-serif; fill: #1f2328; }
@@ -227,16 +293,23 @@ STYLE = """
 """
 
 
-def panel(top: float, title: str, under: str, bars: list[tuple[str, str, float, str]], line: float | None) -> tuple[list[str], float]:
+def panel(
+    top: float, title: str, under: str, bars: list[tuple[str, str, float, str]], line: float | None
+) -> tuple[list[str], float]:
     """One group of bars from `top` down: name, group, length and label each; `line` is where 1.00 stands."""
     most = max([length for *_, length, _ in bars] + ([line] if line else []))
     scale = (WIDTH - LEFT - 90) / most
-    out = [f'<text class="title" x="16" y="{top + 16:.0f}">{escape(title)}</text>', f'<text class="small" x="16" y="{top + 34:.0f}">{escape(under)}</text>']
+    out = [
+        f'<text class="title" x="16" y="{top + 16:.0f}">{escape(title)}</text>',
+        f'<text class="small" x="16" y="{top + 34:.0f}">{escape(under)}</text>',
+    ]
     y = top + 46
     first = y
     for who, group, length, label in bars:
         out.append(f'<text x="{LEFT - 8}" y="{y + 14:.0f}" text-anchor="end">{escape(who)}</text>')
-        out.append(f'<rect class="{group}" x="{LEFT}" y="{y:.0f}" width="{max(1.0, length * scale):.1f}" height="{BAR}" rx="2"/>')
+        out.append(
+            f'<rect class="{group}" x="{LEFT}" y="{y:.0f}" width="{max(1, length * scale):.1f}" height="{BAR}" rx="2"/>'
+        )
         out.append(f'<text x="{LEFT + max(1.0, length * scale) + 6:.1f}" y="{y + 14:.0f}">{escape(label)}</text>')
         y += BAR + GAP
     if line:
@@ -252,14 +325,26 @@ def chart(result: dict[str, Any]) -> str:
     first = next((kind for kind in result["kinds"] if not kind["whole_model"]), None)
 
     def ratios(kind: dict[str, Any], key: str, leave_out: tuple[str, ...]) -> list[tuple[str, str, float, str]]:
-        rows = [(row["who"], row["group"], row["cells"][key].get("ratio")) for row in kind["rows"] if key in row["cells"] and row["who"] not in leave_out]
-        return sorted(((who, group, ratio, short(ratio)) for who, group, ratio in rows if ratio), key=lambda bar: -bar[2])
+        rows = [
+            (row["who"], row["group"], row["cells"][key].get("ratio"))
+            for row in kind["rows"]
+            if key in row["cells"] and row["who"] not in leave_out
+        ]
+        return sorted(
+            ((who, group, ratio, short(ratio)) for who, group, ratio in rows if ratio), key=lambda bar: -bar[2]
+        )
 
-    if first and (bars := ratios(first, "cold", ())):
+    if first and (bars := ratios(first, "cold", NOT_IN_CHART)):
         rate = short(value_of(first, PLAIN_GETS, "cold"))
-        more, y = panel(y, "Cold read from S3", f"{first['data']}; 1.00 = the plain file by parallel range GETs, thrown away ({rate} GB/s)", bars, 1.0)
+        more, y = panel(
+            y,
+            "Cold read from S3",
+            f"{first['data']}; 1.00 = the plain file by parallel range GETs, thrown away ({rate} GB/s)",
+            bars,
+            1.0,
+        )
         parts += more
-    if first and (bars := ratios(first, "mmap", (MEMCPY,))):
+    if first and (bars := ratios(first, "mmap", NOT_IN_CHART)):
         rate = short(value_of(first, TMPFS, "mmap"))
         more, y = panel(y, "Warm, through mmap", f"1.00 = an ordinary tmpfs ({rate} GB/s)", bars, 1.0)
         parts += more
@@ -273,19 +358,33 @@ def chart(result: dict[str, Any]) -> str:
                     bars.append((f"{row['who']}, {when}", row["group"], seconds, f"{short(seconds)} s"))
         if bars:
             bars.sort(key=lambda bar: bar[2])
-            under = f"{model['all_bytes'] / 1e9:.1f} GB of bf16 from S3 (cold) or from memory (warm) to torch; seconds, less is better"
+            size = f"{model['all_bytes'] / 1e9:.1f} GB of bf16"
+            under = f"{size} from S3 (cold) or from memory (warm) to torch; seconds, less is better"
             more, y = panel(y, "A whole model by transformers", under, bars, None)
             parts += more
     about = result["machine"]
-    legend = [("modelfs", "modelfs (encrypted, verified)"), ("encrypts", "others that encrypt"), ("plain", "without encryption"), ("floor", "floors, memory")]
+    legend = [
+        ("modelfs", "modelfs (encrypted, verified)"),
+        ("encrypts", "others that encrypt"),
+        ("plain", "without encryption"),
+        ("floor", "floors, memory"),
+    ]
     x = 16
     for group, words in legend:
-        parts.append(f'<rect class="{group}" x="{x}" y="{y:.0f}" width="12" height="12" rx="2"/><text class="small" x="{x + 18}" y="{y + 10:.0f}">{words}</text>')
+        parts.append(
+            f'<rect class="{group}" x="{x}" y="{y:.0f}" width="12" height="12" rx="2"/>'
+            f'<text class="small" x="{x + 18}" y="{y + 10:.0f}">{words}</text>'
+        )
         x += 36 + len(words) * 6
-    words = f"{result['date']}, {about['cores']} cores for client and server together, Linux {about['kernel'].split('-')[0]}, medians of {result['rounds']}; benches/run.sh peers"
+    cores = f"{about['cores']} cores for client and server together"
+    kernel = about["kernel"].split("-")[0]
+    words = f"{result['date']}, {cores}, Linux {kernel}, medians of {result['rounds']} rounds; benches/run.sh peers"
     parts.append(f'<text class="small" x="16" y="{y + 32:.0f}">{escape(words)}</text>')
     height = y + 44
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" width="{WIDTH}" height="{height:.0f}" role="img">'
-        f"<title>modelfs against its peers: cold reads, warm reads, whole models</title><style>{STYLE}</style>\n" + "\n".join(parts) + "\n</svg>\n"
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" '
+        f'width="{WIDTH}" height="{height:.0f}" role="img">'
+        f"<title>modelfs against its peers: cold reads, warm reads, whole models</title><style>{STYLE}</style>\n"
+        + "\n".join(parts)
+        + "\n</svg>\n"
     )

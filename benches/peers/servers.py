@@ -39,9 +39,14 @@ class Processes:
 
     def start(self, name: str, command: list[str], env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
         with (self._logs / f"{name}.log").open("ab") as log:
-            # A session of its own: Ctrl-C at the terminal reaches this program alone, which then stops the others in order.
+            # A session of its own: Ctrl-C at the terminal reaches this program alone, which then stops the others.
             process = subprocess.Popen(
-                command, env={**os.environ, **(env or {})}, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                command,
+                env={**os.environ, **(env or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
         self._running.append((name, process))
         return process
@@ -70,11 +75,18 @@ class Processes:
 def run(command: list[str], env: dict[str, str] | None = None, timeout: float = 900) -> str:
     """Runs to the end; its output, or `Failed` with the last lines of what it said."""
     done = subprocess.run(
-        command, env={**os.environ, **(env or {})}, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout
+        command,
+        env={**os.environ, **(env or {})},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
     if done.returncode:
         said = "\n".join((done.stdout + done.stderr).strip().splitlines()[-5:])
-        raise Failed(f"{Path(command[0]).name} {command[1] if len(command) > 1 else ''}: exit status {done.returncode}: {said}")
+        raise Failed(
+            f"{Path(command[0]).name} {command[1] if len(command) > 1 else ''}: exit status {done.returncode}: {said}"
+        )
     return done.stdout
 
 
@@ -95,7 +107,7 @@ def _wait_for_port(port: int, name: str, process: subprocess.Popen[bytes], proce
 
 
 class S3:
-    """versitygw over a folder; its objects are plain files below it, which is how sizes are taken and caches are warmed.
+    """versitygw over a folder; its objects are plain files below it: so sizes are taken, and caches warmed.
 
     With connections kept, as the services it stands for do; it would close each after one answer.
     """
@@ -126,7 +138,15 @@ class S3:
         """The signed headers' names and the hex signature, by AWS Signature Version 4."""
         scope = f"{now[:8]}/{REGION}/s3/aws4_request"
         names = ";".join(sorted(headers))
-        lines = [method, path, query, *(f"{name}:{headers[name]}" for name in sorted(headers)), "", names, "UNSIGNED-PAYLOAD"]
+        lines = [
+            method,
+            path,
+            query,
+            *(f"{name}:{headers[name]}" for name in sorted(headers)),
+            "",
+            names,
+            "UNSIGNED-PAYLOAD",
+        ]
         digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
         key = f"AWS4{SECRET_KEY}".encode()
         for word in (*scope.split("/"), "\n".join(["AWS4-HMAC-SHA256", now, scope, digest])):
@@ -140,7 +160,8 @@ class S3:
         headers = {"host": f"127.0.0.1:{self.port}", "x-amz-content-sha256": "UNSIGNED-PAYLOAD", "x-amz-date": now}
         names, signature = self._signature("PUT", path, "", headers, now)
         headers["authorization"] = (
-            f"AWS4-HMAC-SHA256 Credential={ACCESS_KEY}/{now[:8]}/{REGION}/s3/aws4_request, SignedHeaders={names}, Signature={signature}"
+            f"AWS4-HMAC-SHA256 Credential={ACCESS_KEY}/{now[:8]}/{REGION}/s3/aws4_request, SignedHeaders={names}, "
+            f"Signature={signature}"
         )
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300, blocksize=1 << 20)
         with file.open("rb") as body:
