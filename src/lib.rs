@@ -26,6 +26,7 @@
 //!
 //! - [`error`]: one table from code to class to errno and exit code; [`telemetry`]: every number and its unit.
 //! - [`format`]: bytes on the store, both ways. Pure; nothing is allocated before its size is checked.
+//! - [`codec`]: weights in fewer bytes, losslessly, and back. [`tensors`]: where they lie in a file; only ever a hint.
 //! - [`mem`]: the only owner of memory that must not leak. [`store`]: bytes from elsewhere, never more than asked, never
 //!   without a deadline.
 //! - [`crypto`]: the only user of ciphers, hashes, key derivation and signatures.
@@ -42,6 +43,7 @@
 //! - **model**: a directory of files under a name; **version**: one immutable state of it, described by one manifest.
 //! - **object**: ciphertext under a random name: one large file, a slice of one, or a **pack** of small files.
 //! - **chunk**: the unit of fetching and hashing (8 MiB); **block**: the unit of authentication (64 KiB).
+//! - **coded**: a chunk stored as a shorter stream that gives exactly its plaintext; **as it is**: one that is not.
 //! - **slot**: the version's data key, wrapped for one recipient. **ref**: a signed, numbered pointer from a channel
 //!   (`latest`, a tag) to a manifest. **floor**: the oldest ref this machine still accepts.
 //! - **cold** and **hot** node: a file served through the daemon, and one whose locked pages the kernel serves itself.

@@ -31,13 +31,15 @@ fuzz_target!(|input: &[u8]| {
     let mut decoder = Decoder::new(coded.len(), plain_len);
     let mut out = vec![0; plain_len].into_boxed_slice();
     let piece = usize::from(pieces) * 16 + 1;
-    let mut available = 0;
+    let (mut available, mut used) = (0, 0);
     let verdict = loop {
         available = (available + piece).min(coded.len());
-        match decoder.advance(&coded, available, &mut out) {
-            Ok(()) if available == coded.len() => break decoder.finish(&coded, &mut out),
-            Ok(()) => {}
+        match decoder.advance(&coded[used..available], &mut out) {
+            Ok(more) => used += more,
             Err(err) => break Err(err),
+        }
+        if available == coded.len() {
+            break decoder.finish(&coded[used..], &mut out);
         }
     };
     assert!(verdict == oracle.as_ref().map(|_| ()).map_err(|err| *err), "in pieces it is another verdict");
