@@ -136,9 +136,6 @@ impl MountPlan {
 
     fn check(&self) -> Result<()> {
         self.access.need_keys()?;
-        if self.profile.is_some() {
-            refuse!(Usage, "--profile (fetching in the order of an earlier load) is not in this version; leave it out");
-        }
         if self.access.manifest.is_some() {
             match self.models.as_slice() {
                 [one] if !one.contains('@') => {}

@@ -8,6 +8,7 @@
 //! Not here: what the kernel is answered (`fuse`), what is resident (`cache`).
 //! Held by: tests/mount.rs, tests/e2e.sh.
 
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
@@ -24,6 +25,7 @@ use crate::fuse::attach::{self, Attachment, MountLook};
 use crate::fuse::{Behaviour, ModelFs};
 use crate::mem::{self, Arena, ArenaPlan, Hardening};
 use crate::read::Reader;
+use crate::read::profile::{KnownFile, Profile, ProfileFile, Recorder};
 use crate::reading::Reading;
 use crate::store::ChunkSource;
 use crate::telemetry::Telemetry;
@@ -43,6 +45,12 @@ const OPENINGS_MAX: usize = 16;
 
 /// How much later than the store's own budget a read gives up: the refetch after a wrong hash has its own.
 const READ_DEADLINE_SLACK: Duration = Duration::from_secs(2);
+
+/// The share of the cache, one in so many, that a profile's replay fills at most: the rest is for what is really read.
+pub const REPLAY_SHARE: u64 = 2;
+
+/// How often a profile is written while the mount lives.
+const PROFILE_PERIOD: Duration = Duration::from_secs(30);
 
 /// What a mount says of itself once programs can use it.
 #[derive(Debug, Clone)]
@@ -117,6 +125,7 @@ pub fn run(mut plan: MountPlan, ready: impl FnOnce(&Ready)) -> Result<()> {
         }
     };
     life.tell_what_costs_speed();
+    let profiling = life.plan.profile.clone().map(|path| Profiling::start(&path, &life, &runtime));
     ready(&Ready {
         mountpoint: life.attachment.mountpoint().to_owned(),
         models: life.fs.vfs().models().iter().map(|model| model.name.clone()).collect(),
@@ -125,6 +134,9 @@ pub fn run(mut plan: MountPlan, ready: impl FnOnce(&Ready)) -> Result<()> {
 
     let reason = runtime.block_on(stops.next());
     tracing::info!("stopping: {reason}");
+    if let Some(profiling) = profiling {
+        profiling.stop();
+    }
     let outcome = life.finish(&runtime, &mut stops);
     if outcome.is_ok() {
         // Unmounted: the kernel has closed the connection and its threads end.
@@ -144,6 +156,96 @@ pub fn run(mut plan: MountPlan, ready: impl FnOnce(&Ready)) -> Result<()> {
     }
     runtime.shutdown_timeout(Duration::from_millis(100));
     outcome
+}
+
+/// `--profile`: what an earlier load read is fetched again in its order, and what this one reads is written down.
+struct Profiling {
+    keeper: Arc<Keeper>,
+    tasks: Vec<tokio::task::JoinHandle<()>>,
+}
+
+struct Keeper {
+    file: ProfileFile,
+    profile: Mutex<Profile>,
+    recorder: Arc<Recorder>,
+    models: Vec<Arc<Model>>,
+}
+
+impl Profiling {
+    /// Nothing about a profile is worth refusing a mount for: what is wrong with it is logged.
+    fn start(path: &std::path::Path, life: &Arc<Life>, runtime: &tokio::runtime::Runtime) -> Profiling {
+        let (file, profile) = ProfileFile::open(path);
+        let models = life.fs.vfs().models().to_vec();
+        let mut wishes = Vec::new();
+        let mut whole = HashSet::new();
+        for model in &models {
+            let Some(load) = profile.load_of(&model.name) else { continue };
+            let known = model_files(model);
+            wishes.push((model.clone(), load.ranges(&known)));
+            whole.extend(load.whole_files(&known).into_iter().map(|file| (model.serial, file)));
+        }
+        let recorder = Arc::new(Recorder::default());
+        life.fs.reader().set_expected_whole(whole);
+        life.fs.reader().set_recorder(recorder.clone());
+        let keeper = Arc::new(Keeper { file, profile: Mutex::new(profile), recorder, models });
+        let replay = runtime.spawn({
+            let fs = life.fs.clone();
+            async move {
+                let mut left = fs.reader().cache().budget().total() / REPLAY_SHARE;
+                for (model, ranges) in wishes {
+                    let asked = fs.reader().replay(&model, ranges, left).await;
+                    tracing::info!(model = %model.name, bytes = asked, "fetched in the order of the last load");
+                    left -= asked;
+                }
+            }
+        });
+        let periodic = runtime.spawn({
+            let keeper = keeper.clone();
+            async move {
+                loop {
+                    tokio::time::sleep(PROFILE_PERIOD).await;
+                    let keeper = keeper.clone();
+                    // Ends with the runtime, whatever became of one write.
+                    let _ = tokio::task::spawn_blocking(move || keeper.keep()).await;
+                }
+            }
+        });
+        Profiling { keeper, tasks: vec![replay, periodic] }
+    }
+
+    fn stop(self) {
+        for task in &self.tasks {
+            task.abort();
+        }
+        self.keeper.keep();
+    }
+}
+
+impl Keeper {
+    /// Writes what was recorded so far, if anything was.
+    fn keep(&self) {
+        if !self.recorder.take_changed() {
+            return;
+        }
+        let mut profile = self.profile.lock().expect("a thread died holding the profile");
+        for model in &self.models {
+            let path = |file: u32| model.manifest.path(&model.manifest.files()[file as usize]).to_owned();
+            profile.merge(self.recorder.load(model.serial, &model.name, &model.digest.to_string(), path));
+        }
+        if let Err(error) = self.file.replace(&profile) {
+            tracing::warn!("{}", error.chain());
+        }
+    }
+}
+
+/// Finds a file of a model by its path, whatever the model's version.
+fn model_files(model: &Arc<Model>) -> impl Fn(&str) -> Option<KnownFile> {
+    |path| {
+        // The manifest's files are sorted by path.
+        let files = model.manifest.files();
+        let at = files.binary_search_by(|file| model.manifest.path(file).cmp(path)).ok()?;
+        Some(KnownFile { file: at as u32, size: files[at].size })
+    }
 }
 
 fn ownership(plan: &MountPlan) -> Ownership {

@@ -249,6 +249,19 @@ impl Vfs {
         matches!(self.get(id), Some(Node::Directory { .. }))
     }
 
+    /// Which file of which model a node is, and its directory; `None` for directories.
+    pub fn file(&self, id: NodeId) -> Option<(&Arc<Model>, u32, NodeId)> {
+        let Some(Node::File { parent, model, file }) = self.get(id) else { return None };
+        Some((&self.models[*model as usize], *file, *parent))
+    }
+
+    /// The last component of a file's path.
+    pub fn file_name(&self, id: NodeId) -> Option<&str> {
+        let (model, file, _) = self.file(id)?;
+        let path = model.manifest.path(&model.manifest.files()[file as usize]);
+        path.rsplit('/').next()
+    }
+
     /// The file whose memory is `key` and nothing else: its node, its directory and its name there.
     pub fn name_of_object(&self, key: ObjectKey) -> Option<(NodeId, NodeId, &[u8])> {
         let node = *self.by_object.get(&key)?;

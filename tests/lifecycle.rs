@@ -234,3 +234,46 @@ fn the_daemon_holds_no_descriptor_on_its_own_mount() {
     drop(file);
     mount.unmount();
 }
+
+#[test]
+fn a_profile_is_kept_at_the_end_replayed_by_the_next_mount_and_never_stops_one() {
+    if !can_mount() {
+        return;
+    }
+    let Ready { _folder, program } = ready();
+    let profile = program.root().join("home/load.json");
+    let words = ["--cache", "128MiB", "--profile", profile.to_str().expect("utf-8")];
+    let read =
+        |what: &str| assert!(fs::read(program.mountpoint().join("acme/m/weights.bin")).expect(what) == weights());
+
+    let mount = program.mount(&words);
+    read("the first load");
+    mount.signal(libc::SIGTERM);
+    assert_eq!(mount.exit_code(Duration::from_secs(15)), 0, "{}", program.log());
+    assert_eq!(fs::metadata(&profile).expect("written").permissions().mode() & 0o777, 0o600);
+    assert!(fs::read_to_string(&profile).expect("JSON").contains(r#""files":["weights.bin"],"runs":[[0,0,3,"#));
+
+    // Nothing is read from this mount until all of it is there.
+    let mount = program.mount(&words);
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        let status = program.command(&["status", "--json"]).arg(program.mountpoint()).output().expect("status");
+        let status: serde_json::Value = serde_json::from_slice(&status.stdout).unwrap_or_default();
+        if status["metrics"]["opened_bytes"].as_u64().is_some_and(|bytes| bytes >= WEIGHTS_BYTES as u64) {
+            assert_eq!(status["metrics"]["reads"], 0);
+            break;
+        }
+        assert!(Instant::now() < deadline, "not replayed: {status}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    mount.signal(libc::SIGTERM);
+    assert_eq!(mount.exit_code(Duration::from_secs(15)), 0, "{}", program.log());
+
+    fs::write(&profile, "{\"not\": \"ours\"}").expect("write");
+    let mount = program.mount(&words);
+    read("a load without the profile");
+    mount.signal(libc::SIGTERM);
+    assert_eq!(mount.exit_code(Duration::from_secs(15)), 0, "{}", program.log());
+    assert!(program.log().contains("is ignored and left as it is"), "{}", program.log());
+    assert_eq!(fs::read_to_string(&profile).expect("left alone"), "{\"not\": \"ours\"}");
+}

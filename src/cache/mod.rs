@@ -102,6 +102,9 @@ const RATE_SAMPLE_BYTES: u64 = 64 << 20;
 /// How long a look-up keeps a whole object from eviction: longer than any walk from look-up to open.
 const PROMISE: Duration = Duration::from_millis(500);
 
+/// How often whoever waits for a prefetch looks whether it ended.
+const PREFETCH_POLL: Duration = Duration::from_millis(10);
+
 /// What recency is kept of: single chunks, or an object that is whole and leaves as a whole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Unit {
@@ -232,6 +235,14 @@ impl CachedObject {
             state.promised_until = Some(Instant::now() + PROMISE);
         }
         whole
+    }
+
+    /// Whether a program has the whole object open or mapped past the daemon.
+    fn is_held(&self) -> bool {
+        let state = self.state();
+        let lent = state.phase == Phase::Whole || state.phase == Phase::Retiring;
+        let file = state.file.as_ref().filter(|_| lent);
+        file.is_some_and(|file| state.hot_opens > 0 || file.others_hold().unwrap_or(true))
     }
 
     pub fn hot_release(&self) {
@@ -462,6 +473,28 @@ impl Cache {
         self.shared.start(object, index, urgency);
     }
 
+    /// The same ahead of any reader, and waits until the chunk is there or was given up.
+    pub async fn prefetch(&self, object: &Arc<CachedObject>, index: ChunkIndex) {
+        self.shared.start(object, index, Urgency::Prefetch);
+        // Not as one of its waiters: whoever waits makes a fetch urgent.
+        let filling = || matches!(object.state().chunks[index.0 as usize], Chunk::Filling { .. });
+        while filling() {
+            // Told of most ends, and of those of others; not of every one.
+            let _ = tokio::time::timeout(PREFETCH_POLL, self.shared.idle.notified()).await;
+        }
+    }
+
+    /// Whether the object can become whole and stay so while everything that programs hold past the daemon stays too, and
+    /// a quarter of the budget is left to serve others: what is held is not evicted for anyone.
+    pub fn has_room_to_keep(&self, object: &Arc<CachedObject>) -> bool {
+        let others: Vec<Arc<CachedObject>> = {
+            let table = self.shared.objects.lock().expect("a thread died holding the object table");
+            table.values().filter(|other| !Arc::ptr_eq(other, object)).cloned().collect()
+        };
+        let held: u64 = others.iter().filter(|other| other.is_held()).map(|other| other.whole_cost()).sum();
+        held.saturating_add(object.whole_cost()) <= self.shared.budget.total() / 4 * 3
+    }
+
     /// Plain bytes of a model that are resident now.
     pub fn resident_bytes(&self, model: u32) -> u64 {
         let objects: Vec<Arc<CachedObject>> = {
@@ -469,6 +502,11 @@ impl Cache {
             table.values().filter(|object| object.key.model == model).cloned().collect()
         };
         objects.iter().map(|object| object.resident_bytes()).sum()
+    }
+
+    /// How many chunks may be on their way ahead of readers.
+    pub fn prefetches_max(&self) -> usize {
+        self.shared.limits.prefetches_max
     }
 
     /// Whether every byte of the object can be resident at once and leave room to serve others.

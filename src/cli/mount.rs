@@ -34,7 +34,8 @@ pub struct MountArgs {
     /// Which opens wait for the whole file: lazy (none), auto (large weights), whole (all that fit) [default: auto]
     #[arg(long, value_name = "POLICY")]
     open: Option<String>,
-    /// Keep the order of reads here, to fetch ahead at the next load (not in this version)
+    /// Keep the order of reads here, and fetch ahead in that order at the next mount; names files, mode 0600
+    /// [env: MODELFS_PROFILE]
     #[arg(long, value_name = "FILE")]
     profile: Option<String>,
     /// No second, unlocked copy of plaintext in the page cache; cold reads are slower

@@ -9,9 +9,11 @@
 //! Held by: tests/read_property.rs, tests/hostile_read.rs.
 
 pub mod prefetch;
+pub mod profile;
 
+use std::collections::HashSet;
 use std::ops::Range;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use tokio::sync::{Semaphore, SemaphorePermit};
@@ -20,7 +22,9 @@ use crate::cache::{Cache, CachedObject, Model, PinnedRun, Urgency};
 use crate::error::{Code, Error, Result};
 use crate::format::ChunkIndex;
 use crate::mem::LockedBuf;
-use prefetch::Streams;
+use crate::tensors::TensorMap;
+use prefetch::{Streams, TensorReads};
+use profile::Recorder;
 
 /// The longest read answered in one piece; what the kernel sends at most (1 MiB, FUSE max_pages 256).
 pub const READ_MAX: usize = 1 << 20;
@@ -31,6 +35,15 @@ const GATHER_BUFFERS: usize = 4;
 /// Locked memory that a [`Reader`] takes beside the cache.
 pub const BUFFER_BYTES: u64 = (GATHER_BUFFERS * READ_MAX) as u64;
 
+/// The longest head that is looked at for tensors: it must lie in the cache in one piece.
+const HEAD_LOOK_BYTES_MAX: u64 = 16 << 20;
+
+/// Files below this are not looked into: they come with their first chunks.
+const TENSORS_FILE_BYTES_MIN: u64 = 32 << 20;
+
+/// Chunks that a replay keeps in flight: fewer than prefetch may have, so that walkers find a free place.
+const REPLAY_WIDTH: usize = 8;
+
 /// A file that somebody has open: its extents, and what its readers did lately.
 pub struct OpenFile {
     pub model: Arc<Model>,
@@ -39,6 +52,21 @@ pub struct OpenFile {
     pub size: u64,
     extents: Vec<Placed>,
     streams: Mutex<Streams>,
+    head: Mutex<Head>,
+    tensors: OnceLock<Tensors>,
+}
+
+/// How far the search for the file's tensors has come. Hints only (`tensors`).
+enum Head {
+    /// To be looked at once this many bytes of it are resident.
+    Wanted(u64),
+    /// Found, or not to be found.
+    Done,
+}
+
+struct Tensors {
+    map: TensorMap,
+    reads: Mutex<TensorReads>,
 }
 
 /// An extent: where it lies in the file, where in its object.
@@ -52,7 +80,7 @@ impl OpenFile {
     pub fn new(cache: &Cache, model: &Arc<Model>, file: u32) -> Self {
         let entry = &model.manifest.files()[file as usize];
         let mut at = 0;
-        let extents = model
+        let extents: Vec<Placed> = model
             .manifest
             .extents(entry)
             .iter()
@@ -67,7 +95,26 @@ impl OpenFile {
                 }
             })
             .collect();
-        OpenFile { model: model.clone(), file, size: entry.size, extents, streams: Mutex::new(Streams::default()) }
+        let head = match &extents[..] {
+            [only] if entry.size >= TENSORS_FILE_BYTES_MIN => {
+                Head::Wanted(only.object.layout().chunk_len().min(entry.size))
+            }
+            _ => Head::Done,
+        };
+        OpenFile {
+            model: model.clone(),
+            file,
+            size: entry.size,
+            extents,
+            streams: Mutex::new(Streams::default()),
+            head: Mutex::new(head),
+            tensors: OnceLock::new(),
+        }
+    }
+
+    /// Where the file's head ends and its tensors begin, once that is known.
+    pub fn data_start(&self) -> Option<u64> {
+        self.tensors.get().map(|tensors| tensors.map.data_start())
     }
 
     /// The object whose memory is this file and nothing else, if there is one: what passthrough may hand out.
@@ -187,6 +234,9 @@ pub struct Reader {
     deadline: Duration,
     gather_permits: Semaphore,
     gather_buffers: Mutex<Vec<LockedBuf>>,
+    recorder: OnceLock<Arc<Recorder>>,
+    /// Files (model number, file) that an earlier load read from end to end.
+    expected_whole: OnceLock<HashSet<(u32, u32)>>,
 }
 
 impl Reader {
@@ -199,7 +249,63 @@ impl Reader {
             deadline,
             gather_permits: Semaphore::new(GATHER_BUFFERS),
             gather_buffers: Mutex::new(buffers),
+            recorder: OnceLock::new(),
+            expected_whole: OnceLock::new(),
         })
+    }
+
+    /// From now on first touches are written down. Called at most once.
+    pub fn set_recorder(&self, recorder: Arc<Recorder>) {
+        assert!(self.recorder.set(recorder).is_ok(), "one recorder a reader");
+    }
+
+    /// Which files (model number, file) an earlier load read from end to end. Called at most once.
+    pub fn set_expected_whole(&self, files: HashSet<(u32, u32)>) {
+        assert!(self.expected_whole.set(files).is_ok(), "told once");
+    }
+
+    /// Whether an earlier load read this file from end to end.
+    pub fn is_expected_whole(&self, model: u32, file: u32) -> bool {
+        self.expected_whole.get().is_some_and(|files| files.contains(&(model, file)))
+    }
+
+    /// A program opened the file past the daemon, or an open waits for all of it: its reads will not be seen.
+    pub fn note_whole(&self, model: &Model, file: u32) {
+        if let Some(recorder) = self.recorder.get() {
+            recorder.touch(model.serial, file, 0..model.manifest.files()[file as usize].size);
+        }
+    }
+
+    /// Fetches `ranges` (file, plain bytes of it) of `model` in their order, ahead of any reader: at most `bytes_max` of
+    /// locked memory, giving way to readers, passing over what is there or cannot be had. Returns the bytes asked for.
+    ///
+    /// # Cancel safety
+    /// Dropping the future leaves at most [`REPLAY_WIDTH`] fetches running.
+    pub async fn replay(&self, model: &Arc<Model>, ranges: Vec<(u32, Range<u64>)>, bytes_max: u64) -> u64 {
+        use futures::stream::{self, StreamExt};
+        let mut asked = 0;
+        let mut chunks: Vec<(Arc<CachedObject>, ChunkIndex)> = Vec::new();
+        let mut seen = HashSet::new();
+        'ranges: for (file, range) in ranges {
+            for piece in OpenFile::new(&self.cache, model, file).pieces(range) {
+                if !seen.insert((piece.object.key, piece.index)) {
+                    continue;
+                }
+                let chunk = piece.object.layout().chunk_plain(piece.index);
+                asked += chunk.end - chunk.start;
+                if asked > bytes_max {
+                    asked -= chunk.end - chunk.start;
+                    break 'ranges;
+                }
+                chunks.push((piece.object.clone(), piece.index));
+            }
+        }
+        stream::iter(chunks)
+            .map(|(object, index)| async move { self.cache.prefetch(&object, index).await })
+            .buffered(REPLAY_WIDTH.min(self.cache.prefetches_max()))
+            .for_each(|()| std::future::ready(()))
+            .await;
+        asked
     }
 
     pub fn cache(&self) -> &Cache {
@@ -291,15 +397,43 @@ impl Reader {
 
     /// Tells the prefetcher of a read and starts what it asks for.
     fn foresee(&self, file: &OpenFile, range: Range<u64>) {
+        if let Some(recorder) = self.recorder.get() {
+            recorder.touch(file.model.serial, file.file, range.clone());
+        }
         let budget = self.cache.budget().total();
-        let wish = {
+        let of_tensor = self.tensors(file).and_then(|tensors| {
+            let mut reads = tensors.reads.lock().expect("a thread died holding the tensors of a file");
+            reads.on_read(&range, &tensors.map, budget)
+        });
+        let of_stream = {
             let mut streams = file.streams.lock().expect("a thread died holding the streams of a file");
             streams.on_read(range, file.size, budget)
         };
-        if let Some(ahead) = wish {
+        for ahead in of_tensor.into_iter().chain(of_stream) {
             for piece in file.pieces(ahead) {
                 self.cache.start(piece.object, piece.index, Urgency::Prefetch);
             }
         }
+    }
+
+    /// The file's tensors, if it is of a format that tells and its head has passed through the cache.
+    fn tensors<'a>(&self, file: &'a OpenFile) -> Option<&'a Tensors> {
+        if let Some(tensors) = file.tensors.get() {
+            return Some(tensors);
+        }
+        let mut head = file.head.lock().expect("a thread died holding the head of a file");
+        let Head::Wanted(wanted) = *head else { return None };
+        let (object, in_object) = file.in_one_object(&(0..wanted))?;
+        let run = self.cache.try_pin_run(object, in_object)?;
+        match TensorMap::head_len_wanted(run.bytes(), file.size) {
+            Some(more) if more > wanted && more <= HEAD_LOOK_BYTES_MAX => *head = Head::Wanted(more),
+            _ => {
+                *head = Head::Done;
+                if let Some(map) = TensorMap::parse(run.bytes(), file.size) {
+                    let _ = file.tensors.set(Tensors { map, reads: Mutex::default() });
+                }
+            }
+        }
+        file.tensors.get()
     }
 }

@@ -7,6 +7,8 @@
 
 use std::ops::Range;
 
+use crate::tensors::TensorMap;
+
 /// Walkers followed at once in one file: the workers of a tensor-parallel load, or the prefetch threads of a loader.
 const WALKERS_MAX: usize = 16;
 
@@ -90,6 +92,63 @@ impl Streams {
     }
 }
 
+/// Tensors followed at once in one file.
+const TENSORS_MAX: usize = 64;
+
+/// Tensors shorter than this come with the chunk they lie in.
+const TENSOR_BYTES_MIN: u64 = 2 << 20;
+
+#[derive(Debug, Clone, Copy)]
+struct Touched {
+    start: u64,
+    len: u64,
+    read: u64,
+}
+
+impl Touched {
+    fn is_read(&self) -> bool {
+        self.read >= self.len / 4 * 3
+    }
+}
+
+/// Which tensors of a file were read, and how much of each: a reader that took whole tensors will take the next one whole
+/// too, in whatever order it goes through them and through each.
+#[derive(Debug, Default)]
+pub struct TensorReads {
+    touched: Vec<Touched>,
+}
+
+impl TensorReads {
+    /// Notes a read of `range` and says which bytes of the tensor it enters to fetch as well, if any: the first time that a
+    /// tensor is entered, once two others were read, and unless more of the lately entered ones were left unread. At
+    /// most an eighth of `cache_bytes`.
+    pub fn on_read(&mut self, range: &Range<u64>, tensors: &TensorMap, cache_bytes: u64) -> Option<Range<u64>> {
+        let mut wish = None;
+        for tensor in tensors.within(range.clone()).iter().take(TENSORS_MAX) {
+            let (start, len) = (tensor.range.start, tensor.range.end - tensor.range.start);
+            if len < TENSOR_BYTES_MIN {
+                continue;
+            }
+            let read = tensor.range.end.min(range.end) - start.max(range.start);
+            if let Some(touched) = self.touched.iter_mut().find(|touched| touched.start == start) {
+                touched.read += read;
+                continue;
+            }
+            let finished = self.touched.iter().filter(|touched| touched.is_read()).count();
+            // The one before is still being read, hence never counts against.
+            let unread = (self.touched.len() - finished).saturating_sub(1);
+            if finished >= 2 && finished > unread {
+                wish = Some(start..tensor.range.end.min(start + (cache_bytes / 8).min(AHEAD_MAX_BYTES)));
+            }
+            if self.touched.len() == TENSORS_MAX {
+                self.touched.remove(0);
+            }
+            self.touched.push(Touched { start, len, read });
+        }
+        wish
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -161,5 +220,53 @@ mod tests {
             let start = (at >> 20) % (1000 * GIB);
             assert_eq!(streams.on_read(start..start + 4096, 1001 * GIB, 8 * GIB), None);
         }
+    }
+
+    /// A file of `count` tensors of `len` bytes each behind a head.
+    fn map_of(count: u64, len: u64) -> TensorMap {
+        let entries: Vec<String> = (0..count)
+            .map(|i| format!(r#""t{i}":{{"dtype":"BF16","shape":[],"data_offsets":[{},{}]}}"#, i * len, (i + 1) * len))
+            .collect();
+        let json = format!("{{{}}}", entries.join(","));
+        let head = [&(json.len() as u64).to_le_bytes(), json.as_bytes()].concat();
+        TensorMap::parse(&head, head.len() as u64 + count * len).expect("a good head")
+    }
+
+    #[test]
+    fn who_took_two_tensors_whole_is_brought_the_third_at_its_first_touch() {
+        let map = map_of(100, 20 * MIB);
+        let mut reads = TensorReads::default();
+        // Tensors in any order, and each from its end to its beginning, as some copies go.
+        for (step, index) in [70, 3, 41, 8, 99].into_iter().enumerate() {
+            let tensor = map.tensors()[index].range.clone();
+            let mut wishes = Vec::new();
+            for at in (tensor.start..tensor.end).step_by(MIB as usize).collect::<Vec<_>>().into_iter().rev() {
+                wishes.extend(reads.on_read(&(at..at + MIB), &map, 8 * GIB));
+            }
+            let wanted = if step < 2 { vec![] } else { vec![tensor] };
+            assert_eq!(wishes, wanted, "tensor {index}");
+        }
+    }
+
+    #[test]
+    fn who_takes_slices_of_tensors_is_brought_no_more_than_those() {
+        let map = map_of(1000, 20 * MIB);
+        let mut reads = TensorReads::default();
+        for tensor in map.tensors() {
+            let start = tensor.range.start + 5 * MIB;
+            assert_eq!(reads.on_read(&(start..start + 2 * MIB), &map, 8 * GIB), None);
+        }
+        assert!(reads.touched.len() <= TENSORS_MAX);
+    }
+
+    #[test]
+    fn a_huge_tensor_is_brought_within_an_eighth_of_the_cache() {
+        let map = map_of(4, GIB);
+        let mut reads = TensorReads::default();
+        for tensor in &map.tensors()[..2] {
+            reads.on_read(&tensor.range, &map, 256 * MIB);
+        }
+        let third = map.tensors()[2].range.start;
+        assert_eq!(reads.on_read(&(third..third + 1), &map, 256 * MIB), Some(third..third + 32 * MIB));
     }
 }
