@@ -153,6 +153,10 @@ metrics! {
     opens_passthrough: Counter => u64;
     /// Opens that were held until the file was whole.
     opens_held: Counter => u64;
+    /// Of those, opens that were answered before the file was whole, because it would have taken too long.
+    opens_held_in_vain: Counter => u64;
+    /// Files whose rest was fetched because of how they were read so far.
+    fills_foreseen: Counter => u64;
     /// Opens answered ESTALE so that the kernel looks the name up again.
     estale_answers: Counter => u64;
     /// Passthrough that the kernel refused; the open went on plain.

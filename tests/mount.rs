@@ -14,8 +14,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use fixture::{Fixture, Random, Style};
+use modelfs::cache::CacheLimits;
 use modelfs::crypto::Verify;
 use modelfs::fuse::{Behaviour, OpenPolicy};
+use modelfs::store::fault::{Call, Fault, Faulty, When};
 use mounted::{How, Mounted, can_mount};
 
 fn seal(files: Vec<(String, Vec<u8>)>, style: Style) -> Fixture {
@@ -285,4 +287,158 @@ fn unmounting_wipes_and_is_quick() {
     assert_eq!(report.held_objects, 0, "{report:?}");
     assert!(report.wiped_bytes >= 40 << 20, "{report:?}");
     eprintln!("unmount and wipe took {:?}", started.elapsed());
+}
+
+// ---- open=auto ----------------------------------------------------------------------------------------------------------
+
+/// Three shards of 40 MiB that look like safetensors files, and the files that loaders read first.
+fn sharded() -> Fixture {
+    let mut random = Random(77);
+    let mut files =
+        vec![("config.json".to_owned(), b"{}".to_vec()), ("model.safetensors.index.json".to_owned(), b"{}".to_vec())];
+    for shard in 1..=3 {
+        let tensor =
+            |i: u64| format!(r#""t{i}":{{"dtype":"BF16","shape":[],"data_offsets":[{},{}]}}"#, i << 23, (i + 1) << 23);
+        let json = format!("{{{}}}", (0..5).map(tensor).collect::<Vec<_>>().join(","));
+        let head = [&(json.len() as u64).to_le_bytes(), json.as_bytes()].concat();
+        files.push((format!("model-{shard}.safetensors"), [head, random.bytes(40 << 20)].concat()));
+    }
+    seal(files, big_style())
+}
+
+fn auto_mount(fixture: &Fixture) -> Option<Mounted> {
+    let how = How { behaviour: policy(OpenPolicy::Auto), ..How::default() };
+    let mount = Mounted::new(how, || fixture.model(fixture.store.clone(), Verify::Strict));
+    if !mount.fs.passthrough() {
+        eprintln!("SKIPPED: this kernel has no passthrough");
+        return None;
+    }
+    Some(mount)
+}
+
+fn read_head(path: &Path) {
+    let mut file = File::open(path).expect("open");
+    let mut len = [0; 8];
+    file.read_exact(&mut len).expect("read");
+    file.read_exact(&mut vec![0; u64::from_le_bytes(len) as usize]).expect("read");
+}
+
+#[test]
+fn auto_listing_and_reading_heads_fetches_one_chunk_a_file() {
+    if !can_mount() {
+        return;
+    }
+    let fixture = sharded();
+    let Some(mount) = auto_mount(&fixture) else { return };
+    for shard in 1..=3 {
+        let path = mount.path(&format!("model-{shard}.safetensors"));
+        std::fs::metadata(&path).expect("stat");
+        assert_eq!(mount.cache.telemetry().fetch_requests.get(), shard - 1);
+        read_head(&path);
+        assert_eq!(mount.cache.telemetry().fetch_requests.get(), shard);
+    }
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(mount.cache.telemetry().fetch_requests.get(), 3);
+    assert_eq!(mount.cache.telemetry().opens_held.get(), 0);
+}
+
+#[test]
+fn auto_holds_the_weights_of_a_process_that_read_the_configuration() {
+    if !can_mount() {
+        return;
+    }
+    let fixture = sharded();
+    let Some(mount) = auto_mount(&fixture) else { return };
+    std::fs::read(mount.path("config.json")).expect("read");
+    for shard in 1..=3 {
+        let name = format!("model-{shard}.safetensors");
+        // From a thread of its own: it is the process that counts.
+        let path = mount.path(&name);
+        let bytes = std::thread::spawn(move || std::fs::read(path).expect("read")).join().expect("a reader");
+        assert!(bytes == plain(&fixture, &name));
+        assert_eq!(mount.hot_opens(), shard);
+    }
+    assert_eq!(mount.cache.telemetry().opens_held_in_vain.get(), 0);
+}
+
+#[test]
+fn auto_holds_the_second_open_after_a_head_was_read() {
+    if !can_mount() {
+        return;
+    }
+    let fixture = sharded();
+    let Some(mount) = auto_mount(&fixture) else { return };
+    let path = mount.path("model-2.safetensors");
+    read_head(&path);
+    let file = File::open(&path).expect("open");
+    assert_eq!(mount.hot_opens(), 1);
+    let mapped = map(&file, plain(&fixture, "model-2.safetensors").len());
+    assert!(mapped == plain(&fixture, "model-2.safetensors"));
+    unmap(mapped);
+}
+
+#[test]
+fn auto_fetches_the_rest_of_a_file_that_is_walked_and_holds_its_siblings() {
+    if !can_mount() {
+        return;
+    }
+    let fixture = sharded();
+    let Some(mount) = auto_mount(&fixture) else { return };
+    let first = File::open(mount.path("model-1.safetensors")).expect("open");
+    // From the end, so that it is not the walk's own readahead that completes the file.
+    for piece in (0..28).rev() {
+        first.read_exact_at(&mut vec![0; 1 << 20], (12 << 20) + (piece << 20)).expect("read");
+    }
+    assert_eq!(mount.cache.telemetry().fills_foreseen.get(), 1);
+    mount.wait_until("the fill", |mount| mount.cache.telemetry().opened_bytes.get() >= 40 << 20);
+    let second = File::open(mount.path("model-2.safetensors")).expect("open");
+    assert_eq!(mount.cache.telemetry().opens_held.get(), 1);
+    assert_eq!(mount.hot_opens(), 1);
+    drop(second);
+}
+
+#[test]
+fn auto_streams_what_would_leave_no_room_for_others() {
+    if !can_mount() {
+        return;
+    }
+    let fixture = sharded();
+    let how = How { budget: 96 << 20, behaviour: policy(OpenPolicy::Auto), ..How::default() };
+    let mount = Mounted::new(how, || fixture.model(fixture.store.clone(), Verify::Strict));
+    std::fs::read(mount.path("config.json")).expect("read");
+    // A loader of a model that is larger than the cache, which keeps every shard mapped.
+    let maps: Vec<&'static [u8]> = (1..=3)
+        .map(|shard| {
+            let name = format!("model-{shard}.safetensors");
+            let file = File::open(mount.path(&name)).expect("open");
+            let mapped = map(&file, plain(&fixture, &name).len());
+            assert!(mapped == plain(&fixture, &name), "{name}");
+            mapped
+        })
+        .collect();
+    assert!(mount.hot_opens() <= 1, "two shards would not leave a quarter of the cache");
+    maps.into_iter().for_each(unmap);
+}
+
+#[test]
+fn auto_lets_an_open_go_when_the_store_is_too_slow_for_it() {
+    if !can_mount() {
+        return;
+    }
+    let fixture = sharded();
+    let store = Faulty::new((*fixture.store).clone());
+    store.on(When::call(Call::ReadRange).after(1), Fault::Delay(Duration::from_secs(8)));
+    let limits = CacheLimits { prefetches_max: 1, ..CacheLimits::default() };
+    let how = How { behaviour: policy(OpenPolicy::Auto), limits, ..How::default() };
+    let mount = Mounted::new(how, || fixture.model(Arc::new(store.clone()), Verify::Strict));
+    std::fs::read(mount.path("config.json")).expect("read");
+    let started = Instant::now();
+    let file = File::open(mount.path("model-1.safetensors")).expect("open");
+    if mount.fs.passthrough() {
+        assert_eq!(mount.cache.telemetry().opens_held_in_vain.get(), 1);
+    }
+    assert_eq!(mount.hot_opens(), 0);
+    eprintln!("the open took {:?}", started.elapsed());
+    store.heal();
+    drop(file);
 }

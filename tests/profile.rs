@@ -159,3 +159,26 @@ fn a_replay_gives_way_to_readers_and_ends_although_the_store_refuses() {
     assert!(bytes == fixture.files[2].1);
     assert_eq!(runtime.block_on(replay).expect("ended"), 7 * UNIT_BYTES);
 }
+
+#[test]
+fn a_file_that_was_read_whole_is_held_at_its_first_open_the_next_time() {
+    if !can_mount() {
+        return;
+    }
+    let fixture = sample();
+    for expected in [false, true] {
+        let how = How { behaviour: Behaviour { open: OpenPolicy::Auto, no_page_cache: false }, ..How::default() };
+        let mount = Mounted::new(how, || fixture.model(fixture.store.clone(), Verify::Strict));
+        if !mount.fs.passthrough() {
+            eprintln!("SKIPPED: this kernel has no passthrough");
+            return;
+        }
+        if expected {
+            mount.fs.reader().set_expected_whole([(0, 1)].into());
+        }
+        std::fs::File::open(mount.path("b.bin")).expect("open");
+        assert_eq!(mount.hot_opens(), u64::from(expected));
+        std::fs::File::open(mount.path("a.bin")).expect("open");
+        assert_eq!(mount.hot_opens(), u64::from(expected), "a file that the profile does not name");
+    }
+}

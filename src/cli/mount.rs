@@ -31,7 +31,8 @@ pub struct MountArgs {
     /// Most plaintext in locked memory, as in 8GiB [default: half of the free memory] [env: MODELFS_CACHE]
     #[arg(long, value_name = "SIZE")]
     cache: Option<String>,
-    /// Which opens wait for the whole file: lazy (none), auto (large weights), whole (all that fit) [default: auto]
+    /// Which opens wait for the whole file: lazy (none), auto (weights of a program that is loading the model), whole (all
+    /// that fit) [default: auto]
     #[arg(long, value_name = "POLICY")]
     open: Option<String>,
     /// Keep the order of reads here, and fetch ahead in that order at the next mount; names files, mode 0600

@@ -16,8 +16,8 @@ use std::ffi::OsStr;
 use std::num::NonZeroUsize;
 use std::os::unix::ffi::OsStrExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use fuser::{
     BackingId, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
@@ -28,6 +28,7 @@ use lru::LruCache;
 
 use crate::cache::{CachedObject, HotGate, ObjectKey};
 use crate::error::{Code, Error, Result};
+use crate::read::habits::{Habits, Reason, Step, Walk, Who, is_configuration};
 use crate::read::{OpenFile, READ_MAX, Reader};
 use crate::vfs::{Attributes, Kind, NodeId, Vfs};
 
@@ -51,7 +52,8 @@ const READ_AHEAD_REQUESTS_MAX: u16 = 48;
 pub enum OpenPolicy {
     /// None: the first byte comes as soon as its chunk does.
     Lazy,
-    /// Those whose fill is expected to take less than [`AUTO_HOLD`].
+    /// Those of programs that are seen to load the model, while the file is expected within [`AUTO_HOLD`]; never a first
+    /// look at a file (docs/SEMANTICS.md, "Waiting").
     #[default]
     Auto,
     /// Every file that fits into the cache.
@@ -78,14 +80,18 @@ impl std::str::FromStr for OpenPolicy {
     }
 }
 
-/// The longest that `auto` lets an open wait: about what a program needs to start reading anyway.
-pub const AUTO_HOLD: Duration = Duration::from_millis(1000);
+/// The longest that `auto` lets an open wait. Only for files that are wanted whole: their fill is as long as their reading
+/// would be. A client that waits cannot be killed, and few programs say what they wait for: hence half a minute.
+pub const AUTO_HOLD: Duration = Duration::from_secs(30);
+
+/// How often a held open looks how far its file has come.
+const HOLD_LOOK: Duration = Duration::from_millis(250);
+
+/// From when on the rate of a fill says how long the rest will take.
+const RATE_KNOWN_AFTER: Duration = Duration::from_secs(2);
 
 /// The longest that `whole` lets an open wait. A client that waits in open cannot be killed, so there is an end.
 pub const WHOLE_HOLD: Duration = Duration::from_secs(600);
-
-/// What `auto` expects of a store before anything was fetched, bytes a second.
-const RATE_UNKNOWN: f64 = 300e6;
 
 /// How the kernel is answered.
 #[derive(Debug, Clone, Copy)]
@@ -96,8 +102,16 @@ pub struct Behaviour {
 }
 
 enum Handle {
-    Cold { node: NodeId, file: Arc<OpenFile> },
-    Hot { object: Arc<CachedObject> },
+    /// `who`: only of files that the policy watches.
+    Cold {
+        node: NodeId,
+        file: Arc<OpenFile>,
+        who: Option<Who>,
+        walk: Mutex<Walk>,
+    },
+    Hot {
+        object: Arc<CachedObject>,
+    },
 }
 
 /// The filesystem as fuser calls it, and as the rest of the daemon holds it. Cheap to clone.
@@ -119,6 +133,7 @@ struct Inner {
     /// The kernel offered passthrough and the arena's memory was accepted as backing.
     passthrough: AtomicBool,
     stale_answers: Mutex<LruCache<(u32, NodeId), ()>>,
+    habits: Mutex<Habits>,
 }
 
 impl ModelFs {
@@ -135,6 +150,7 @@ impl ModelFs {
                 backings: Mutex::new(HashMap::new()),
                 passthrough: AtomicBool::new(false),
                 stale_answers: Mutex::new(LruCache::new(STALE_ANSWERS_MAX)),
+                habits: Mutex::default(),
             }),
         }
     }
@@ -266,6 +282,7 @@ impl Inner {
             Ok(backing) => {
                 let telemetry = self.reader.cache().telemetry();
                 telemetry.opens_passthrough.inc();
+                self.note_whole(node);
                 let handle = self.add_handle(Handle::Hot { object });
                 reply.opened_passthrough(handle, FopenFlags::FOPEN_NOFLUSH, &backing);
             }
@@ -279,7 +296,7 @@ impl Inner {
         }
     }
 
-    fn opened_plain(&self, node: NodeId, file: Arc<OpenFile>, reply: ReplyOpen) {
+    fn opened_plain(&self, node: NodeId, file: Arc<OpenFile>, who: Option<Who>, reply: ReplyOpen) {
         self.reader.cache().telemetry().opens_plain.inc();
         let mut flags = FopenFlags::FOPEN_NOFLUSH;
         if self.behaviour.no_page_cache {
@@ -289,24 +306,135 @@ impl Inner {
             // second copy on the way to the hot node: let it go.
             flags |= FopenFlags::FOPEN_KEEP_CACHE;
         }
-        let handle = self.add_handle(Handle::Cold { node, file });
+        let handle = self.add_handle(Handle::Cold { node, file, who, walk: Mutex::default() });
         reply.opened(handle, flags);
     }
 
     /// How long an open of this cold object may wait for the whole of it, by policy; `None`: not at all.
-    fn hold(&self, object: &CachedObject) -> Option<Duration> {
+    fn hold(&self, node: NodeId, object: &Arc<CachedObject>, who: Option<Who>) -> Option<Duration> {
         let cache = self.reader.cache();
         match self.behaviour.open {
             OpenPolicy::Lazy => None,
             OpenPolicy::Whole => cache.fits_whole(object).then_some(WHOLE_HOLD),
             OpenPolicy::Auto => {
-                let snug = object.whole_cost() <= cache.budget().total() / 4 * 3;
-                let missing = object.layout().plain_len() - object.resident_bytes();
-                let expected = missing as f64 / cache.fill_rate().unwrap_or(RATE_UNKNOWN);
-                (snug && expected <= AUTO_HOLD.as_secs_f64()).then_some(AUTO_HOLD)
+                let who = who?;
+                let reason = self.reason(node, who)?;
+                if !cache.has_room_to_keep(object) {
+                    return None;
+                }
+                tracing::debug!(node = node.0, process = who.process, "expected to be read whole: {reason:?}");
+                Some(AUTO_HOLD)
             }
         }
     }
+
+    fn habits(&self) -> MutexGuard<'_, Habits> {
+        self.habits.lock().expect("a thread died holding the habits")
+    }
+
+    /// Why this open's file will be read from end to end, as far as its process has shown.
+    fn reason(&self, node: NodeId, who: Who) -> Option<Reason> {
+        let (model, file, folder) = self.vfs.file(node)?;
+        if self.reader.is_expected_whole(model.serial, file) {
+            return Some(Reason::Profile);
+        }
+        self.habits().reason(who, folder.0, node.0)
+    }
+
+    /// Who opens, if the policy watches files such as this; somebody that the mount cannot see is nobody in particular.
+    fn who(&self, thread: u32, node: NodeId, is_large: bool) -> Option<Who> {
+        if self.behaviour.open != OpenPolicy::Auto {
+            return None;
+        }
+        let configuration = self.vfs.file_name(node).is_some_and(is_configuration);
+        if !is_large && !configuration {
+            return None;
+        }
+        let who = process_of(thread);
+        if configuration && let Some((_, _, folder)) = self.vfs.file(node) {
+            self.habits().on_configuration(who, folder.0);
+        }
+        is_large.then_some(who)
+    }
+
+    /// Takes a read through the daemon as evidence.
+    fn observe(&self, node: NodeId, file: &OpenFile, who: Who, walk: &Mutex<Walk>, offset: u64, len: usize) {
+        let end = offset.saturating_add(len as u64).min(file.size);
+        let step =
+            walk.lock().expect("a thread died holding a walk").on_read(offset, end, file.size, file.data_start());
+        match step {
+            Step::On => {}
+            Step::First => self.habits().on_read(who, node.0),
+            Step::Whole => {
+                if let Some((_, _, folder)) = self.vfs.file(node) {
+                    self.habits().on_walk(who, folder.0);
+                }
+                self.fill_rest(node);
+            }
+        }
+    }
+
+    /// Fetches the rest of a file that is being read through the daemon, so that the pipe stays full and later opens need
+    /// it no more.
+    fn fill_rest(&self, node: NodeId) {
+        let cache = self.reader.cache();
+        let Some(object) = self.hot_object(node).filter(|object| !object.is_whole()) else { return };
+        if !cache.has_room_to_keep(&object) {
+            return;
+        }
+        cache.telemetry().fills_foreseen.inc();
+        let cache = cache.clone();
+        self.runtime.spawn(async move {
+            // Reported where a chunk was refused; whoever reads it hears of it as well.
+            if let Err(error) = cache.fill_whole(&object).await {
+                tracing::debug!("a file was not made whole: {}", error.chain());
+            }
+        });
+    }
+
+    fn note_whole(&self, node: NodeId) {
+        if let Some((model, file, _)) = self.vfs.file(node) {
+            self.reader.note_whole(model, file);
+        }
+    }
+
+    /// Waits until the object is whole, for `hold` at most, and with `auto` no longer than it looks as if that were enough.
+    /// The fill goes on either way.
+    async fn wait_whole(&self, object: &Arc<CachedObject>, hold: Duration) -> bool {
+        let cache = self.reader.cache();
+        let had = object.resident_bytes();
+        let started = Instant::now();
+        let mut fill = std::pin::pin!(cache.fill_whole(object));
+        loop {
+            let left = hold.saturating_sub(started.elapsed());
+            if let Ok(filled) = tokio::time::timeout(left.min(HOLD_LOOK), &mut fill).await {
+                return filled.is_ok();
+            }
+            let bytes = object.resident_bytes();
+            let missing = object.layout().plain_len() - bytes;
+            // The first chunks of a far store share its link, and all come late: as many as are on their way count as here.
+            let on_their_way = cache.prefetches_max() as u64 * object.layout().chunk_len();
+            let brought = bytes.saturating_sub(had) + on_their_way;
+            let hopeless =
+                self.behaviour.open == OpenPolicy::Auto && is_hopeless(brought, missing, started.elapsed(), hold);
+            if hopeless || started.elapsed() >= hold {
+                return false;
+            }
+        }
+    }
+}
+
+/// Whether `missing` bytes will not come within `hold`, when `brought` bytes came in `elapsed` of it.
+fn is_hopeless(brought: u64, missing: u64, elapsed: Duration, hold: Duration) -> bool {
+    let needed = elapsed.as_secs_f64() * missing as f64 / brought.max(1) as f64;
+    elapsed >= RATE_KNOWN_AFTER && elapsed.as_secs_f64() + needed > hold.as_secs_f64()
+}
+
+/// The process that a thread belongs to, and its parent; nobody if the thread is of another pid namespace, or gone.
+fn process_of(thread: u32) -> Who {
+    let status = std::fs::read_to_string(format!("/proc/{thread}/status")).unwrap_or_default();
+    let field = |name| status.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok()).unwrap_or(0);
+    Who { process: field("Tgid:"), parent: field("PPid:") }
 }
 
 impl HotGate for Inner {
@@ -400,26 +528,28 @@ impl Filesystem for ModelFs {
             return inner.open_hot(node, reply);
         }
         let Some(file) = inner.vfs.open(node) else { return reply.error(Errno::EISDIR) };
-        let Some(object) = inner.hot_object(node) else { return inner.opened_plain(node, file, reply) };
+        let object = inner.hot_object(node);
+        let who = inner.who(request.pid(), node, object.is_some());
+        let Some(object) = object else { return inner.opened_plain(node, file, who, reply) };
         let whole = object.is_whole();
-        let hold = if whole { None } else { inner.hold(&object) };
+        let hold = if whole { None } else { inner.hold(node, &object, who) };
         if (!whole && hold.is_none()) || !inner.may_answer_stale(request.pid(), node) {
-            return inner.opened_plain(node, file, reply);
+            return inner.opened_plain(node, file, who, reply);
         }
         let Some(hold) = hold else {
             inner.vfs.release(node);
             return inner.stale(reply);
         };
         inner.reader.cache().telemetry().opens_held.inc();
+        inner.note_whole(node);
         let inner = inner.clone();
         inner.runtime.clone().spawn(async move {
-            let cache = inner.reader.cache().clone();
-            let filled = tokio::time::timeout(hold, cache.fill_whole(&object)).await;
-            if matches!(filled, Ok(Ok(()))) {
+            if inner.wait_whole(&object, hold).await {
                 inner.vfs.release(node);
                 inner.stale(reply);
             } else {
-                inner.opened_plain(node, file, reply);
+                inner.reader.cache().telemetry().opens_held_in_vain.inc();
+                inner.opened_plain(node, file, who, reply);
             }
         });
     }
@@ -437,13 +567,16 @@ impl Filesystem for ModelFs {
     ) {
         let inner = &self.inner;
         let Some(handle) = inner.handle(handle) else { return reply.error(Errno::EBADF) };
-        let Handle::Cold { file, .. } = &*handle else {
+        let Handle::Cold { node, file, who, walk } = &*handle else {
             // The kernel reads hot files by itself; it asks us only if something is badly wrong.
             return reply.error(Errno::EIO);
         };
         let telemetry = inner.reader.cache().telemetry();
         telemetry.reads.inc();
         let size = size as usize;
+        if let Some(who) = *who {
+            inner.observe(*node, file, who, walk, offset, size);
+        }
         if let Some(answer) = inner.reader.try_read(file, offset, size) {
             telemetry.read_bytes.add(answer.bytes().len() as u64);
             reply.data(answer.bytes());
@@ -532,5 +665,30 @@ impl Filesystem for ModelFs {
 
     fn listxattr(&self, _request: &Request, _ino: INodeNo, size: u32, reply: fuser::ReplyXattr) {
         if size == 0 { reply.size(0) } else { reply.data(&[]) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hold_ends_early_only_when_its_rate_says_that_it_is_in_vain() {
+        let s = Duration::from_secs;
+        assert!(!is_hopeless(0, 1 << 40, RATE_KNOWN_AFTER / 2, s(30)), "too early to tell");
+        assert!(!is_hopeless(100, 1300, s(2), s(30)));
+        assert!(is_hopeless(100, 1500, s(2), s(30)));
+        assert!(is_hopeless(0, 1000, s(2), s(30)), "a store that is silent");
+        assert!(!is_hopeless(0, 0, s(2), s(30)));
+    }
+
+    #[test]
+    fn a_thread_is_told_by_its_process_and_an_unknown_one_is_nobody() {
+        let own = std::thread::spawn(|| {
+            // SAFETY: the call only reads this thread's number.
+            process_of(unsafe { libc::gettid() } as u32)
+        });
+        assert_eq!(own.join().expect("a thread").process, std::process::id());
+        assert_eq!(process_of(0), Who::default());
     }
 }

@@ -8,6 +8,7 @@
 //! Not here: keeping chunks (`cache`), names and handles (`vfs`).
 //! Held by: tests/read_property.rs, tests/hostile_read.rs.
 
+pub mod habits;
 pub mod prefetch;
 pub mod profile;
 
