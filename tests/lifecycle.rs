@@ -277,3 +277,43 @@ fn a_profile_is_kept_at_the_end_replayed_by_the_next_mount_and_never_stops_one()
     assert!(program.log().contains("is ignored and left as it is"), "{}", program.log());
     assert_eq!(fs::read_to_string(&profile).expect("left alone"), "{\"not\": \"ours\"}");
 }
+
+#[test]
+fn a_mount_that_is_held_back_says_by_what_and_doctor_says_what_to_do() {
+    if !can_mount() {
+        return;
+    }
+    let Ready { _folder, program } = ready();
+    let meminfo = fs::read_to_string("/proc/meminfo").expect("meminfo");
+    let total_kib: u64 = meminfo.split_whitespace().nth(1).expect("MemTotal").parse().expect("a number");
+    // Only a number until it is filled, which nothing here does.
+    let mount = program.mount(&["--cache", &format!("{}MiB", total_kib / 1024 + 1024)]);
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !program.log().contains("held back by") {
+        assert!(Instant::now() < deadline, "{}", program.log());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let log = program.log();
+    assert!(log.contains("cache-room") && log.contains("modelfs doctor"), "{log}");
+
+    let doctor = |rule: &str| {
+        let output = run_ok(program.command(&["doctor", "--json"]).arg(program.mountpoint()));
+        let value: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        assert_eq!(value["can_mount"], true);
+        let findings = value["findings"].as_array().expect("a list").clone();
+        findings.into_iter().find(|finding| finding["rule"] == rule).unwrap_or_else(|| panic!("{rule} says nothing"))
+    };
+    let room = doctor("cache-room");
+    assert_eq!(room["severity"], "warning");
+    assert!(room["fix"].as_str().expect("a fix").contains("--cache"), "{room}");
+    assert_eq!(doctor("read-ahead")["severity"], "fine", "the mount sets its own readahead");
+    let table = fs::read_to_string("/proc/self/mountinfo").expect("mountinfo");
+    let mountpoint = program.mountpoint().to_str().expect("UTF-8");
+    let line = table.lines().rfind(|line| line.split(' ').nth(4) == Some(mountpoint)).expect("mounted");
+    let path = format!("/sys/class/bdi/{}/read_ahead_kb", line.split(' ').nth(2).expect("a device"));
+    fs::write(&path, "128").expect("root may");
+    let read_ahead = doctor("read-ahead");
+    assert_eq!(read_ahead["severity"], "warning");
+    assert_eq!(read_ahead["fix"], format!("echo 1024 > {path}"));
+    mount.unmount();
+}
