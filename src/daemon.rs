@@ -436,7 +436,6 @@ impl ControlTarget for Life {
     fn status(&self) -> serde_json::Value {
         self.telemetry.cache_bytes.set(self.cache.budget().in_use());
         self.telemetry.huge_page_short_bytes.set(mem::huge_page_short_bytes());
-        self.telemetry.huge_page_gathered_bytes.set(mem::huge_page_gathered_bytes());
         let models: Vec<_> = self
             .fs
             .vfs()

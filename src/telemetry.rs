@@ -137,8 +137,6 @@ metrics! {
     wiped_bytes: Counter => u64;
     /// Bytes that should lie in huge pages but got small ones (memory was fragmented).
     huge_page_short_bytes: Gauge => u64;
-    /// Bytes that got small pages first and were then gathered into huge ones, since the start.
-    huge_page_gathered_bytes: Gauge => u64;
     prefetch_fetched_bytes: Counter => u64;
     /// Of those, bytes that a read asked for later.
     prefetch_used_bytes: Counter => u64;

@@ -176,9 +176,8 @@ impl LockedFile {
         let whole = self.rounded(range);
         let fell_back = huge::fallbacks();
         fallocate(fd, libc::FALLOC_FL_KEEP_SIZE, &whole)?;
-        // A memory file that gets huge pages only on advice gets small ones from fallocate, which knows no mapping.
-        if self.granule == HUGE_PAGE_BYTES && (self.backing == Backing::Memfd || huge::fallbacks() != fell_back) {
-            self.make_huge(range, &whole);
+        if self.granule == HUGE_PAGE_BYTES && huge::fallbacks() != fell_back {
+            self.count_short(&whole);
         }
         if self.lock {
             let (start, len) = self.touchable(&whole);
@@ -203,20 +202,12 @@ impl LockedFile {
         Ok(())
     }
 
-    /// Gathers small pages of `whole` into huge ones where the kernel can, and counts those where it cannot: memory is in
-    /// pieces. Before anything is filled, so that no plaintext is copied and left behind in a freed page; a granule that
-    /// `range` does not have for itself is left alone for the same reason.
-    pub(super) fn make_huge(&self, range: &Range<u64>, whole: &Range<u64>) {
-        let own = |start: u64| {
-            range.start <= start && (start + self.granule <= range.end || range.end == self.len) && start < self.len
-        };
-        for start in (whole.start..whole.end).step_by(self.granule as usize).filter(|start| own(*start)) {
-            let bytes = (self.len - start).min(self.granule);
-            let gathered = huge::may_gather()
-                && self.map.advise(start as usize, self.granule as usize, libc::MADV_COLLAPSE).is_ok();
-            huge::tell(gathered, bytes);
-            if !gathered && self.short().insert(start) {
-                huge::count_short(bytes);
+    /// Counts the granules of `whole` as lying in small pages. Which of them did is not known: the kernel's count moved
+    /// while they were allocated.
+    pub(super) fn count_short(&self, whole: &Range<u64>) {
+        for start in (whole.start..whole.end.min(self.len)).step_by(self.granule as usize) {
+            if self.short().insert(start) {
+                huge::count_short((self.len - start).min(self.granule));
             }
         }
     }

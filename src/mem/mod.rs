@@ -21,7 +21,7 @@ mod secret;
 pub use arena::{Arena, ArenaKind, ArenaPlan, Pages};
 pub use budget::{Budget, Grant};
 pub use env::take_env;
-pub use huge::{huge_page_gathered_bytes, huge_page_short_bytes};
+pub use huge::huge_page_short_bytes;
 pub use locked_file::{LockedFile, Wiped};
 pub use map::wipe;
 pub use numa::memory_nodes;
