@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,25 @@ class Loader:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._log.close()
+
+
+@contextlib.contextmanager
+def flipped(path: Path) -> Iterator[None]:
+    """One bit in the middle of the file is another while the block runs."""
+    at = path.stat().st_size // 2
+
+    def flip() -> None:
+        with path.open("r+b") as file:
+            file.seek(at)
+            byte = file.read(1)[0]
+            file.seek(at)
+            file.write(bytes([byte ^ 0x40]))
+
+    flip()
+    try:
+        yield
+    finally:
+        flip()
 
 
 class Numbers:
@@ -186,6 +205,32 @@ class Suite:
                 raise Failed("WRONG BYTES: its SHA-256 is not that of the source")
             if not isinstance(contender, Tmpfs):
                 self.numbers.add(data.name, contender.name, "memory", max(0, peak.bytes - data.bytes) / (1 << 20))
+
+    def prove(self, contenders: list[Contender], data: Data) -> None:
+        """That a wrong byte is noticed: one is changed in the bucket, below a contender that does not verify."""
+        victims = [contender for contender in contenders if contender.group == "plain"]
+        reading = next((contender for contender in victims if contender.mounts), None)
+        loading = next((contender for contender in victims if not contender.mounts), None)
+        if not reading and not loading:
+            self.numbers.note("not proved that a wrong byte would be noticed: nobody here serves the plain file")
+            return
+        stored = self.bed.s3.folder / "plain" / data.name / data.file
+        with flipped(stored):
+            for contender in filter(None, (reading, loading)):
+                try:
+                    if contender.mounts:
+                        self.check(contender, data)
+                    elif self.loader and data.file.endswith(".safetensors"):
+                        self.load(contender, data, None, "proof", lambda _what, _value: None)
+                    else:
+                        continue
+                except Failed as error:
+                    if "WRONG BYTES" not in str(error):
+                        raise
+                    continue
+                raise Failed(
+                    f"a changed byte went unnoticed below {contender.name}: no number of this run can be believed"
+                )
 
     def prime(self, files: list[Path]) -> None:
         """The server's page cache holds what it is about to serve."""
@@ -383,6 +428,9 @@ class Suite:
 
     def compare(self, data: Data, contenders: list[Contender], columns: set[str]) -> list[Contender]:
         able = self.ready(contenders, data)
+        if len(columns) > 1:
+            self.say(f"{data.name}: a changed byte is noticed")
+            self.prove(able, data)
         for number in range(self.args.rounds):
             self.say(f"{data.name}, round {number + 1}: plain GETs")
             try:
