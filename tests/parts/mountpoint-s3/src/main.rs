@@ -48,19 +48,13 @@ fn main() -> Result<()> {
     let client = client.create_client(pool.clone(), Some(&path)).context("the bucket")?;
     let runtime = Runtime::new(client.event_loop_group());
     let filesystem = S3FilesystemConfig { read_only: true, ..Default::default() };
-    let superblock = SuperblockConfig {
-        cache_config: filesystem.cache_config.clone(),
-        s3_personality: filesystem.s3_personality,
-    };
+    let superblock =
+        SuperblockConfig { cache_config: filesystem.cache_config.clone(), s3_personality: filesystem.s3_personality };
     let superblock = Superblock::new(client.clone(), path, superblock);
     let options = FuseOptions { read_only: true, ..Default::default() };
     let session = FuseSessionConfig::new(MountPoint::new(mountpoint)?, options, FUSE_THREADS)?;
     let caches = DataCacheConfig { disk_cache_config: None, express_cache_config: None };
-    let session = MountpointConfig::new(session, filesystem, caches)?.create_fuse_session(
-        superblock,
-        client,
-        runtime,
-        pool,
-    )?;
+    let session =
+        MountpointConfig::new(session, filesystem, caches)?.create_fuse_session(superblock, client, runtime, pool)?;
     session.join()
 }
