@@ -132,6 +132,7 @@ impl<S: ChunkSink + 'static> Hedged<S> {
                     Verdict::Behind => {
                         // What was extra before is dropped here. The first request keeps its turn: of a store that is
                         // slow for everyone it is the one that has waited longest.
+                        tracing::debug!(?latest, ?len, extras_sent, "a request is far behind: asked for once more");
                         extra = Some(send());
                         extras_sent += 1;
                         self.telemetry.hedges_sent.inc();

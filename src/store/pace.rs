@@ -21,6 +21,9 @@ const FIRST_BYTE_TIMES: u32 = 4;
 /// How many times its peers' median the whole of a request may take.
 const WHOLE_TIMES: u32 = 3;
 
+/// And how many times that a late one may still need at its own pace.
+const LEFT_TIMES: u32 = 4;
+
 /// Extra requests, as a share of all: with one connection in ten stuck, one request in nine needs another, and chance
 /// needs room.
 pub const EXTRA_SHARE: f64 = 0.2;
@@ -259,28 +262,33 @@ impl Pace {
     /// many extra requests its range had already; each doubles the patience with the next.
     pub fn verdict(&self, seen: Seen, len: Option<u64>, extra: u32) -> Verdict {
         let patience = |limit: Duration| limit.max(FLOOR).saturating_mul(1 << extra.min(8));
-        let first_byte_limit = self.first_byte.quantile(0.9).map_or(UNKNOWN, |s| {
-            // What is known shortens the wait; a store whose every answer takes seconds is not asked twice for all.
-            let limit = Duration::from_secs_f64(s).saturating_mul(FIRST_BYTE_TIMES);
-            limit.min(UNKNOWN.max(Duration::from_secs_f64(s).saturating_mul(2)))
-        });
-        if seen.received == 0 {
-            return over(seen.elapsed, patience(first_byte_limit));
-        }
         let whole = len.and_then(|len| {
             let (first, rate) = (self.first_byte.quantile(0.5)?, self.rate.quantile(0.5)?);
             Some((len, Duration::from_secs_f64(first + len as f64 / rate)))
         });
+        let usual = whole.map_or(Duration::ZERO, |(_, whole)| whole);
+        // Small objects are no peers of ranges: a dozen ranges begun at once fill a link before the first byte of some.
+        let peers = self.first_byte.quantile(0.9).filter(|_| len.is_none() || whole.is_some());
+        let first_byte_limit = peers.map_or(UNKNOWN, |s| {
+            let s = Duration::from_secs_f64(s);
+            // What is known shortens the wait; a store whose every answer takes seconds is not asked twice for all.
+            s.saturating_mul(FIRST_BYTE_TIMES).max(usual).min(UNKNOWN.max(s.saturating_mul(2)))
+        });
+        if seen.received == 0 {
+            return over(seen.elapsed, patience(first_byte_limit));
+        }
         let Some((len, whole)) = whole else { return over(seen.silent, patience(UNKNOWN)) };
-        let silence = over(seen.silent, patience(first_byte_limit.max(whole).min(UNKNOWN)));
-        let Verdict::LookAgain(silence) = silence else { return Verdict::Behind };
+        // On a full link packets are lost, and the pauses after that are some of the time of a whole range.
+        let silence = first_byte_limit.max(whole.saturating_mul(2)).min(UNKNOWN);
+        let Verdict::LookAgain(silence) = over(seen.silent, patience(silence)) else { return Verdict::Behind };
         let pace = match over(seen.elapsed, patience(whole.saturating_mul(WHOLE_TIMES))) {
             Verdict::LookAgain(wait) => wait,
             Verdict::Behind => {
                 let left = len.saturating_sub(seen.received) as f64;
                 let left = Duration::from_secs_f64(seen.elapsed.as_secs_f64() * left / seen.received as f64);
-                // Late, but nearly there: another one would come later still.
-                if left > whole.max(FLOOR) {
+                // Late, but on its way: connections that share a full link share it unevenly, and another request for
+                // the same bytes would only take from the rest.
+                if left > whole.saturating_mul(LEFT_TIMES).max(FLOOR) {
                     return Verdict::Behind;
                 }
                 left.max(FLOOR / 4)
@@ -353,6 +361,16 @@ mod tests {
     }
 
     #[test]
+    fn small_objects_are_no_peers_of_the_first_ranges() {
+        let mut pace = Pace::default();
+        for _ in 0..20 {
+            pace.brought(500, ms(1), ms(1));
+        }
+        assert_eq!(pace.verdict(seen(1500, 0, 1500), Some(8 * MIB), 0), Verdict::LookAgain(ms(500)));
+        assert_eq!(pace.verdict(seen(300, 0, 300), None, 0), Verdict::Behind);
+    }
+
+    #[test]
     fn a_store_whose_every_answer_takes_seconds_is_not_asked_twice_for_all() {
         let mut pace = Pace::default();
         for _ in 0..20 {
@@ -365,7 +383,7 @@ mod tests {
     fn a_body_that_stops_half_way_is_behind() {
         let pace = far();
         assert!(matches!(pace.verdict(seen(350, 7 * MIB, 100), Some(8 * MIB), 0), Verdict::LookAgain(_)));
-        assert_eq!(pace.verdict(seen(600, 7 * MIB, 400), Some(8 * MIB), 0), Verdict::Behind);
+        assert_eq!(pace.verdict(seen(700, 7 * MIB, 540), Some(8 * MIB), 0), Verdict::Behind);
     }
 
     #[test]
@@ -386,6 +404,9 @@ mod tests {
             let received = 8 * MIB * elapsed / 3100;
             assert!(matches!(pace.verdict(seen(elapsed, received, 50), Some(8 * MIB), 0), Verdict::LookAgain(_)));
         }
+        // And the links' shares are uneven: a third of the pace, a first byte after most of a second.
+        assert!(matches!(pace.verdict(seen(3300, 4 * MIB, 500), Some(8 * MIB), 0), Verdict::LookAgain(_)));
+        assert!(matches!(pace.verdict(seen(1000, 0, 1000), Some(8 * MIB), 0), Verdict::LookAgain(_)));
     }
 
     #[test]
