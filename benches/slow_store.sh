@@ -3,12 +3,12 @@
 # (network namespaces, FUSE), tc, and versitygw from tests/parts/install.sh. Two measurements, alternating in rounds:
 #
 #   benches/slow_store.sh link    the link is held to --rate and nothing else is wrong: plain parallel range GETs of
-#                                 the plain file, thrown away, against a cold read of it through a mount (open=whole)
+#                                 the plain file, thrown away, against a cold read of it through a mount
 #   benches/slow_store.sh stuck   on top of that each connection has --latency to its first byte and --mb-per-s, and one
 #                                 in ten is stuck: cold reads of the mount, against range GETs through the same line
 #                                 without stuck connections; and the reading of a warm file meanwhile and alone
 #
-#   --rate 1gbit  --latency 100  --mb-per-s 50  --size-mib 512  --rounds 3  --parallel 16
+#   --rate 1gbit  --latency 100  --mb-per-s 50  --size-mib 512  --rounds 3  --parallel 16  --open auto
 #   --plain FILE --sealed DIR --model NAME --key KEY --trust KEY [--path FILE_IN_MODEL] [--warm FILE_IN_MODEL]
 #       that plain file, and a local store in which it is sealed, instead of random bytes made here
 #
@@ -18,11 +18,11 @@ shopt -s inherit_errexit
 cd "$(dirname "$0")/.."
 
 mode=${1:-}; shift || true
-rate=1gbit latency=100 mb_per_s=50 size=512 rounds=3 parallel=16 plain='' sealed='' model=slow key='' trust='' path='' warm_path=''
+rate=1gbit open=auto latency=100 mb_per_s=50 size=512 rounds=3 parallel=16 plain='' sealed='' model=slow key='' trust='' path='' warm_path=''
 while [[ $# -gt 0 ]]; do
   case $1 in
     --rate) rate=$2 ;; --latency) latency=$2 ;; --mb-per-s) mb_per_s=$2 ;; --size-mib) size=$2 ;; --rounds) rounds=$2 ;;
-    --parallel) parallel=$2 ;; --plain) plain=$2 ;; --sealed) sealed=$2 ;; --model) model=$2 ;; --key) key=$2 ;;
+    --parallel) parallel=$2 ;; --open) open=$2 ;; --plain) plain=$2 ;; --sealed) sealed=$2 ;; --model) model=$2 ;; --key) key=$2 ;;
     --trust) trust=$2 ;; --path) path=$2 ;; --warm) warm_path=$2 ;;
     *) mode='' ; break ;;
   esac
@@ -108,7 +108,7 @@ plain_gets() { # ENDPOINT: MB/s of the better plain client
 }
 mount_at() { # ENDPOINT
   AWS_ENDPOINT_URL=$1 "$modelfs" mount s3://models/sealed "$work/mnt" --model "$model" --key "$key" --trust "$trust" \
-    --cache "$((bytes / 1048576 + 384))MiB" --open whole --daemon >/dev/null
+    --cache "$((bytes / 1048576 + 384))MiB" --open "$open" --daemon >/dev/null
 }
 cold() { # ENDPOINT: MB/s of a cold read, the mount itself not counted
   mount_at "$1"
