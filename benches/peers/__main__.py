@@ -268,7 +268,7 @@ def main() -> int:
     print(report.text(result))
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "benchmark.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        (args.out / "benchmark.json").write_text(report.as_json(result))
         (args.out / "benchmark.svg").write_text(report.chart(result))
     return 0
 

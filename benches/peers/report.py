@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +43,7 @@ UNITS = {
 def short(value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2 if value >= 0.1 or value == 0 else 3}f}"
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2 if value >= 0.0995 or value == 0 else 3}f}"
 
 
 def cell(numbers: Numbers, data: str, who: str, column: tuple[str, str, str, str | None, str]) -> dict[str, Any] | None:
@@ -273,6 +275,12 @@ def server_limit(kind: dict[str, Any], result: dict[str, Any]) -> list[str]:
             f"and who spends s seconds a GB no more than {cores} / ({short(served)} + s)."
         )
     return said
+
+
+def as_json(result: dict[str, Any]) -> str:
+    """Indented, and the values of the rounds on one line each."""
+    indented = json.dumps(result, indent=1, ensure_ascii=False)
+    return re.sub(r"\[\s+([-\d.,\s]+?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", indented) + "\n"
 
 
 # ---- the chart -------------------------------------------------------------------------------------------------------
