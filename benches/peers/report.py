@@ -172,7 +172,8 @@ def kinds_table(kinds: list[dict[str, Any]]) -> str:
     heads = ["data", "size", "stored / source", "plain GETs, GB/s", *shown, *(["link of 1 Gb/s"] if link else [])]
     rows = []
     for kind in kinds:
-        stored = value_of(kind, "modelfs", "stored")
+        coded = (value_of(kind, who, "stored") for who in ("modelfs", "modelfs, open=whole"))
+        stored = next((share for share in coded if share is not None), None)
         rows.append(
             [
                 kind["data"],
