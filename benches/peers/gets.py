@@ -14,6 +14,11 @@ import time
 import urllib.parse
 
 
+def cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
 def main() -> None:
     url, size, parallel, part = urllib.parse.urlsplit(sys.argv[1]), *map(int, sys.argv[2:5])
     starts = iter(range(0, size, part))
@@ -37,7 +42,7 @@ def main() -> None:
                 got[which] += count
 
     threads = [threading.Thread(target=fetch, args=(which,)) for which in range(parallel)]
-    began = time.perf_counter()
+    cpu, began = cpu_seconds(), time.perf_counter()
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -45,8 +50,7 @@ def main() -> None:
     seconds = time.perf_counter() - began
     if sum(got) != size or failed:
         sys.exit(f"{sum(got)} bytes of {size} came; refused: {failed}")
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    print(json.dumps({"seconds": seconds, "cpu": usage.ru_utime + usage.ru_stime}))
+    print(json.dumps({"seconds": seconds, "cpu": cpu_seconds() - cpu}))
 
 
 if __name__ == "__main__":
