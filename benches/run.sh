@@ -67,13 +67,23 @@ run_own() {
             echo "$program is not on the path: left out of the local comparison" >&2
     done
     out() { [[ -z $json ]] || echo "--json $json/$1.json"; }
-    cargo bench -q --no-run --bench crypto --bench read_path --bench mount
+    cargo bench -q --no-run --bench crypto --bench codec --bench read_path --bench mount --bench scale
     # shellcheck disable=SC2046 # the option and its value are two words, and the folder was made absolute above
     {
         cargo bench -q --bench crypto -- --rounds "$rounds" $(out crypto)
+        cargo bench -q --bench codec -- --rounds "$rounds" $(out codec)
         cargo bench -q --bench read_path -- --size-mib "$size" --rounds "$rounds" --dir "$dir" $(out read_path)
         cargo bench -q --bench mount -- --size-mib "$size" --rounds "$rounds" --dir "$dir" $local_peers $(out mount)
+        cargo bench -q --bench scale -- --rounds "$rounds" $(out scale)
     }
+    # From a real S3 server over links that are narrow, far and partly dead; and which opens wait.
+    if command -v tc >/dev/null; then
+        benches/slow_store.sh link --rounds "$rounds"
+        benches/slow_store.sh stuck --rounds "$rounds"
+    else
+        echo 'tc is not here (Debian: iproute2): links are left out' >&2
+    fi
+    benches/open_policy.sh --rounds "$rounds"
 }
 
 run_peers() {
