@@ -1,3 +1,6 @@
+//! The rules of the coded stream, each by a stream that keeps it and one that breaks it; every implementation against the
+//! portable one.
+
 use std::collections::BTreeSet;
 
 use sha2::{Digest, Sha256};

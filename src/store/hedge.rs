@@ -125,8 +125,10 @@ impl<S: ChunkSink + 'static> Hedged<S> {
             let mut wait = Duration::MAX;
             if extras_sent < EXTRA_PER_RANGE_MAX {
                 let mut pace = self.pace();
-                match pace.verdict(latest, len, extras_sent) {
-                    Verdict::LookAgain(time) => wait = time,
+                let ranges = self.ranges_in_flight.load(Ordering::Relaxed);
+                match pace.verdict(latest, len, extras_sent, ranges) {
+                    // Sooner than that if others end meanwhile: then the link is emptier.
+                    Verdict::LookAgain(time) => wait = time.min(super::pace::FLOOR),
                     // The budget is used up: others earn it meanwhile.
                     Verdict::Behind if !pace.take_extra() => wait = super::pace::FLOOR,
                     Verdict::Behind => {

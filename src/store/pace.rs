@@ -259,9 +259,14 @@ impl Pace {
     }
 
     /// Whether a request for `len` bytes (`None`: nobody knows how many) is far behind what its peers took. `extra`: how
-    /// many extra requests its range had already; each doubles the patience with the next.
-    pub fn verdict(&self, seen: Seen, len: Option<u64>, extra: u32) -> Verdict {
+    /// many extra requests its range had already; each doubles the patience with the next. `ranges`: in flight now.
+    pub fn verdict(&self, seen: Seen, len: Option<u64>, extra: u32, ranges: usize) -> Verdict {
         let patience = |limit: Duration| limit.max(FLOOR).saturating_mul(1 << extra.min(8));
+        // Of a link that few are left to share each should have more: the end of a fill must not wait as long as its
+        // middle. Never less than twice what a first byte took when it was quick.
+        let share = ranges.clamp(1, BUSY_RANGES) as f64 / BUSY_RANGES as f64;
+        let quick = self.first_byte.quantile(0.1).map_or(UNKNOWN, |first| Duration::from_secs_f64(2.0 * first));
+        let shared = |limit: Duration| limit.mul_f64(share).max(quick.min(limit));
         let whole = len.and_then(|len| {
             let (first, rate) = (self.first_byte.quantile(0.5)?, self.rate.quantile(0.5)?);
             Some((len, Duration::from_secs_f64(first + len as f64 / rate)))
@@ -275,12 +280,12 @@ impl Pace {
             s.saturating_mul(FIRST_BYTE_TIMES).max(usual).min(UNKNOWN.max(s.saturating_mul(2)))
         });
         if seen.received == 0 {
-            return over(seen.elapsed, patience(first_byte_limit));
+            return over(seen.elapsed, patience(shared(first_byte_limit)));
         }
         let Some((len, whole)) = whole else { return over(seen.silent, patience(UNKNOWN)) };
         // On a full link packets are lost, and the pauses after that are some of the time of a whole range.
         let silence = first_byte_limit.max(whole.saturating_mul(2)).min(UNKNOWN);
-        let Verdict::LookAgain(silence) = over(seen.silent, patience(silence)) else { return Verdict::Behind };
+        let Verdict::LookAgain(silence) = over(seen.silent, patience(shared(silence))) else { return Verdict::Behind };
         let pace = match over(seen.elapsed, patience(whole.saturating_mul(WHOLE_TIMES))) {
             Verdict::LookAgain(wait) => wait,
             Verdict::Behind => {
@@ -331,9 +336,30 @@ mod tests {
     #[test]
     fn a_request_without_a_byte_is_behind_after_four_times_its_peers() {
         let pace = far();
-        assert_eq!(pace.verdict(seen(0, 0, 0), Some(8 * MIB), 0), Verdict::LookAgain(ms(400)));
-        assert_eq!(pace.verdict(seen(399, 0, 399), Some(8 * MIB), 0), Verdict::LookAgain(ms(1)));
-        assert_eq!(pace.verdict(seen(400, 0, 400), Some(8 * MIB), 0), Verdict::Behind);
+        assert_eq!(pace.verdict(seen(0, 0, 0), Some(8 * MIB), 0, 16), Verdict::LookAgain(ms(400)));
+        assert_eq!(pace.verdict(seen(399, 0, 399), Some(8 * MIB), 0, 16), Verdict::LookAgain(ms(1)));
+        assert_eq!(pace.verdict(seen(400, 0, 400), Some(8 * MIB), 0, 16), Verdict::Behind);
+    }
+
+    /// What crowds made slow is no measure once the crowd has gone; what the store itself takes is.
+    #[test]
+    fn a_request_among_few_is_behind_sooner_but_never_before_twice_a_quick_answer() {
+        let mut pace = Pace::default();
+        for nth in 0..64 {
+            pace.brought(8 * MIB, ms(if nth % 8 == 0 { 100 } else { 500 }), ms(1200));
+        }
+        let behind = |ranges| {
+            (0..5000).find(|&at| pace.verdict(seen(at, 0, at), Some(8 * MIB), 0, ranges) == Verdict::Behind).unwrap()
+        };
+        assert_eq!(behind(16), behind(8));
+        assert!(behind(4) < behind(8) && behind(1) < behind(4), "{} {} {}", behind(1), behind(4), behind(8));
+        assert!(behind(1) >= 300);
+
+        let mut slow = Pace::default();
+        for _ in 0..20 {
+            slow.brought(MIB, ms(1000), ms(1100));
+        }
+        assert_eq!(slow.verdict(seen(1900, 0, 1900), Some(MIB), 0, 1), Verdict::LookAgain(ms(100)));
     }
 
     #[test]
@@ -343,10 +369,10 @@ mod tests {
             pace.brought(MIB, ms(0), ms(1));
         }
         for received in [0, 1, MIB - 1] {
-            let verdict = pace.verdict(seen(299, received, 299), Some(MIB), 0);
+            let verdict = pace.verdict(seen(299, received, 299), Some(MIB), 0, 16);
             assert!(matches!(verdict, Verdict::LookAgain(_)), "{received}: {verdict:?}");
         }
-        assert_eq!(pace.verdict(seen(300, 0, 300), Some(MIB), 0), Verdict::Behind);
+        assert_eq!(pace.verdict(seen(300, 0, 300), Some(MIB), 0, 16), Verdict::Behind);
     }
 
     #[test]
@@ -355,9 +381,9 @@ mod tests {
         for _ in 0..SAMPLES_MIN - 1 {
             pace.brought(MIB, ms(5), ms(6));
         }
-        assert_eq!(pace.verdict(seen(1500, 0, 1500), Some(MIB), 0), Verdict::LookAgain(ms(500)));
-        assert_eq!(pace.verdict(seen(9000, MIB / 2, 100), Some(MIB), 0), Verdict::LookAgain(ms(1900)));
-        assert_eq!(pace.verdict(seen(2000, 0, 2000), Some(MIB), 0), Verdict::Behind);
+        assert_eq!(pace.verdict(seen(1500, 0, 1500), Some(MIB), 0, 16), Verdict::LookAgain(ms(500)));
+        assert_eq!(pace.verdict(seen(9000, MIB / 2, 100), Some(MIB), 0, 16), Verdict::LookAgain(ms(1900)));
+        assert_eq!(pace.verdict(seen(2000, 0, 2000), Some(MIB), 0, 16), Verdict::Behind);
     }
 
     #[test]
@@ -366,8 +392,8 @@ mod tests {
         for _ in 0..20 {
             pace.brought(500, ms(1), ms(1));
         }
-        assert_eq!(pace.verdict(seen(1500, 0, 1500), Some(8 * MIB), 0), Verdict::LookAgain(ms(500)));
-        assert_eq!(pace.verdict(seen(300, 0, 300), None, 0), Verdict::Behind);
+        assert_eq!(pace.verdict(seen(1500, 0, 1500), Some(8 * MIB), 0, 16), Verdict::LookAgain(ms(500)));
+        assert_eq!(pace.verdict(seen(300, 0, 300), None, 0, 16), Verdict::Behind);
     }
 
     #[test]
@@ -376,21 +402,21 @@ mod tests {
         for _ in 0..20 {
             pace.brought(MIB, ms(5000), ms(5100));
         }
-        assert_eq!(pace.verdict(seen(9000, 0, 9000), Some(MIB), 0), Verdict::LookAgain(ms(1000)));
+        assert_eq!(pace.verdict(seen(9000, 0, 9000), Some(MIB), 0, 16), Verdict::LookAgain(ms(1000)));
     }
 
     #[test]
     fn a_body_that_stops_half_way_is_behind() {
         let pace = far();
-        assert!(matches!(pace.verdict(seen(350, 7 * MIB, 100), Some(8 * MIB), 0), Verdict::LookAgain(_)));
-        assert_eq!(pace.verdict(seen(700, 7 * MIB, 540), Some(8 * MIB), 0), Verdict::Behind);
+        assert!(matches!(pace.verdict(seen(350, 7 * MIB, 100), Some(8 * MIB), 0, 16), Verdict::LookAgain(_)));
+        assert_eq!(pace.verdict(seen(700, 7 * MIB, 540), Some(8 * MIB), 0, 16), Verdict::Behind);
     }
 
     #[test]
     fn a_body_of_ten_kilobytes_a_second_is_behind_and_one_nearly_there_is_not() {
         let pace = far();
-        assert_eq!(pace.verdict(seen(900, 8_000, 50), Some(8 * MIB), 0), Verdict::Behind);
-        assert!(matches!(pace.verdict(seen(900, 7 * MIB, 50), Some(8 * MIB), 0), Verdict::LookAgain(_)));
+        assert_eq!(pace.verdict(seen(900, 8_000, 50), Some(8 * MIB), 0, 16), Verdict::Behind);
+        assert!(matches!(pace.verdict(seen(900, 7 * MIB, 50), Some(8 * MIB), 0, 16), Verdict::LookAgain(_)));
     }
 
     #[test]
@@ -402,18 +428,18 @@ mod tests {
         }
         for elapsed in (50..3000).step_by(50) {
             let received = 8 * MIB * elapsed / 3100;
-            assert!(matches!(pace.verdict(seen(elapsed, received, 50), Some(8 * MIB), 0), Verdict::LookAgain(_)));
+            assert!(matches!(pace.verdict(seen(elapsed, received, 50), Some(8 * MIB), 0, 16), Verdict::LookAgain(_)));
         }
         // And the links' shares are uneven: a third of the pace, a first byte after most of a second.
-        assert!(matches!(pace.verdict(seen(3300, 4 * MIB, 500), Some(8 * MIB), 0), Verdict::LookAgain(_)));
-        assert!(matches!(pace.verdict(seen(1000, 0, 1000), Some(8 * MIB), 0), Verdict::LookAgain(_)));
+        assert!(matches!(pace.verdict(seen(3300, 4 * MIB, 500), Some(8 * MIB), 0, 16), Verdict::LookAgain(_)));
+        assert!(matches!(pace.verdict(seen(1000, 0, 1000), Some(8 * MIB), 0, 16), Verdict::LookAgain(_)));
     }
 
     #[test]
     fn each_extra_request_doubles_the_patience_with_the_next() {
         let pace = far();
         for (extra, limit) in [(0, 400), (1, 800), (2, 1600)] {
-            assert_eq!(pace.verdict(seen(0, 0, 0), Some(8 * MIB), extra), Verdict::LookAgain(ms(limit)));
+            assert_eq!(pace.verdict(seen(0, 0, 0), Some(8 * MIB), extra, 16), Verdict::LookAgain(ms(limit)));
         }
     }
 
