@@ -171,10 +171,6 @@ fn fills(bed: &Bed, options: &Options, results: &mut Results) {
         rated(options, results, &format!("fill_whole {mode}, {source} store"), || {
             bed.runtime.block_on(cache.fill_whole(&object)).expect("filled");
         });
-        // What an open that asks whether to wait would now be told.
-        if let Some(rate) = cache.fill_rate() {
-            results.add(&format!("fill_whole {mode}, {source} store"), "foretold", "GB/s", rate / 1e9);
-        }
         cache.wipe_all(true);
     }
     let (_cache, reader, file) = reader(bed, bed.source("free"));

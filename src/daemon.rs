@@ -241,10 +241,8 @@ impl Keeper {
 /// Finds a file of a model by its path, whatever the model's version.
 fn model_files(model: &Arc<Model>) -> impl Fn(&str) -> Option<KnownFile> {
     |path| {
-        // The manifest's files are sorted by path.
-        let files = model.manifest.files();
-        let at = files.binary_search_by(|file| model.manifest.path(file).cmp(path)).ok()?;
-        Some(KnownFile { file: at as u32, size: files[at].size })
+        let at = model.manifest.find(path)?;
+        Some(KnownFile { file: at as u32, size: model.manifest.files()[at].size })
     }
 }
 

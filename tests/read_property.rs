@@ -256,7 +256,7 @@ fn script(random: &mut Random, world: &World, allowed: &mut HashSet<Code>) {
     if objects.is_empty() {
         return;
     }
-    let name = |random: &mut Random| names::data(world.model.id, random.pick(objects).oid);
+    let name = |random: &mut Random| names::data(world.model.manifest.header().model_id, random.pick(objects).oid);
     let entry = random.pick(objects);
     let stored_len = entry.layout.stored_len();
     let at = 128 + random.below(stored_len - 128);
@@ -282,7 +282,7 @@ fn script(random: &mut Random, world: &World, allowed: &mut HashSet<Code>) {
     let mut when = When::call(Call::ReadRange);
     // Offsets mean something in one object only.
     if matches!(fault, Fault::FlipBit { .. } | Fault::Zero(_)) || random.one_in(2) {
-        when = when.name(&names::data(world.model.id, entry.oid));
+        when = when.name(&names::data(world.model.manifest.header().model_id, entry.oid));
     }
     when = when.after(random.below(6) as u32);
     if random.one_in(2) {

@@ -96,9 +96,6 @@ impl Default for CacheLimits {
     }
 }
 
-/// Fewer bytes than this say nothing about a store's rate.
-const RATE_SAMPLE_BYTES: u64 = 64 << 20;
-
 /// How long a look-up keeps a whole object from eviction: longer than any walk from look-up to open.
 const PROMISE: Duration = Duration::from_millis(500);
 
@@ -512,21 +509,6 @@ impl Cache {
     /// Whether every byte of the object can be resident at once and leave room to serve others.
     pub fn fits_whole(&self, object: &CachedObject) -> bool {
         object.whole_cost() <= self.shared.budget.total()
-    }
-
-    /// Plain bytes a second that a fill brings at full width, as measured so far: what fetching and what opening allow,
-    /// whichever is less. `None` until enough was fetched.
-    pub fn fill_rate(&self) -> Option<f64> {
-        let (telemetry, limits) = (&self.shared.telemetry, &self.shared.limits);
-        let bytes = telemetry.opened_bytes.get();
-        let (fetching, opening) = (telemetry.fetch_seconds.get(), telemetry.open_seconds.get());
-        if bytes < RATE_SAMPLE_BYTES || fetching == 0.0 || opening == 0.0 {
-            return None;
-        }
-        // Sixteen requests share the line, and several threads open what they bring: the time of one of them is not the
-        // time of its bytes. From a near store it is the opening that takes longer.
-        let seconds = (fetching / limits.prefetches_max as f64).max(opening / limits.open_threads as f64);
-        Some(bytes as f64 / seconds)
     }
 
     /// Fills the object whole in the background, in order; returns when it is whole, or with the first error.

@@ -3,13 +3,12 @@
 use std::sync::{Arc, RwLock};
 
 use crate::crypto::{ModelKeys, Verify};
-use crate::format::{Manifest, ManifestDigest, ModelId, ObjectEntry};
+use crate::format::{Manifest, ManifestDigest, ObjectEntry};
 use crate::store::ChunkSource;
 
 /// A model whose manifest passed every check; what the cache needs to fetch and open its chunks.
 pub struct Model {
     pub name: String,
-    pub id: ModelId,
     pub manifest: Manifest,
     pub source: Arc<dyn ChunkSource>,
     pub verify: Verify,
@@ -29,8 +28,7 @@ impl Model {
         verify: Verify,
     ) -> Self {
         let (manifest, keys) = opened;
-        let id = manifest.header().model_id;
-        Model { name, id, manifest, source, verify, digest, serial, keys: RwLock::new(Some(keys)) }
+        Model { name, manifest, source, verify, digest, serial, keys: RwLock::new(Some(keys)) }
     }
 
     /// Drops and wipes the keys: from now on nothing more of this model can be opened.
