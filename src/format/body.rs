@@ -228,12 +228,12 @@ impl Manifest {
             };
             let mut start = OBJECT_HEADER_LEN as u64;
             for (index, chunk) in object.layout.chunks().zip(chunks) {
-                let plain_len = object.layout.chunk_plain_len(index);
-                if !(1..=plain_len).contains(&u64::from(chunk.len)) {
+                let Some(shape) = object.layout.checked_chunk_shape(index, u64::from(chunk.len)) else {
+                    let plain_len = object.layout.chunk_plain_len(index);
                     refuse!(Object, "chunk {index} of object {oid} has {} bytes coded, {plain_len} plain", chunk.len);
-                }
+                };
                 chunk.start = start;
-                start += object.layout.chunk_shape(index, u64::from(chunk.len)).stored_len();
+                start += shape.stored_len();
             }
             if object.stored_len != start {
                 refuse!(Object, "object {oid} says {} stored bytes, needs {start}", object.stored_len);

@@ -37,10 +37,10 @@ impl NewObject {
         }
         let mut stored_len = OBJECT_HEADER_LEN as u64;
         for (index, &len) in self.layout.chunks().zip(coded) {
-            if !(1..=self.layout.chunk_plain_len(index)).contains(&u64::from(len)) {
+            let Some(shape) = self.layout.checked_chunk_shape(index, u64::from(len)) else {
                 refuse!(Object, "chunk {index} of object {} has {len} bytes coded", self.oid);
-            }
-            stored_len += self.layout.chunk_shape(index, u64::from(len)).stored_len();
+            };
+            stored_len += shape.stored_len();
         }
         Ok(stored_len)
     }

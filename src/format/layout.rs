@@ -121,14 +121,21 @@ impl ObjectLayout {
     /// # Panics
     /// If the object has no such chunk, or `sealed_len` is 0 or more than its plain bytes.
     pub fn chunk_shape(&self, index: ChunkIndex, sealed_len: u64) -> ChunkShape {
-        let plain_len = self.chunk_plain_len(index);
-        assert!((1..=plain_len).contains(&sealed_len), "{sealed_len} bytes sealed of {plain_len} in chunk {index}");
-        ChunkShape {
+        self.checked_chunk_shape(index, sealed_len)
+            .unwrap_or_else(|| panic!("{sealed_len} bytes sealed of {} in chunk {index}", self.chunk_plain_len(index)))
+    }
+
+    /// The same of a length that somebody claims: `None` if the chunk cannot be sealed in so many bytes.
+    ///
+    /// # Panics
+    /// If the object has no such chunk.
+    pub fn checked_chunk_shape(&self, index: ChunkIndex, sealed_len: u64) -> Option<ChunkShape> {
+        (1..=self.chunk_plain_len(index)).contains(&sealed_len).then(|| ChunkShape {
             first_block: u64::from(index.0) << (self.chunk_log2 - self.block_log2),
             sealed_len,
             block_log2: self.block_log2,
             ends_object: u64::from(index.0) + 1 == self.chunk_count(),
-        }
+        })
     }
 
     /// The chunk that holds byte `plain_offset` of the object.
