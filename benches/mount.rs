@@ -405,9 +405,10 @@ impl Bed {
             }
             if let (Who::Passthrough, Live::Own(mounted)) = (who, live) {
                 let short = mounted.cache.object(&mounted.fs.vfs().models()[0], 0, true);
-                let file = short.hot_open().map(|file| file.huge_pages_short().unwrap_or(0));
+                let generation = short.promise_hot().unwrap_or(0);
+                let file = short.hot_open(generation).map(|file| file.huge_pages_short().unwrap_or(0));
                 if file.is_some() {
-                    short.hot_release();
+                    short.hot_release(generation);
                 }
                 match file {
                     Some(0) => {}

@@ -9,7 +9,7 @@
 #       only the comparison from an S3 server; --quick is a smoke test of a few minutes, --help shows all of it
 #
 # The peers come from ordinary packages (tests/parts/install.sh bench-peers and what it stands on): apt, PyPI, crates.io and
-# the Go module proxy; the first time takes 20 minutes and 8 GB, 5.9 of them torch. MODELFS_BIN names another modelfs.
+# the Go module proxy; the first time takes 20 minutes and 8 GB, 5.9 of them torch. MODELFS_TEST_BIN names another modelfs.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -67,9 +67,10 @@ run_own() {
             echo "$program is not on the path: left out of the local comparison" >&2
     done
     out() { [[ -z $json ]] || echo "--json $json/$1.json"; }
-    cargo bench -q --no-run --bench crypto --bench codec --bench read_path --bench mount --bench scale
+    cargo bench -q --no-run --bench audit --bench crypto --bench codec --bench read_path --bench mount --bench scale
     # shellcheck disable=SC2046 # the option and its value are two words, and the folder was made absolute above
     {
+        cargo bench -q --bench audit -- --rounds "$rounds" --size-mib "$size" --dir "$dir" $(out audit)
         cargo bench -q --bench crypto -- --rounds "$rounds" $(out crypto)
         cargo bench -q --bench codec -- --rounds "$rounds" $(out codec)
         cargo bench -q --bench read_path -- --size-mib "$size" --rounds "$rounds" --dir "$dir" $(out read_path)
@@ -87,14 +88,14 @@ run_own() {
 }
 
 run_peers() {
-    local modelfs=${MODELFS_BIN:-${CARGO_TARGET_DIR:-target}/release/modelfs} gets
+    local modelfs=${MODELFS_TEST_BIN:-${CARGO_TARGET_DIR:-target}/release/modelfs} gets
     if [[ -n $install ]]; then
         local parts=(apt clients-lite models-small versitygw)
         # The smoke test does with what is there of the large parts.
         [[ -n $quick ]] || parts+=(clients-torch models)
         bash tests/parts/install.sh "${parts[@]}" bench-peers
     fi
-    [[ -n ${MODELFS_BIN:-} ]] || cargo build --quiet --release --locked
+    [[ -n ${MODELFS_TEST_BIN:-} ]] || cargo build --quiet --release --locked
     gets=$(executable gets)
     python3 benches/peers --modelfs "$(realpath "$modelfs")" --reader "$(executable mount)" --crypto "$(executable crypto)" \
         ${gets:+--gets "$gets"} "${peers_options[@]}"

@@ -64,7 +64,7 @@ fn one(what: &str, huge: &Huge, path: &str, at: u64, results: &mut Results) {
     add("tree", from);
     let behaviour = Behaviour { open: OpenPolicy::Lazy, no_page_cache: false };
     let fs = ModelFs::new(vfs, reader, behaviour, runtime.handle().clone());
-    cache.set_gate(fs.gate());
+    cache.add_gate(fs.gate());
     let full = format!("{}/{path}", scale::NAME);
     if has_cap_sys_admin() {
         let from = Instant::now();

@@ -7,23 +7,45 @@
 //! Not here: what a key source or a trusted key is (`keys`), what flags look like (`cli`).
 //! Held by: the tests below, tests/cli.rs.
 
+pub mod check;
+pub mod env_file;
 pub mod layers;
+pub mod names;
+pub mod options;
+pub mod oversight;
+pub mod rules;
 pub mod units;
+mod vault;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
 
 pub use layers::Layers;
+pub use oversight::Oversight;
+use rules::Said;
 
 use crate::crypto::Verify;
 use crate::error::{Code, Error, Result};
 use crate::format::ManifestDigest;
 use crate::fuse::OpenPolicy;
-use crate::keys::KeySource;
+use crate::fuse::inherited::{self, Given};
+use crate::keys::{KeySource, ModelSelector};
+use crate::mounts;
 use crate::refuse;
-use crate::store::{StoreOptions, StoreUrl};
+use crate::seal::CodecChoice;
+use crate::store::limit::{BYTES_PER_S_MIN, RequestRate};
+use crate::store::{Limiter, OriginLimits, StoreOptions, StoreUrl};
+use crate::vault::{Vault, VaultSettings};
 
 /// One chunk that waits, one that is opened, for two readers: less than this cannot serve.
 const CACHE_BYTES_MIN: u64 = 64 << 20;
+/// The shortest idle limit.
+const IDLE_MIN: Duration = Duration::from_secs(1);
+/// `--require all`.
+const REQUIRE_ALL: &str = "all";
+/// Longer than a loader takes from one file to the next.
+const RETIRE_AFTER: Duration = Duration::from_secs(60);
 /// Whom to believe, as given; `keys::trust` turns it into keys.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct TrustPlan {
@@ -32,6 +54,39 @@ pub struct TrustPlan {
     pub file: Option<PathBuf>,
     pub on_first_use: bool,
     pub require_floor: bool,
+    /// No ref below this number is believed, whatever is remembered; 0 is none.
+    pub min_ref_seq: u64,
+    /// Where the floor is kept a second time, outside this machine.
+    pub floor: Option<FloorAt>,
+}
+
+/// `vault-kv:MOUNT/PATH`: floors are entries below PATH of a KV v2 engine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FloorAt {
+    pub mount: String,
+    pub path: String,
+}
+
+impl std::str::FromStr for FloorAt {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<FloorAt> {
+        let legal = |part: &str| {
+            !part.is_empty() && part.bytes().all(|c| c.is_ascii_alphanumeric() || b"._-".contains(&c)) && part != ".."
+        };
+        let parts = text.strip_prefix("vault-kv:").and_then(|rest| rest.split_once('/'));
+        match parts {
+            Some((mount, path)) if legal(mount) && path.split('/').all(legal) => {
+                Ok(FloorAt { mount: mount.into(), path: path.into() })
+            }
+            Some(_) | None => {
+                refuse!(
+                    Usage,
+                    "`{text}` is no place for floors; write vault-kv:MOUNT/PATH, as in vault-kv:secret/modelfs/floor"
+                )
+            }
+        }
+    }
 }
 
 /// Everything a command needs to read a model, whichever command it is.
@@ -43,48 +98,88 @@ pub struct Access {
     /// `--manifest`: this version and no other; no ref is consulted.
     pub manifest: Option<ManifestDigest>,
     pub store: StoreOptions,
+    /// `None`: no Vault was named.
+    pub vault: Option<VaultSettings>,
+    /// Storage credentials from Vault, instead of those of the environment.
+    pub s3_credentials: Option<VaultAwsRole>,
+    /// That Vault, once [`crate::reading::connect`] has opened it: secrets of the login can be taken only once.
+    pub connected: Option<Vault>,
 }
 
 impl Access {
     pub fn from_layers(layers: &Layers) -> Result<Access> {
-        let mut keys: Vec<KeySource> = layers.parse_all("key", |text| text.parse())?;
-        if keys.is_empty() {
-            keys = KeySource::env_defaults();
-        }
+        let keys = keys(layers)?;
         let trust = TrustPlan {
             keys: layers.parse_all("trust", |text| Ok(text.to_string()))?,
             file: layers.parse("trust-file", |text| Ok(PathBuf::from(text)))?,
             on_first_use: layers.switch("trust-on-first-use")?,
             require_floor: layers.switch("require-floor")?,
+            min_ref_seq: layers.parse("min-ref-seq", parse_ref_seq)?.unwrap_or(0),
+            floor: layers.parse("floor", str::parse)?,
         };
-        if trust.on_first_use && !trust.keys.is_empty() {
-            refuse!(Usage, "a trusted key and trust-on-first-use contradict each other; drop --trust-on-first-use");
+        layers::refuse_all(layers.wrong())?;
+        rules::refuse(&Said::of_process(layers), options::takes::READS)?;
+        Ok(Access {
+            keys,
+            trust,
+            manifest: layers.parse("manifest", parse_digest)?,
+            store: store_options(layers)?,
+            vault: vault::vault_settings(layers)?,
+            s3_credentials: layers.parse("s3-credentials", str::parse)?,
+            connected: None,
+        })
+    }
+
+    /// The same wherever the process works: a daemon works in `/`, and reads keys and trust again to unlock.
+    pub fn anchored(mut self) -> Result<Access> {
+        for source in &mut self.keys {
+            if let KeySource::File(path) | KeySource::PassphraseFile(path) | KeySource::X25519(path) = source {
+                *path = absolute(path)?;
+            }
         }
-        if trust.on_first_use && trust.require_floor {
-            refuse!(
-                Usage,
-                "trust-on-first-use and require-floor contradict each other: a first use has no floor; drop one of them"
-            );
+        for key in &mut self.trust.keys {
+            // What is no key in hex is the path of one.
+            let is_hex = key.len() == 64 && key.bytes().all(|byte| byte.is_ascii_hexdigit());
+            if !is_hex && let Some(path) = absolute(Path::new(key.as_str()))?.to_str() {
+                *key = path.to_string();
+            }
         }
-        Ok(Access { keys, trust, manifest: layers.parse("manifest", parse_digest)?, store: store_options(layers)? })
+        if let Some(file) = &mut self.trust.file {
+            *file = absolute(file)?;
+        }
+        Ok(self)
     }
 
     /// # Errors
     /// `Usage` naming how to give a key, if there is none.
     pub fn need_keys(&self) -> Result<()> {
-        if self.keys.is_empty() {
-            refuse!(Usage, "no key given; add --key file:PATH, --key env:VAR or --key passphrase, or set MODELFS_KEY");
-        }
-        Ok(())
+        if self.keys.is_empty() { Err(no_key()) } else { Ok(()) }
     }
+}
+
+fn keys(layers: &Layers) -> Result<Vec<KeySource>> {
+    let keys: Vec<KeySource> = layers.parse_all("key", str::parse)?;
+    Ok(if keys.is_empty() { KeySource::env_defaults() } else { keys })
+}
+
+fn need_keys(layers: &Layers) -> Result<()> {
+    if keys(layers)?.is_empty() { Err(no_key()) } else { Ok(()) }
+}
+
+fn no_key() -> Error {
+    Error::new(Code::Usage, "no key given; add --key file:PATH, --key env:VAR or --key passphrase, or set MODELFS_KEY")
 }
 
 /// The checked configuration of one mount.
 #[derive(Debug, Clone)]
 pub struct MountPlan {
     pub store: StoreUrl,
+    /// What the mount table shows as the source: no secret can be in it.
+    pub source: String,
     /// Absolute, without links: as the kernel will know it, and as the control socket is named.
     pub mountpoint: PathBuf,
+    /// The mountpoint was a descriptor: somebody else has mounted, we only serve.
+    pub given: Option<Given>,
     /// Selectors as typed (`NAME`, `NAME@TAG`, `NAME@7`). Empty: every model of the store.
     pub models: Vec<String>,
     pub access: Access,
@@ -96,8 +191,14 @@ pub struct MountPlan {
     pub profile: Option<PathBuf>,
     /// Cold reads bypass the page cache, so that no second copy of plaintext lies in unlocked memory.
     pub no_page_cache: bool,
-    /// Models that must be usable before the mount is ready; others may fail with a warning.
+    /// Models that must be usable before the mount is ready; others may fail with a warning. `all` is every one.
     pub require: Vec<String>,
+    /// How long the start waits for a store that does not answer; `None`: as long as a service manager lets it, else not.
+    pub ready_timeout: Option<Duration>,
+    /// `NAME/SEQ/` and `NAME/current` instead of `NAME/`, and reload.
+    pub versions: bool,
+    /// With `versions`: how long a version that is not current stays after its last use.
+    pub retire_after: Duration,
     pub allow_other: bool,
     /// Owner of every file; the mounting user by default.
     pub uid: Option<u32>,
@@ -107,67 +208,174 @@ pub struct MountPlan {
     /// Detach when ready.
     pub daemon: bool,
     pub log_file: Option<PathBuf>,
+    /// What becomes of the mount when whoever lends the keys takes them back.
+    pub on_key_loss: OnKeyLoss,
+    /// Lock everything once no file was open or read for so long.
+    pub lock_when_idle: Option<Duration>,
+    /// Of a pod's mount: `NAMESPACE/NAME`. Said by the driver, by no option.
+    pub service_account: Option<String>,
+    /// Who may see and read which model; `None`: modes and owner alone say so.
+    pub policy: Option<PathBuf>,
+    /// No model of more plain bytes is mounted.
+    pub max_model_size: Option<u64>,
+    /// No model that holds a file of one of these types is mounted.
+    pub deny_types: Vec<DeniedType>,
+    /// Of the process. A host of many mounts has its own.
+    pub oversight: Oversight,
+}
+
+/// A type of file that is known to run code when it is loaded, or that a site does not want.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DeniedType {
+    /// By content and name: pickles, and PyTorch's archives of them.
+    Pickle,
+    /// By the end of the name, `.bin`.
+    Suffix(String),
+}
+
+impl std::str::FromStr for DeniedType {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<DeniedType> {
+        match text {
+            "pickle" => Ok(DeniedType::Pickle),
+            suffix if suffix.len() > 1 && suffix.starts_with('.') && !suffix.contains('/') => {
+                Ok(DeniedType::Suffix(suffix.to_ascii_lowercase()))
+            }
+            other => refuse!(Usage, "`{other}` is no type of file; write pickle, or the end of a name as in .bin"),
+        }
+    }
+}
+
+/// The largest model that is sealed or mounted.
+pub fn max_model_size(layers: &Layers) -> Result<Option<u64>> {
+    layers.parse("max-model-size", parse_model_size)
+}
+
+fn parse_model_size(text: &str) -> Result<u64> {
+    match units::parse_size(text)? {
+        0 => refuse!(Usage, "max-model-size 0 lets no model in; leave it out for no limit"),
+        bytes => Ok(bytes),
+    }
+}
+
+/// Types of files that are neither sealed nor mounted.
+pub fn deny_types(layers: &Layers) -> Result<Vec<DeniedType>> {
+    layers.parse_all("deny-types", str::parse)
+}
+
+/// When a token or lease through which keys came is revoked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OnKeyLoss {
+    /// What is open goes on.
+    #[default]
+    Keep,
+    /// As `modelfs lock`.
+    Lock,
+}
+
+fn parse_on_key_loss(text: &str) -> Result<OnKeyLoss> {
+    match text {
+        "keep" => Ok(OnKeyLoss::Keep),
+        "lock" => Ok(OnKeyLoss::Lock),
+        other => Err(Error::new(Code::Usage, format!("on-key-loss `{other}` is neither keep nor lock"))),
+    }
+}
+
+fn parse_idle(text: &str) -> Result<Duration> {
+    let limit = units::parse_duration(text)?;
+    if limit < IDLE_MIN {
+        refuse!(Usage, "an idle limit of {limit:?} locks between two reads; give at least {} s", IDLE_MIN.as_secs());
+    }
+    Ok(limit)
 }
 
 impl MountPlan {
     /// Checks everything that can be known without the store.
     pub fn from_layers(layers: &Layers, store: &str, mountpoint: &Path, daemon: bool) -> Result<MountPlan> {
+        let store = layers.store(store)?;
+        let given = inherited::number_in(mountpoint).map(Given::take).transpose()?;
         let plan = MountPlan {
-            store: parse_store(store)?,
-            mountpoint: check_mountpoint(mountpoint)?,
+            source: store.to_string(),
+            store,
+            mountpoint: given.as_ref().map_or_else(|| check_mountpoint(mountpoint), |given| Ok(given.name()))?,
             models: layers.parse_all("model", parse_selector)?,
-            access: Access::from_layers(layers)?,
+            access: Access::from_layers(layers)?.anchored()?,
             verify: layers.parse("verify", parse_verify)?.unwrap_or(Verify::Strict),
             cache_bytes: layers.parse("cache", parse_cache)?.unwrap_or_else(default_cache_bytes),
             open: layers.parse("open", str::parse)?.unwrap_or_default(),
             profile: layers.parse("profile", parse_path)?,
             no_page_cache: layers.switch("no-page-cache")?,
             require: layers.parse_all("require", parse_selector)?,
-            allow_other: layers.switch("allow-other")?,
+            ready_timeout: layers.parse("ready-timeout", units::parse_duration)?,
+            versions: layers.switch("versions")?,
+            retire_after: layers.parse("retire-after", units::parse_duration)?.unwrap_or(RETIRE_AFTER),
+            allow_other: layers.switch("allow-other")?
+                || given.as_ref().is_some_and(|it| it.lets_others_in() == Some(true)),
+            given,
             uid: layers.parse("uid", parse_id)?,
             gid: layers.parse("gid", parse_id)?,
             umask: layers.parse("umask", units::parse_octal)?,
             daemon,
             log_file: layers.parse("log-file", |text| Ok(PathBuf::from(text)))?,
+            on_key_loss: layers.parse("on-key-loss", parse_on_key_loss)?.unwrap_or_default(),
+            lock_when_idle: layers.parse("lock-when-idle", parse_idle)?,
+            service_account: None,
+            policy: layers.parse("policy", parse_path)?,
+            max_model_size: max_model_size(layers)?,
+            deny_types: deny_types(layers)?,
+            oversight: Oversight::from_layers(layers)?,
         };
         plan.check()?;
+        let said = Said {
+            layers,
+            store: Some(&plan.store),
+            mountpoint: plan.given.is_none().then_some(&plan.mountpoint),
+            lets_others_in: plan.allow_other,
+        };
+        rules::refuse(&said, options::takes::MOUNT)?;
         Ok(plan)
     }
 
+    /// Whether every model of the mount must be usable.
+    pub fn requires_all(&self) -> bool {
+        self.require.iter().any(|model| model == REQUIRE_ALL)
+    }
+
+    /// Whether the mount must not be without this one.
+    pub fn requires(&self, selector: &str) -> bool {
+        self.requires_all() || self.require.iter().any(|model| model == selector)
+    }
+
     fn check(&self) -> Result<()> {
-        self.access.need_keys()?;
-        if self.access.manifest.is_some() {
-            match self.models.as_slice() {
-                [one] if !one.contains('@') => {}
-                [one] => refuse!(
-                    Usage,
-                    "--manifest already says which version; write --model {} instead of {one}",
-                    bare(one)
-                ),
-                other => refuse!(
-                    Usage,
-                    "--manifest pins one version of one model, {} are selected; give exactly one --model NAME",
-                    other.len()
-                ),
-            }
+        // The records of a catalog bring their keys.
+        if !matches!(self.store, StoreUrl::VaultKv { .. }) {
+            self.access.need_keys()?;
         }
-        for (i, model) in self.models.iter().enumerate() {
-            if self.models[..i].iter().any(|other| bare(other) == bare(model)) {
-                refuse!(Usage, "model {} is selected twice; a mount serves one version of it", bare(model));
-            }
+        self.given.as_ref().map_or(Ok(()), |given| self.check_given(given))
+    }
+}
+
+impl MountPlan {
+    /// What whoever mounted decided must be what this plan says.
+    fn check_given(&self, given: &Given) -> Result<()> {
+        const READ_BY_ALL: u32 = 0o555;
+        if self.allow_other && given.lets_others_in() == Some(false) {
+            refuse!(
+                Usage,
+                "allow-other: {} was mounted without it; mount with -o allow_other",
+                self.mountpoint.display()
+            );
         }
-        for model in &self.require {
-            if !self.models.is_empty() && !self.models.iter().any(|other| bare(other) == bare(model)) {
-                refuse!(Usage, "--require {model} is not among the mounted models; add --model {model}");
-            }
-        }
-        // SAFETY: geteuid only reads this process's credentials.
-        let own_uid = unsafe { libc::geteuid() };
-        if let Some(uid) = self.uid
-            && uid != own_uid
-            && !self.allow_other
-        {
-            refuse!(Usage, "uid={uid} without allow-other shows files to nobody; add --allow-other");
+        // Then nobody asks whether owner and modes let a reader in: only a mount that hides nothing may be served so.
+        let hides = self.umask.is_none_or(|umask| umask & READ_BY_ALL != 0);
+        if self.allow_other && !given.checks_modes() && hides {
+            refuse!(
+                Usage,
+                "{} lets other users in and does not check modes (or is out of our sight); mount it with -o \
+                 default_permissions, or let everyone read with umask=0222",
+                self.mountpoint.display()
+            );
         }
         Ok(())
     }
@@ -177,7 +385,7 @@ impl MountPlan {
 pub fn parse_store(text: &str) -> Result<StoreUrl> {
     match text.parse()? {
         StoreUrl::Local(path) => Ok(StoreUrl::Local(absolute(&path)?)),
-        StoreUrl::S3 { bucket, prefix } => Ok(StoreUrl::S3 { bucket, prefix }),
+        other @ (StoreUrl::S3 { .. } | StoreUrl::VaultKv { .. }) => Ok(other),
     }
 }
 
@@ -196,10 +404,10 @@ pub fn bare(selector: &str) -> &str {
 }
 
 fn parse_selector(text: &str) -> Result<String> {
-    crate::format::check_model_name(bare(text))?;
     if text.ends_with('@') {
         refuse!(Usage, "model `{text}` ends in @; write NAME, NAME@TAG or NAME@VERSION");
     }
+    text.parse::<ModelSelector>()?;
     Ok(text.to_string())
 }
 
@@ -207,6 +415,10 @@ pub fn parse_digest(text: &str) -> Result<ManifestDigest> {
     text.strip_prefix("sha256:").and_then(ManifestDigest::from_hex).ok_or_else(|| {
         Error::new(Code::Usage, "a manifest digest is sha256: and 64 hex digits, as `modelfs seal` prints it")
     })
+}
+
+fn parse_ref_seq(text: &str) -> Result<u64> {
+    text.parse().map_err(|_| Error::new(Code::Usage, format!("`{text}` is not the number of a ref")))
 }
 
 fn parse_verify(text: &str) -> Result<Verify> {
@@ -240,14 +452,26 @@ fn check_mountpoint(path: &Path) -> Result<PathBuf> {
     match std::fs::symlink_metadata(&canonical) {
         Ok(meta) if meta.is_dir() => Ok(canonical),
         Ok(_) => Err(Error::new(Code::MountPoint, format!("mountpoint {} is not a folder", path.display()))),
+        // What a killed daemon of ours left; mounting clears it (`fuse::attach`).
+        Err(e)
+            if e.raw_os_error() == Some(libc::ENOTCONN)
+                && mounts::at(&canonical)?.is_some_and(|mount| mount.is_ours()) =>
+        {
+            Ok(canonical)
+        }
         Err(e) if e.raw_os_error() == Some(libc::ENOTCONN) => Err(Error::new(
             Code::MountPoint,
-            format!("a dead mount lies on {0}; run `modelfs umount {0}` first", path.display()),
+            format!("a dead mount that is not ours lies on {0}; run `umount -l {0}` first", path.display()),
         )),
         Err(e) => {
             Err(Error::new(Code::MountPoint, format!("mountpoint {} cannot be used", path.display())).with_source(e))
         }
     }
+}
+
+/// Most plaintext in locked memory, for a process that has many mounts.
+pub fn cache_bytes(layers: &Layers) -> Result<u64> {
+    Ok(layers.parse("cache", parse_cache)?.unwrap_or_else(default_cache_bytes))
 }
 
 /// Half of what the machine or the container can still give.
@@ -286,7 +510,88 @@ fn store_options(layers: &Layers) -> Result<StoreOptions> {
     if let Some(region) = layers.parse("s3-region", |text| Ok(text.to_string()))? {
         options.aws.push(("AWS_REGION".into(), region));
     }
+    let limits = origin_limits(layers)?;
+    if !limits.none() {
+        options.limiter = Some(Arc::new(Limiter::new(limits)));
+    }
     Ok(options)
+}
+
+fn origin_limits(layers: &Layers) -> Result<OriginLimits> {
+    let limits = OriginLimits {
+        requests: layers.parse("origin-requests", parse_request_rate)?,
+        bytes_per_s: layers.parse("origin-bytes", parse_byte_rate)?,
+        inflight: layers.parse("origin-inflight", parse_inflight)?,
+    };
+    Ok(limits)
+}
+
+fn parse_request_rate(text: &str) -> Result<RequestRate> {
+    text.parse()
+}
+
+fn parse_byte_rate(text: &str) -> Result<u64> {
+    let rate = units::parse_size(text.trim_end_matches("/s"))?;
+    if rate < BYTES_PER_S_MIN {
+        let (seen, least) = (units::show_size(rate), units::show_size(BYTES_PER_S_MIN));
+        refuse!(Usage, "origin-bytes {seen} a second is too little to read by; give at least {least}");
+    }
+    Ok(rate)
+}
+
+fn parse_inflight(text: &str) -> Result<u32> {
+    match text.parse() {
+        Ok(count) if count > 0 => Ok(count),
+        _ => refuse!(Usage, "`{text}` is no number of requests at once; give 1 or more"),
+    }
+}
+
+fn parse_codec(text: &str) -> Result<CodecChoice> {
+    match text {
+        "auto" => Ok(CodecChoice::Auto),
+        "none" => Ok(CodecChoice::None),
+        other => refuse!(Usage, "codec `{other}` is neither auto nor none"),
+    }
+}
+
+/// How a new version is sealed.
+pub fn seal_codec(layers: &Layers) -> Result<CodecChoice> {
+    Ok(layers.parse("codec", parse_codec)?.unwrap_or_default())
+}
+
+fn parse_count(text: &str) -> Result<u64> {
+    match text.parse() {
+        Ok(count) if count > 0 => Ok(count),
+        _ => refuse!(Usage, "`{text}` is not a count; give 1 or more"),
+    }
+}
+
+/// `--s3-credentials`: where short-lived ones come from. Names only, no secret.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VaultAwsRole {
+    pub mount: String,
+    pub role: String,
+}
+
+impl std::str::FromStr for VaultAwsRole {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<VaultAwsRole> {
+        // The word may be a secret put here by mistake: it is not repeated.
+        let plain = |part: &str| {
+            let word = |c: u8| c.is_ascii_alphanumeric() || b"-_.@+=,".contains(&c);
+            part.split('/').all(|word_of| !matches!(word_of, "" | "." | "..") && word_of.bytes().all(word))
+        };
+        match text.strip_prefix("vault-aws:").and_then(|rest| rest.rsplit_once('/')) {
+            Some((mount, role)) if plain(mount) && plain(role) => {
+                Ok(VaultAwsRole { mount: mount.to_owned(), role: role.to_owned() })
+            }
+            _ => refuse!(
+                Usage,
+                "storage credentials come from vault-aws:MOUNT/ROLE, or from the AWS_ variables if left out"
+            ),
+        }
+    }
 }
 
 /// The folders of this user, from the environment.
@@ -296,12 +601,33 @@ pub struct Dirs {
     pub state_home: Option<PathBuf>,
     pub cache_home: Option<PathBuf>,
     pub runtime: Option<PathBuf>,
+    /// What systemd made for the service that this process is (`RuntimeDirectory=`).
+    pub service_runtime: Option<PathBuf>,
     pub root: bool,
 }
 
 fn env_path(name: &str) -> Option<PathBuf> {
     // XDG says that a relative path is to be ignored.
     std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute())
+}
+
+/// What systemd tells a service about itself.
+#[derive(Debug, Clone, Default)]
+pub struct ServiceManager {
+    /// `/path` or `@name`.
+    pub notify_socket: Option<std::ffi::OsString>,
+    /// It kills a service that says nothing for so long.
+    pub watchdog: Option<Duration>,
+}
+
+pub fn service_manager() -> ServiceManager {
+    let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
+    // Inherited from a service that started us: its watchdog is not ours to feed.
+    let for_us = number("WATCHDOG_PID").is_none_or(|pid| pid == u64::from(std::process::id()));
+    ServiceManager {
+        notify_socket: std::env::var_os("NOTIFY_SOCKET").filter(|socket| !socket.is_empty()),
+        watchdog: number("WATCHDOG_USEC").filter(|usec| for_us && *usec > 0).map(Duration::from_micros),
+    }
 }
 
 /// Reads the environment each time: tests and `demo` set it for their children only.
@@ -313,6 +639,10 @@ pub fn env_dirs() -> Dirs {
         state_home: under("XDG_STATE_HOME", ".local/state"),
         cache_home: under("XDG_CACHE_HOME", ".cache"),
         runtime: env_path("XDG_RUNTIME_DIR"),
+        service_runtime: std::env::var("RUNTIME_DIRECTORY")
+            .ok()
+            .and_then(|list| list.split(':').next().map(PathBuf::from))
+            .filter(|path| path.is_absolute()),
         // SAFETY: geteuid only reads this process's credentials.
         root: unsafe { libc::geteuid() } == 0,
     }
@@ -320,11 +650,15 @@ pub fn env_dirs() -> Dirs {
 
 impl Dirs {
     pub fn control_dir(&self) -> Result<PathBuf> {
-        match (self.root, &self.runtime, &self.state_home) {
-            (true, _, _) => Ok(PathBuf::from("/run/modelfs")),
-            (false, Some(runtime), _) => Ok(runtime.join("modelfs")),
-            (false, None, Some(state)) => Ok(state.join("modelfs/run")),
-            (false, None, None) => Err(Error::new(Code::Usage, "neither XDG_RUNTIME_DIR nor HOME is set; set one")),
+        match (self.root, &self.service_runtime, &self.runtime, &self.state_home) {
+            // Wherever a service's own folder is: all of root's mounts are found in one place.
+            (true, ..) => Ok(PathBuf::from("/run/modelfs")),
+            (false, Some(service), ..) => Ok(service.clone()),
+            (false, None, Some(runtime), _) => Ok(runtime.join("modelfs")),
+            (false, None, None, Some(state)) => Ok(state.join("modelfs/run")),
+            (false, None, None, None) => {
+                Err(Error::new(Code::Usage, "neither XDG_RUNTIME_DIR nor HOME is set; set one"))
+            }
         }
     }
 
@@ -336,18 +670,35 @@ impl Dirs {
 
 /// File and environment. `named` (`--config` or `MODELFS_CONFIG`) replaces the usual files and must exist.
 pub fn base_layers(named: Option<&Path>) -> Result<Layers> {
+    let (layers, errors) = base_layers_each(named);
+    layers::refuse_all(errors)?;
+    Ok(layers)
+}
+
+/// The same: what can be understood is laid, and every error told.
+pub fn base_layers_each(named: Option<&Path>) -> (Layers, Vec<Error>) {
     let mut layers = Layers::default();
+    let (files, must_exist) = places_of_files(named);
+    let errors = files.iter().flat_map(|path| layers.file_each(path, must_exist)).collect();
+    layers.environment(&crate::mem::env_names(), |name| std::env::var(name).ok());
+    (layers, errors)
+}
+
+/// Where configuration is looked for, lowest layer first, and whether it must be there.
+fn places_of_files(named: Option<&Path>) -> (Vec<PathBuf>, bool) {
     match named.map(PathBuf::from).or_else(|| std::env::var_os("MODELFS_CONFIG").map(PathBuf::from)) {
-        Some(path) => layers.file(&path, true)?,
+        Some(path) => (vec![path], true),
         None => {
-            layers.file(Path::new("/etc/modelfs.toml"), false)?;
-            if let Some(home) = env_dirs().config_home {
-                layers.file(&home.join("modelfs/config.toml"), false)?;
-            }
+            let own = env_dirs().config_home.map(|home| home.join("modelfs/config.toml"));
+            ([PathBuf::from("/etc/modelfs.toml")].into_iter().chain(own).collect(), false)
         }
     }
-    layers.environment(|name| std::env::var(name).ok());
-    Ok(layers)
+}
+
+/// The files that [`base_layers`] reads.
+pub fn files(named: Option<&Path>) -> Vec<PathBuf> {
+    let there = places_of_files(named).0.into_iter().filter(|path| path.exists());
+    there.map(|path| absolute(&path).unwrap_or(path)).collect()
 }
 
 /// `MODELFS_LOG`.
@@ -375,6 +726,27 @@ mod tests {
         assert!(plan.models.is_empty() && !plan.allow_other && !plan.no_page_cache);
     }
 
+    #[test]
+    fn a_place_for_floors_is_a_mount_and_a_path() {
+        let at: FloorAt = "vault-kv:secret/modelfs/floor".parse().expect("a place");
+        assert_eq!(at, FloorAt { mount: "secret".into(), path: "modelfs/floor".into() });
+        for text in ["secret/x", "vault-kv:secret", "vault-kv:/x", "vault-kv:s/", "vault-kv:s/../x", "vault-kv:s/x#f"] {
+            assert_eq!(text.parse::<FloorAt>().expect_err(text).code(), Code::Usage);
+        }
+    }
+
+    #[test]
+    fn what_a_daemon_reads_again_is_named_absolutely() {
+        let hex = "ab".repeat(32);
+        let access = plan(&format!("key=file:k,key=passphrase-file:p,trust=s.pub,trust={hex},trust_file=t"))
+            .expect("a plan")
+            .access;
+        let here = std::env::current_dir().expect("a folder");
+        assert_eq!(access.keys, [KeySource::File(here.join("k")), KeySource::PassphraseFile(here.join("p"))]);
+        assert_eq!(access.trust.keys, [here.join("s.pub").to_str().expect("utf-8"), hex.as_str()]);
+        assert_eq!(access.trust.file, Some(here.join("t")));
+    }
+
     /// Each refusal names what to do instead.
     #[test]
     fn contradictions_are_refused_with_their_fix() {
@@ -387,17 +759,27 @@ mod tests {
             ("key=file:/k,trust_on_first_use,require_floor=true".into(), "drop one"),
             ("key=file:/k,model=a,require=b".into(), "add --model b"),
             ("key=file:/k,model=a,model=a@2".into(), "selected twice"),
+            ("key=file:/k,versions,model=a@2,model=a@2".into(), "selected twice"),
             ("key=file:/k,uid=4000000".into(), "--allow-other"),
             ("key=file:/k,cache=1MiB".into(), "at least 64.0 MiB"),
             ("key=file:/k,open=eager".into(), "lazy, auto, whole"),
             ("key=file:/k,fetch_timeout=30s,fetch_budget=10s".into(), "raise the budget"),
             ("key=file:/k,umask=999".into(), "octal"),
+            ("key=file:/k,on_key_loss=panic".into(), "neither keep nor lock"),
+            ("key=file:/k,on_key_loss=lock".into(), "no key comes from Vault"),
+            ("key=file:/k,lock_when_idle=10ms".into(), "at least 1 s"),
         ];
         for (words, fix) in cases {
             let err = plan(&words).expect_err(&words);
             assert_eq!(err.class(), crate::error::Class::Usage, "{words}");
             assert!(err.chain().contains(fix), "{words}: {}", err.chain());
         }
+    }
+
+    #[test]
+    fn several_versions_of_a_model_need_the_layout_that_shows_them() {
+        assert!(plan("key=file:/k,versions,model=a,model=a@2").expect("a plan").versions);
+        assert!(!plan("key=file:/k,model=a").expect("a plan").versions);
     }
 
     #[test]

@@ -30,6 +30,8 @@ pub enum Class {
     NotFound,
     /// No key given opens this, or the store refused our credentials.
     Denied,
+    /// Strict checks found a weakness of the machine or the set-up.
+    Insecure,
     /// The local machine failed us: disk, memory map, kernel call.
     Host,
 }
@@ -45,6 +47,7 @@ impl Class {
             Class::Usage => libc::EINVAL,
             Class::NotFound => libc::ENOENT,
             Class::Denied => libc::EACCES,
+            Class::Insecure => libc::EPERM,
         }
     }
 
@@ -60,6 +63,7 @@ impl Class {
             Class::NoRoom => 23,
             Class::Held => 24,
             Class::Denied => 25,
+            Class::Insecure => 26,
         }
     }
 
@@ -73,6 +77,7 @@ impl Class {
             Class::Usage => "usage",
             Class::NotFound => "not-found",
             Class::Denied => "denied",
+            Class::Insecure => "insecure",
             Class::Host => "host",
         }
     }
@@ -169,10 +174,35 @@ codes! {
     StoreUnfit = "STORE_UNFIT", Usage;
     /// The local store folder is not ours alone, or leads out of its root.
     StorePerms = "STORE_PERMS", Usage;
+    // Vault.
+    /// Vault does not answer, or not in time.
+    VaultUnreachable = "VAULT_UNREACHABLE", Unreachable;
+    /// Vault answers, but is sealed, not initialised, or in standby without a leader.
+    VaultSealed = "VAULT_SEALED", Unreachable;
+    /// Vault knows us and does not let us: no permission, a wrong, expired, revoked or used-up credential.
+    VaultDenied = "VAULT_DENIED", Denied;
+    /// What was asked of Vault is not there: a mount, a key, a version, a field.
+    VaultNotFound = "VAULT_NOT_FOUND", NotFound;
+    /// An answer that is no answer of Vault's: HTML, a redirect, too long, of another shape.
+    VaultAnswer = "VAULT_ANSWER", Tampered;
+    /// A catalog record and the sealed model it names do not agree.
+    Catalog = "CATALOG", Tampered;
     // Sealing.
     Source = "SOURCE", Usage;
     SourceChanged = "SOURCE_CHANGED", Changed;
+    /// An OpenSSF model-signing bundle does not vouch for these files.
+    Oms = "OMS", Tampered;
     // Running.
+    /// The model, the mount or this reader was shut out by the operator or by a revoked credential.
+    Locked = "LOCKED", Denied;
+    /// What was to happen cannot be recorded, and must not happen without.
+    Audit = "AUDIT", Denied;
+    /// The audit log is not the one that was written.
+    AuditChain = "AUDIT_CHAIN", Tampered;
+    /// The policy, or what the operator lets be sealed and mounted, says no.
+    Policy = "POLICY", Denied;
+    /// More opens or bytes a second than the policy lets a user have.
+    OverLimit = "OVER_LIMIT", Held;
     NoRoom = "NO_ROOM", NoRoom;
     Memlock = "MEMLOCK", Usage;
     Stale = "STALE", Changed;
@@ -180,6 +210,10 @@ codes! {
     Usage = "USAGE", Usage;
     MountPoint = "MOUNT_POINT", Usage;
     NotMounted = "NOT_MOUNTED", NotFound;
+    /// An archive that `modelfs scan` cannot read to its end: broken, cut, or more than the limits allow.
+    Archive = "ARCHIVE", Tampered;
+    /// `modelfs run --strict` found an error, or a weakness through which secrets could leak; or `modelfs scan` found weights.
+    Insecure = "INSECURE", Insecure;
     /// The filesystem is stopping: no new work is taken.
     Stopping = "STOPPING", Unreachable;
     Host = "HOST", Host;

@@ -11,23 +11,27 @@ use modelfs::control::error_json;
 use modelfs::error::Error;
 use modelfs::telemetry::scrub;
 
+/// Tokens and keys pass through blocks of libraries that nobody else wipes.
+#[global_allocator]
+static HEAP: modelfs::mem::WipingHeap = modelfs::mem::WipingHeap;
+
 fn main() -> ExitCode {
     let args: Vec<OsString> = std::env::args_os().collect();
     let called_as = args.first().map(Path::new).and_then(Path::file_name);
     let json = args.iter().any(|arg| arg == "--json");
-    let done = if called_as.is_some_and(|name| name == "mount.modelfs") {
-        cli::mount::run_helper(&args[1..])
-    } else {
-        match Cli::try_parse_from(&args) {
-            Ok(cli) => {
-                if cli.command.is_filter() {
-                    // SAFETY: no handler of ours is replaced; the default action ends the process, as for any filter.
-                    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
-                }
-                cli::run(cli)
+    let helper = called_as.is_some_and(|name| cli::mount_helper::NAMES.iter().any(|helper| name == *helper));
+    if helper || cli::is_mount_form(&args[1..]) {
+        return ExitCode::from(cli::mount_helper::run(&args[1..]));
+    }
+    let done = match Cli::try_parse_from(&args) {
+        Ok(cli) => {
+            if cli.command.is_filter() {
+                // SAFETY: no handler of ours is replaced; the default action ends the process, as for any filter.
+                unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
             }
-            Err(e) => return refused_by_clap(&e, json),
+            cli::run(cli)
         }
+        Err(e) => return refused_by_clap(&e, json),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

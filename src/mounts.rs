@@ -1,10 +1,11 @@
 //! The kernel's mount table, read without touching what is mounted: looking at a FUSE mount is a request to its daemon,
-//! and a dead one answers nothing.
+//! and a dead one answers nothing. [`answers`] is that question, for whoever wants to know.
 //!
 //! Held by: the tests below.
 
-use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::ffi::{CString, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
 
 use crate::error::{Code, Error, Result};
 
@@ -15,6 +16,8 @@ pub struct Mount {
     pub device: String,
     /// Filesystem type.
     pub kind: String,
+    /// What is mounted, in the words of whoever mounted it.
+    pub source: String,
 }
 
 impl Mount {
@@ -23,20 +26,86 @@ impl Mount {
     }
 }
 
+/// Whether whoever serves `mountpoint` answers: a question to him, and no answer without him.
+pub fn answers(mountpoint: &Path) -> bool {
+    let Ok(path) = CString::new(mountpoint.as_os_str().as_bytes()) else { return false };
+    let mut told = std::mem::MaybeUninit::<libc::statfs>::uninit();
+    // SAFETY: a NUL-terminated path and a buffer of the kernel's size, both alive through the call.
+    unsafe { libc::statfs(path.as_ptr(), told.as_mut_ptr()) == 0 }
+}
+
 /// The uppermost mount exactly at `mountpoint` (absolute, no links).
 pub fn at(mountpoint: &Path) -> Result<Option<Mount>> {
-    let table = std::fs::read_to_string("/proc/self/mountinfo")
-        .map_err(|e| Error::new(Code::Host, "cannot read the mount table").with_source(e))?;
-    Ok(at_in(&table, mountpoint))
+    Ok(at_in(&table()?, mountpoint))
+}
+
+/// The mounts at and below `folder` (absolute, no links), in the order in which they were made.
+pub fn below(folder: &Path) -> Result<Vec<(PathBuf, Mount)>> {
+    Ok(below_in(&table()?, folder))
+}
+
+fn table() -> Result<String> {
+    std::fs::read_to_string("/proc/self/mountinfo")
+        .map_err(|e| Error::new(Code::Host, "cannot read the mount table").with_source(e))
+}
+
+fn below_in(mountinfo: &str, folder: &Path) -> Vec<(PathBuf, Mount)> {
+    let place = |line: &str| Some(PathBuf::from(OsString::from_vec(unescape(line.split(' ').nth(4)?))));
+    let found = mountinfo.lines().filter_map(|line| Some((place(line)?, parse(line)?)));
+    found.filter(|(place, _)| place.starts_with(folder)).collect()
+}
+
+fn parse(line: &str) -> Option<Mount> {
+    let mut after = line.split_once(" - ")?.1.split(' ');
+    Some(Mount {
+        device: line.split(' ').nth(2)?.to_owned(),
+        kind: after.next()?.to_owned(),
+        source: String::from_utf8_lossy(&unescape(after.next()?)).into_owned(),
+    })
 }
 
 fn at_in(mountinfo: &str, mountpoint: &Path) -> Option<Mount> {
     let line = mountinfo.lines().rfind(|line| {
         line.split(' ').nth(4).is_some_and(|field| unescape(field) == mountpoint.as_os_str().as_bytes())
     })?;
-    Some(Mount {
-        device: line.split(' ').nth(2)?.to_owned(),
-        kind: line.split_once(" - ")?.1.split(' ').next()?.to_owned(),
+    parse(line)
+}
+
+/// A mounted filesystem: where, and with which options of its own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Super {
+    pub mountpoint: PathBuf,
+    options: Vec<String>,
+}
+
+impl Super {
+    pub fn has(&self, option: &str) -> bool {
+        self.options.iter().any(|have| have == option)
+    }
+}
+
+/// The first mount of a device (`major:minor`) that this process sees; bind mounts of it follow later in the table.
+pub fn of_device(device: &str) -> Result<Option<Super>> {
+    Ok(of_device_in(&table()?, device))
+}
+
+fn of_device_in(mountinfo: &str, device: &str) -> Option<Super> {
+    let line = mountinfo.lines().find(|line| line.split(' ').nth(2) == Some(device))?;
+    let path = unescape(line.split(' ').nth(4)?);
+    // "... - type source options"
+    let options = line.split_once(" - ")?.1.splitn(3, ' ').nth(2)?;
+    Some(Super {
+        mountpoint: PathBuf::from(OsString::from_vec(path)),
+        options: options.split(',').map(str::to_owned).collect(),
+    })
+}
+
+/// Whether the filesystem `device` is mounted in that table at any other place than `mountpoint`.
+pub(crate) fn is_elsewhere_in(mountinfo: &str, device: &str, mountpoint: &Path) -> bool {
+    mountinfo.lines().any(|line| {
+        let mut fields = line.split(' ').skip(2);
+        fields.next() == Some(device)
+            && fields.nth(1).is_some_and(|place| unescape(place) != mountpoint.as_os_str().as_bytes())
     })
 }
 
@@ -79,6 +148,37 @@ mod tests {
         assert!(mount.is_ours());
         assert_eq!(at_in(table, Path::new("/mnt/a")), None);
         assert!(!at_in(table, Path::new("/")).expect("found").is_ours());
+    }
+
+    #[test]
+    fn a_device_leads_to_its_folder_and_its_options() {
+        let table = "41 40 0:45 / /mnt/a\\040b ro,nosuid - fuse.modelfs file:///s ro,user_id=7,allow_other\n\
+                     42 40 0:45 /x /mnt/bound ro - fuse.modelfs file:///s ro,user_id=7,allow_other\n";
+        let seen = of_device_in(table, "0:45").expect("found");
+        assert_eq!(seen.mountpoint, Path::new("/mnt/a b"));
+        assert!(seen.has("allow_other") && !seen.has("default_permissions") && !seen.has("allow"));
+        assert_eq!(of_device_in(table, "0:4"), None);
+    }
+
+    #[test]
+    fn a_filesystem_is_elsewhere_where_another_place_has_its_device() {
+        let table = "40 36 0:44 / /mnt/a\\040b rw - fuse.modelfs s ro\n41 40 0:45 / /models ro - fuse.modelfs s ro\n";
+        assert!(!is_elsewhere_in(table, "0:44", Path::new("/mnt/a b")));
+        assert!(is_elsewhere_in(table, "0:45", Path::new("/mnt/a b")));
+        assert!(!is_elsewhere_in(table, "0:46", Path::new("/mnt/a b")));
+    }
+
+    #[test]
+    fn mounts_below_a_folder_are_found_by_whole_names() {
+        let table = "40 36 0:44 / /mnt/a rw shared:1 - tmpfs one rw\n\
+                     41 40 0:45 / /mnt/a/b\\040c ro - fuse.modelfs s3://m\\040x ro\n\
+                     42 36 0:46 / /mnt/ab rw - tmpfs two rw\n";
+        let found = below_in(table, Path::new("/mnt/a"));
+        assert_eq!(
+            found.iter().map(|(place, _)| place.as_path()).collect::<Vec<_>>(),
+            [Path::new("/mnt/a"), Path::new("/mnt/a/b c")]
+        );
+        assert_eq!(found[1].1.source, "s3://m x");
     }
 
     #[test]

@@ -4,7 +4,12 @@
 //! Out: a [`Snapshot`] for `modelfs status` and metrics; text or JSON lines on standard error.
 //! Promises: counting never fails and never waits; what looks like a credential is masked before a line leaves the
 //! process, whoever logged it.
-//! Not here: who reads what (`audit`), the names of failures (`error`).
+//! `events`: what happened that somebody answers for; `tally`: how often. `stores`: which of them answer.
+//! Not here: the log of it (`audit`), the names of failures (`error`).
+
+pub mod events;
+pub mod stores;
+pub mod tally;
 
 use std::borrow::Cow;
 use std::io::{self, Write};
@@ -78,7 +83,13 @@ macro_rules! metrics {
     ($($(#[$doc:meta])* $name:ident: $kind:ident => $out:ty;)*) => {
         /// All metrics of one mount. Shared by reference; every field may be bumped from any thread.
         #[derive(Debug, Default)]
-        pub struct Telemetry { $($(#[$doc])* pub $name: $kind,)* }
+        pub struct Telemetry {
+            $($(#[$doc])* pub $name: $kind,)*
+            /// What happened, beside how often.
+            pub events: events::Events,
+            /// Which stores do not answer.
+            pub stores: stores::Stores,
+        }
 
         /// What [`Telemetry`] said at one moment. Field names are a contract: dashboards depend on them.
         #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -109,6 +120,14 @@ metrics! {
     hedges_won: Counter => u64;
     /// Time a request waited for its bytes, summed.
     fetch_seconds: Spent => f64;
+    /// Calls that waited for their turn at the limits of the origin.
+    limit_waits: Counter => u64;
+    limit_wait_seconds: Spent => f64;
+    /// Sets of storage credentials fetched, leases made longer, attempts that failed, sets that the store refused.
+    credentials_issued: Counter => u64;
+    credentials_renewed: Counter => u64;
+    credentials_failed: Counter => u64;
+    credentials_refused: Counter => u64;
 
     // Verifying and opening.
     chunks_opened: Counter => u64;
@@ -135,6 +154,10 @@ metrics! {
     evicted_bytes: Counter => u64;
     /// Plaintext bytes overwritten with zeros: evictions, `umount`, failures.
     wiped_bytes: Counter => u64;
+    /// Plaintext bytes that were cut off from readers and given back without being overwritten: pages could not be pinned.
+    unwiped_bytes: Counter => u64;
+    /// Time spent overwriting, summed over threads.
+    wipe_seconds: Spent => f64;
     /// Bytes that should lie in huge pages but got small ones (memory was fragmented).
     huge_page_short_bytes: Gauge => u64;
     prefetch_fetched_bytes: Counter => u64;
@@ -161,6 +184,31 @@ metrics! {
     passthrough_refused: Counter => u64;
     /// Waits that ended at their deadline.
     deadline_errors: Counter => u64;
+
+    // Who may, and who looks.
+    /// Opens and look-ups that a rule refused.
+    access_denied: Counter => u64;
+    /// Requests that reached a limit of opens or bytes of somebody.
+    limited: Counter => u64;
+    /// Somebodies who are refused everything for a while, now.
+    blocked: Gauge => u64;
+    /// Records of the audit log written; records that could not be, and checkpoints that did not reach the disk.
+    audit_records: Counter => u64;
+    audit_failures: Counter => u64;
+    /// Records taken and not yet written.
+    audit_waiting: Gauge => u64;
+    /// Alerts that a webhook took; that it did not take after all attempts; that were told with another one; that found no
+    /// room to wait in.
+    alerts_sent: Counter => u64;
+    alerts_failed: Counter => u64;
+    alerts_merged: Counter => u64;
+    alerts_dropped: Counter => u64;
+    /// Requests for metrics and health answered, and turned away for want of a right or for being too many.
+    http_requests: Counter => u64;
+    http_refused: Counter => u64;
+    /// The same of the control socket.
+    control_requests: Counter => u64;
+    control_refused: Counter => u64;
 }
 
 /// How log lines look.
@@ -213,6 +261,8 @@ fn directives(logging: &Logging) -> String {
     for name in QUIET_CRATES {
         text.push_str(&format!(",{name}={others}"));
     }
+    // What they call an error is an answer that we understand, and tell in our own words.
+    text.push_str(",vaultrs=off,rustify=off");
     text
 }
 

@@ -3,17 +3,18 @@
 //!
 //! Everything the program touches (store, state, temporary files, swap, cores) lies on one ext4 image of the test's own,
 //! which is searched raw, free space and journal included; on all other file systems every file changed since the start
-//! is searched. `MODELFS_CANARY_DEVICES=1` searches every block device raw as well (minutes).
+//! is searched. `MODELFS_TEST_CANARY_DEVICES=1` searches every block device raw as well (minutes).
 //! The detector first finds planted copies.
 
 #[path = "common/fixture.rs"]
 mod fixture;
+#[path = "common/needle.rs"]
+mod needle;
 #[path = "common/program.rs"]
 mod program;
 
 use std::collections::HashSet;
 use std::fs::{self, File};
-use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -21,56 +22,8 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, SystemTime};
 
 use fixture::Random;
+use needle::{MARKER_BYTES, Needle};
 use program::{Program, can_mount, run_ok};
-
-const MARKER_BYTES: usize = 64;
-
-/// Horspool: with a random needle of 64 bytes it looks at about one byte in 64.
-struct Needle {
-    bytes: [u8; MARKER_BYTES],
-    skip: [usize; 256],
-}
-
-impl Needle {
-    fn new(bytes: [u8; MARKER_BYTES]) -> Needle {
-        let mut skip = [MARKER_BYTES; 256];
-        for (i, byte) in bytes[..MARKER_BYTES - 1].iter().enumerate() {
-            skip[usize::from(*byte)] = MARKER_BYTES - 1 - i;
-        }
-        Needle { bytes, skip }
-    }
-
-    fn is_in(&self, hay: &[u8]) -> bool {
-        let mut at = 0;
-        while at + MARKER_BYTES <= hay.len() {
-            if hay[at..at + MARKER_BYTES] == self.bytes {
-                return true;
-            }
-            at += self.skip[usize::from(hay[at + MARKER_BYTES - 1])];
-        }
-        false
-    }
-
-    /// Searches a file or device from end to end. What vanishes or cannot be read meanwhile holds nothing.
-    fn is_in_file(&self, path: &Path) -> bool {
-        let Ok(mut file) = File::open(path) else { return false };
-        let mut window = vec![0; 4 << 20];
-        let mut kept = 0;
-        loop {
-            let Ok(got) = file.read(&mut window[kept..]) else { return false };
-            if got == 0 {
-                return false;
-            }
-            let filled = kept + got;
-            if self.is_in(&window[..filled]) {
-                return true;
-            }
-            // A marker may lie across two reads.
-            kept = filled.min(MARKER_BYTES - 1);
-            window.copy_within(filled - kept..filled, 0);
-        }
-    }
-}
 
 /// The test's own disk: an ext4 image on a loop device.
 struct Disk {
@@ -138,7 +91,7 @@ impl Search {
             if disk && !kind.starts_with("fuse") {
                 self.walk(&place, fs::metadata(&place).map(|m| m.dev()).unwrap_or(0), needle, &mut found);
             }
-            if device.starts_with("/dev/") && std::env::var_os("MODELFS_CANARY_DEVICES").is_some() {
+            if device.starts_with("/dev/") && std::env::var_os("MODELFS_TEST_CANARY_DEVICES").is_some() {
                 devices.insert(device);
             }
         }

@@ -8,8 +8,39 @@ use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 
-const COMMANDS: &[&str] =
-    &["demo", "keygen", "seal", "ls", "inspect", "verify", "cat", "mount", "umount", "status", "doctor"];
+const COMMANDS: &[&str] = &[
+    "audit",
+    "demo",
+    "keygen",
+    "seal",
+    "ls",
+    "inspect",
+    "verify",
+    "cat",
+    "config",
+    "csi",
+    "mount",
+    "umount",
+    "status",
+    "doctor",
+    "floor",
+    "lock",
+    "key",
+    "prune",
+    "reload",
+    "rollback",
+    "run",
+    "scan",
+    "sessions",
+    "sign",
+    "tag",
+    "top",
+    "unlock",
+    "volume-plugin",
+];
+
+/// Those that put modelfs into its place on a machine.
+const COMMANDS_OF_PACKAGES: &[&str] = &["install-helper", "completions", "man"];
 
 /// A home folder that nobody else uses, and the program in it.
 struct Home(tempfile::TempDir);
@@ -25,6 +56,12 @@ impl Home {
 
     fn text(&self, name: &str) -> String {
         self.path(name).to_str().expect("UTF-8").to_string()
+    }
+
+    /// An empty folder, beside what the program keeps at home.
+    fn mountpoint(&self) -> String {
+        std::fs::create_dir_all(self.path("mnt")).expect("made");
+        self.text("mnt")
     }
 
     fn write(&self, name: &str, text: &str, mode: u32) -> String {
@@ -77,16 +114,92 @@ fn every_command_has_help_with_examples() {
     let home = Home::new();
     let top = home.run(&["--help"]);
     assert_eq!(top.code(), 0);
-    for command in COMMANDS {
+    for command in COMMANDS.iter().chain(COMMANDS_OF_PACKAGES) {
         assert!(top.out().contains(command), "{command} is not in --help");
         let help = home.run(&[command, "--help"]);
         assert_eq!(help.code(), 0, "{command}");
         assert!(help.out().contains("Examples:"), "{command} has no examples");
         assert!(help.out().contains(&format!("modelfs {command}")), "{command} is not in its own examples");
     }
-    for absent in ["lock", "prune", "csi"] {
-        home.run(&[absent]).ended(2, "unrecognized subcommand");
+    // Nothing is done that is not there.
+    home.run(&["decrypt"]).ended(2, "unrecognized subcommand");
+}
+
+#[test]
+fn questions_to_an_audit_log_that_cannot_be_meant_are_refused_with_what_could_be() {
+    let home = Home::new();
+    let log = home.text("audit.log");
+    home.run(&["audit", "show"]).ended(2, "the configuration has no audit-file");
+    home.run(&["audit", "show", &log]).ended(3, "there is no audit log at");
+    home.run(&["audit", "verify", &log]).ended(3, "there is no audit log at");
+    home.run(&["audit", "show", &log, "--kind", "opened"]).ended(2, "open, look, login");
+    home.run(&["audit", "show", &log, "--severity", "bad"]).ended(2, "low, medium, high, critical");
+    home.run(&["audit", "show", &log, "--outcome", "no"]).ended(2, "allowed, denied, failed");
+    home.run(&["audit", "show", &log, "--since", "yesterday"]).ended(2, "2026-11-28T21:00:00Z or 24h");
+    home.write("audit.log", "not a log\n", 0o600);
+    home.run(&["audit", "verify", &log]).ended(20, "line 1: edited");
+    assert_eq!(home.run(&["audit", "show", &log]).ended(0, "").out(), "");
+}
+
+/// A model of one file in a store, sealed with these keys; what a reader needs beside its own key.
+fn sealed_to(home: &Home, keys: &[&str]) -> [String; 2] {
+    std::fs::create_dir_all(home.path("model")).expect("made");
+    home.write("model/config.json", "{}", 0o644);
+    let (model, store) = (home.text("model"), home.text("store"));
+    let mut args = vec!["seal", &model, &store, "acme/m"];
+    for key in keys {
+        args.extend(["--key", key]);
     }
+    home.run(&args).ended(0, "");
+    [store, home.text(".config/modelfs/signing.key.pub")]
+}
+
+#[test]
+fn a_model_sealed_to_public_keys_opens_with_each_of_the_secret_halves() {
+    let home = Home::new();
+    let [one, two] = ["one.key", "two.key"].map(|name| home.text(name));
+    let made = home.run(&["keygen", "--recipient", &one, "--json"]).json();
+    assert_eq!(made["kind"], "recipient");
+    let public = made["public_key"].as_str().expect("told");
+    assert!(public.starts_with("modelfs-x25519:"), "{public}");
+    home.run(&["keygen", "--recipient", &two]).ended(0, "");
+    home.run(&["keygen", "--recipient", &two]).ended(2, "never overwritten");
+    home.run(&["keygen", "--recipient", "--signing", &home.text("both")]).ended(2, "cannot be used with");
+
+    let [store, trust] = sealed_to(&home, &[&format!("recipient:{public}"), &format!("recipient:{two}.pub")]);
+    let cat = |key: &str| home.run(&["cat", &store, "acme/m", "config.json", "--trust", &trust, "--key", key]);
+    for secret in [&one, &two] {
+        assert_eq!(cat(&format!("x25519:{secret}")).ended(0, "").out(), "{}");
+    }
+    cat(&format!("recipient:{one}.pub")).ended(25, "only seal");
+    home.run(&["keygen", "--recipient", &home.text("three")]).ended(0, "");
+    cat(&format!("x25519:{}", home.text("three"))).ended(25, "another recipient");
+    cat(&format!("x25519:{trust}")).ended(2, "KEY_PERMS");
+    let told = home.run(&["inspect", &store, "acme/m", "--trust", &trust, "--json"]).json();
+    let kinds: Vec<_> = told["slots"].as_array().expect("slots").iter().map(|slot| &slot["kind"]).collect();
+    assert_eq!(kinds, ["hpke-x25519"; 2]);
+}
+
+#[test]
+fn a_key_in_the_environment_is_used_when_none_is_named() {
+    let home = Home::new();
+    let key = "5a".repeat(32);
+    home.write("k", &key, 0o600);
+    let [store, trust] = sealed_to(&home, &[&format!("file:{}", home.text("k"))]);
+    let cat = |variables: &[(&str, &str)]| {
+        let mut command = home.command();
+        command.args(["cat", &store, "acme/m", "config.json", "--trust", &trust]).envs(variables.iter().copied());
+        Ran(command.output().expect("the program starts"))
+    };
+    for name in ["MODELFS_KEY", "MODEL_ENCRYPTION_KEY"] {
+        assert_eq!(cat(&[(name, &key)]).ended(0, "").out(), "{}", "{name}");
+    }
+    // The first one counts, and a wrong one is not passed over.
+    let other = "5b".repeat(32);
+    cat(&[("MODELFS_KEY", &other), ("MODEL_ENCRYPTION_KEY", &key)]).ended(25, "NO_KEY");
+    cat(&[("MODEL_ENCRYPTION_KEY", "")]).ended(2, "KEY_FORMAT");
+    cat(&[("MODEL_ENCRYPTION_KEY", &"0".repeat(64))]).ended(2, "all zeros");
+    cat(&[]).ended(2, "no key given");
 }
 
 #[test]
@@ -101,7 +214,7 @@ fn an_unknown_option_ends_with_2_and_names_the_nearest() {
 #[test]
 fn wrong_values_end_with_2_and_say_where_they_were_written() {
     let home = Home::new();
-    let mnt = home.text("");
+    let mnt = home.mountpoint();
     let mount = |more: &[&str]| {
         let mut args = vec!["mount", "/srv", &mnt, "--key", "file:/none"];
         args.extend(more);
@@ -123,7 +236,7 @@ fn wrong_values_end_with_2_and_say_where_they_were_written() {
 #[test]
 fn a_configuration_file_is_read_and_its_mistakes_are_named() {
     let home = Home::new();
-    let mnt = home.text("");
+    let mnt = home.mountpoint();
     let bad = home.write("bad.toml", "cahce = \"1GiB\"\n", 0o600);
     home.run(&["--config", &bad, "mount", "/srv", &mnt]).ended(2, "did you mean `cache`");
     let open = home.write("open.toml", "cache = \"1GiB\"\n", 0o666);
@@ -136,7 +249,7 @@ fn a_configuration_file_is_read_and_its_mistakes_are_named() {
 #[test]
 fn a_missing_key_ends_with_2_and_says_how_to_give_one() {
     let home = Home::new();
-    let mnt = home.text("");
+    let mnt = home.mountpoint();
     home.run(&["mount", "/srv", &mnt]).ended(2, "--key file:PATH");
     let store = home.text("store");
     std::fs::create_dir(&store).expect("made");
@@ -218,10 +331,60 @@ fn called_as_mount_modelfs_it_takes_the_form_of_mount_8() {
     let run = |args: &[&str]| {
         Ran(Command::new(&helper).args(args).env_clear().env("HOME", home.0.path()).output().expect("runs"))
     };
-    let mnt = home.text("");
-    run(&["/srv"]).ended(2, "usage: mount.modelfs");
-    run(&["/srv", &mnt, "-o", "rw,cahce=1G"]).ended(2, "did you mean `cache`");
+    let mnt = home.mountpoint();
+    run(&["/srv"]).ended(1, "usage: mount.modelfs");
+    run(&["/srv", &mnt, "-o", "rw,cahce=1G"]).ended(1, "did you mean `cache`");
+    run(&["/srv", "/no/such/place", "-o", "key=file:/k"]).ended(32, "[MOUNT_POINT]");
+    run(&["/srv", &mnt, "-o", "remount,ro"]).ended(32, "nothing is mounted");
     run(&["/srv", &mnt, "-sfo", "rw,noatime,key=file:/k,later=1"]).ended(0, "");
+}
+
+/// As bash asks for it at the Tab key.
+#[test]
+fn the_completions_of_bash_know_commands_and_options() {
+    let home = Home::new();
+    let script = home.run(&["completions", "bash"]).ended(0, "");
+    std::fs::write(home.path("complete"), script.0.stdout).expect("written");
+    let complete = |line: &str| {
+        let ask = format!(
+            "source {}; COMP_WORDS=({line}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); \
+             _modelfs modelfs \"${{COMP_WORDS[-1]}}\" \"${{COMP_WORDS[-2]}}\"; echo \"${{COMPREPLY[@]}}\"",
+            home.text("complete")
+        );
+        let said = Command::new("bash").args(["--norc", "-c", &ask]).output().expect("bash runs");
+        String::from_utf8_lossy(&said.stdout).trim().to_string()
+    };
+    assert_eq!(complete("modelfs inst"), "install-helper");
+    assert_eq!(complete("modelfs mount --cac"), "--cache");
+    assert_eq!(complete("modelfs bogus"), "");
+    for shell in ["zsh", "fish"] {
+        let script = home.run(&["completions", shell]).ended(0, "").out();
+        assert!(script.contains("install-helper") && script.contains("lock-when-idle"), "{shell}");
+    }
+    home.run(&["completions", "csh"]).ended(2, "bash, zsh, fish");
+}
+
+/// As mount.fuse3 calls a file system's program.
+#[test]
+fn a_store_and_a_mountpoint_without_a_command_are_the_form_of_mount_8_too() {
+    let home = Home::new();
+    let mnt = home.mountpoint();
+    home.run(&["/srv", &mnt, "-o", "dev,suid,cahce=1G"]).ended(1, "did you mean `cache`");
+    home.run(&["s3://bucket/models", "/dev/fd/77", "-o", "key=file:/k"]).ended(32, "descriptor 77 is not open");
+    home.run(&["/srv"]).ended(2, "unrecognized subcommand");
+    home.run(&["mount", "/srv", "/dev/fd/77", "--key", "file:/k"]).ended(2, "descriptor 77 is not open");
+}
+
+#[test]
+fn run_needs_a_command_and_stays_in_the_foreground() {
+    let home = Home::new();
+    let mnt = home.mountpoint();
+    home.run(&["run", "/srv", &mnt, "--key", "file:/k"]).ended(2, "<COMMAND>");
+    home.run(&["run", "/srv", &mnt, "--key", "file:/k", "--daemon", "--", "true"]).ended(2, "run stays as long as");
+    assert_eq!(home.run(&["run", "/srv", &mnt, "--key", "file:/k", "--", "no-such-program"]).code(), 127);
+    let mut command = home.command();
+    command.args(["run", "/srv", &mnt, "--key", "file:/k", "--", "true"]).env("STRICT_MODEL_SECURITY", "perhaps");
+    Ran(command.output().expect("runs")).ended(2, "STRICT_MODEL_SECURITY");
 }
 
 /// A secret given by environment or file appears in no output, whatever goes wrong.

@@ -184,6 +184,8 @@ fn cases() -> Vec<Case> {
             slot(SlotParams::Argon2id { m_kib: 19_456, t: 1, p: 1, salt }),
             slot(SlotParams::VaultKv { version: 1, salt }),
             slot(SlotParams::VaultTransit),
+            slot(SlotParams::HpkeX25519 { recipient: KeyId([5; 32]) }),
+            slot(SlotParams::Pbkdf2Sha512 { iterations: 100_000, salt }),
             slot(SlotParams::Unknown { kind: 7, params: vec![1] }),
         ],
     };

@@ -2,7 +2,7 @@
 //!
 //! A second, independent writer (other crates, straight from the page) makes the store of a.9; it must be byte for byte what
 //! `modelfs` makes and what lies in tests/vectors/. Then every edit of tests/vectors/hostile.txt must be refused with its
-//! code. `MODELFS_WRITE_VECTORS=1` writes the files anew.
+//! code. `MODELFS_TEST_WRITE_VECTORS=1` writes the files anew.
 
 #[path = "common/format_edits.rs"]
 mod hostile;
@@ -10,6 +10,8 @@ mod hostile;
 mod independent;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 
 use bytes::Bytes;
@@ -19,6 +21,7 @@ use modelfs::crypto::{
 };
 use modelfs::error::{Code, Result};
 use modelfs::format::*;
+use modelfs::keys::{KeySource, unlock};
 use modelfs::mem::Secret;
 use modelfs::store::CipherChunk;
 
@@ -265,6 +268,7 @@ fn read(part: Part, bytes: &[u8], store: &Store) -> Result<()> {
             open_chunk(&keys, &manifest, 0, &chunk, Verify::Strict, &mut slot, &mut scratch)
         }
         Part::Slots | Part::SlotsRaw => Slots::parse(bytes).map(drop),
+        Part::SlotsHpke | Part::SlotsPbkdf2 => open_slots(part, bytes, store),
         Part::Ref => Ref::parse(bytes).map(drop),
         Part::Signature => SignatureObject::parse(bytes).map(drop),
         Part::Chunk | Part::ChunkAead => {
@@ -281,6 +285,39 @@ fn read(part: Part, bytes: &[u8], store: &Store) -> Result<()> {
     }
 }
 
+/// The file that tests/vectors/slots_kinds.py made.
+fn slots_kinds() -> Vec<u8> {
+    let lines = std::fs::read_to_string(vectors().join("slots-kinds.hex")).unwrap();
+    hex::decode(lines.lines().collect::<String>()).unwrap()
+}
+
+/// With the key of one of the two slots. A slot that does not open is told as the cause of `NO_KEY`.
+fn open_slots(part: Part, bytes: &[u8], store: &Store) -> Result<()> {
+    let keys = tempfile::tempdir().unwrap();
+    let path = keys.path().join("key");
+    let (secret, source) = match part {
+        Part::SlotsHpke => {
+            let seed = hex::encode(det_array::<32>("recipient"));
+            (format!("modelfs-x25519-secret:{seed}\n"), KeySource::X25519(path.clone()))
+        }
+        _ => ("correct horse battery staple\n".to_owned(), KeySource::PassphraseFile(path.clone())),
+    };
+    let mut options = std::fs::OpenOptions::new();
+    let mut file = options.write(true).create_new(true).mode(0o600).open(&path).unwrap();
+    file.write_all(secret.as_bytes()).unwrap();
+    let slots = Slots::parse(bytes)?;
+    match unlock(&slots, store.manifest.header(), &[source], &|_| unreachable!()) {
+        Ok(opened) => {
+            assert_eq!(opened.commitment(Suite::Aes256Gcm, model_id(), vid()), store.manifest.header().dek_commit);
+            Ok(())
+        }
+        Err(err) => {
+            let cause = std::error::Error::source(&err).and_then(|cause| cause.downcast_ref::<modelfs::error::Error>());
+            Err(cause.cloned().unwrap_or(err))
+        }
+    }
+}
+
 /// The bytes that the edits start from.
 fn good(part: Part, store: &Store) -> Vec<u8> {
     match part {
@@ -289,6 +326,7 @@ fn good(part: Part, store: &Store) -> Vec<u8> {
         Part::Header => store.get(&store.names.manifest)[..256].to_vec(),
         Part::Body | Part::BodyThenChunk => store.body.clone(),
         Part::Slots | Part::SlotsRaw => store.get(&store.names.slots).to_vec(),
+        Part::SlotsHpke | Part::SlotsPbkdf2 => slots_kinds(),
         Part::Ref => store.get(&store.names.reference).to_vec(),
         Part::Signature => store.get(&store.names.signature).to_vec(),
         Part::Chunk | Part::ChunkAead => store.get(&store.names.data[0])[128..].to_vec(),
@@ -304,7 +342,7 @@ fn repair(part: Part, mut bytes: Vec<u8>, store: &Store) -> Vec<u8> {
             independent::manifest(&det_array("dek"), &header, &bytes)
         }
         Part::Header => independent::reseal_under(&det_array("dek"), &bytes, &store.body),
-        Part::Slots if bytes.len() >= 32 => {
+        Part::Slots | Part::SlotsHpke | Part::SlotsPbkdf2 if bytes.len() >= 32 => {
             let at = bytes.len() - 32;
             let sum = sha256(&bytes[..at]);
             bytes[at..].copy_from_slice(&sum);
@@ -312,6 +350,8 @@ fn repair(part: Part, mut bytes: Vec<u8>, store: &Store) -> Vec<u8> {
         }
         Part::Slots
         | Part::SlotsRaw
+        | Part::SlotsHpke
+        | Part::SlotsPbkdf2
         | Part::Manifest
         | Part::ObjectHeader
         | Part::Ref
@@ -462,10 +502,10 @@ fn the_files_are_current() {
     files.insert("hostile.txt", hostile::print(&hostile::all()));
     for (name, want) in files {
         let path = vectors().join(name);
-        if std::env::var_os("MODELFS_WRITE_VECTORS").is_some() {
+        if std::env::var_os("MODELFS_TEST_WRITE_VECTORS").is_some() {
             std::fs::write(&path, &want).unwrap();
         }
         let seen = std::fs::read_to_string(&path).unwrap_or_default();
-        assert!(seen == want, "{name} is not what the code makes; MODELFS_WRITE_VECTORS=1 writes it anew");
+        assert!(seen == want, "{name} is not what the code makes; MODELFS_TEST_WRITE_VECTORS=1 writes it anew");
     }
 }

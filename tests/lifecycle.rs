@@ -286,8 +286,9 @@ fn a_mount_that_is_held_back_says_by_what_and_doctor_says_what_to_do() {
     let Ready { _folder, program } = ready();
     let meminfo = fs::read_to_string("/proc/meminfo").expect("meminfo");
     let total_kib: u64 = meminfo.split_whitespace().nth(1).expect("MemTotal").parse().expect("a number");
-    // Only a number until it is filled, which nothing here does.
-    let mount = program.mount(&["--cache", &format!("{}MiB", total_kib / 1024 + 1024)]);
+    // Less than there is, or it would be refused, and no room beside it. Only a number until it is filled, which nothing
+    // here does.
+    let mount = program.mount(&["--cache", &format!("{}MiB", total_kib / 1024 - 100)]);
     let deadline = Instant::now() + Duration::from_secs(30);
     while !program.log().contains("held back by") {
         assert!(Instant::now() < deadline, "{}", program.log());

@@ -8,6 +8,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tests/steps.sh
+source tests/page.sh
 
 quick=""
 case ${1:-} in
@@ -15,44 +16,51 @@ case ${1:-} in
   --quick) quick=--quick ;;
   *) sed -n '2,/^set/{/^set/!p}' "$0" | sed 's/^# \{0,1\}//'; exit 2 ;;
 esac
-cache=${MODELFS_TEST_CACHE:-$HOME/.cache/modelfs-tests}
 
 install_parts() {
   if [[ -n $quick ]]; then
-    bash tests/parts/install.sh apt rust cargo-deny clients-lite models-small versitygw
+    bash tests/parts/install.sh apt rust cargo-deny cargo-auditable cargo-cyclonedx cargo-deb supply actionlint osv-scanner clients-lite models-small versitygw vault docker podman compose prometheus panels rootfs kubernetes
   else
     bash tests/parts/install.sh
   fi
 }
 
-# The advisories are a git repository on another host; where it cannot be reached the check says so and is not counted.
-check_advisories() {
-  local log
-  log=$(mktemp)
-  if timeout 300 "$deny" check advisories >"$log" 2>&1; then
-    cat "$log"
-    step "cargo deny: advisories" true
-  elif grep -q 'failed to fetch advisory database' "$log"; then
-    not_here "cargo deny: advisories" "the advisory database (github.com/RustSec/advisory-db) cannot be reached from here"
-  else
-    cat "$log"
-    step "cargo deny: advisories" false
-  fi
-  rm -f "$log"
-}
+check() { try_step "$1" "${3:-it needs the network}" bash .github/scripts/check.sh "$2"; }
 
+MODELFS_TEST_PAGE_RUN=$(mktemp)
+export MODELFS_TEST_PAGE_RUN
 step "install parts" install_parts
-deny=$(echo "$cache"/cargo-deny-*/bin/cargo-deny)
-step "cargo fmt" cargo fmt --check
-# In the profile of the tests, so that what both must build is built once.
-step "cargo clippy" cargo clippy --release --all-targets --locked -- -D warnings
-if [[ -x $deny ]]; then
-  step "cargo deny: licences, bans, sources" "$deny" --log-level error check licenses bans sources
-  check_advisories
-else
-  skip "cargo deny" "cargo-deny is not installed"
-fi
+check "cargo fmt" fmt
+check "cargo clippy" clippy
+check "cargo deny: licences, bans, sources" licences
+check "cargo deny: advisories" advisories "the advisory database (github.com/RustSec/advisory-db) cannot be reached from here"
+check "shellcheck" shell
+check "workflows, dependabot, pre-commit" workflows
+check "no keys, no large files, nothing broken" files
 step "cargo test" cargo test --release --locked
 step "cargo build" cargo build --release --locked
+check "no model weights in this repository" weights
+bash tests/supply.sh || true
 bash tests/e2e.sh $quick || true
+bash tests/config.sh || true
+bash tests/vault_slots.sh || true
+bash tests/vault_day.sh || true
+bash tests/audit.sh || true
+bash tests/docker.sh || true
+bash tests/policy.sh || true
+bash tests/monitoring.sh || true
+bash tests/mount8.sh || true
+bash tests/package.sh || true
+bash tests/systemd.sh || true
+bash tests/run_command.sh || true
+bash tests/doctor.sh || true
+bash tests/scan.sh $quick || true
+bash tests/kubernetes.sh || true
+bash tests/observe.sh || true
+bash tests/runbook.sh || true
+bash tests/docs.sh || true
+for page in ACCESS AUDIT CONFIGURATION DEPLOY DOCTOR HARDENING INCIDENTS METRICS MONITORING RUNBOOK SCAN; do
+  step "every command of docs/$page.md was run" page_was_run "docs/$page.md"
+done
+rm -f "$MODELFS_TEST_PAGE_RUN"
 finish

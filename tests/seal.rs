@@ -12,8 +12,8 @@ use modelfs::crypto::{
 };
 use modelfs::error::{Code, Error, Result};
 use modelfs::format::*;
-use modelfs::keys::FloorStore;
-use modelfs::mem::Secret;
+use modelfs::keys::{FloorStore, KeySource, Keyring, generate_recipient_pair};
+use modelfs::mem::{LockedBuf, Secret};
 use modelfs::seal::*;
 use modelfs::store::fault::{Call, Death, Fault, Faulty, When};
 use modelfs::store::local::LocalStore;
@@ -408,7 +408,9 @@ fn a_channel_of_another_publisher_is_continued_only_if_that_one_is_trusted() {
     let before = store.names();
     assert_eq!(sealed(dir.path(), store.clone(), other()).unwrap_err().code(), Code::RefKey);
     assert_eq!(store.names(), before);
-    let trusting = SealOptions { trusted: vec![signing(1).public()], ..other() };
+    // Its refs may be continued; from its versions only a publisher's are inherited.
+    let (key, trusted_publishers) = (signing(1).public(), vec![signing(1).public()]);
+    let trusting = SealOptions { trusted: vec![key], trusted_publishers, ..other() };
     let summary = sealed(dir.path(), store.clone(), trusting).unwrap();
     assert_eq!((summary.version, summary.uploaded_bytes), (2, 0));
     assert_eq!(run(read(&store, LATEST, 1, signing(2).public())).unwrap().2, files());
@@ -583,6 +585,70 @@ fn a_store_that_loses_or_changes_what_was_written_is_found_out_before_the_ref() 
 }
 
 /// THREAT_MODEL (f) row 72: two packers at once.
+/// The public half of a key pair, as a publisher has it who is no reader. Beside each slots object it leaves another of
+/// the same version, as a store could that wants its own recipient to be served.
+struct ToRecipient {
+    keyring: Keyring<'static>,
+    store: MemoryStore,
+}
+
+impl SlotKeys for ToRecipient {
+    fn wrap(&self, dek: &Dek, target: &SlotTarget) -> Result<Vec<Slot>> {
+        let slots = self.keyring.wrap_all(dek, target)?;
+        let SlotTarget { model_id, vid, dek_commit } = *target;
+        let forged = Slots { generation: 1, model_id, vid, dek_commit, slots: self.keyring.wrap_all(dek, target)? };
+        self.store.put("forged", forged.encode()?);
+        Ok(slots)
+    }
+
+    fn unlock(&self, slots: &Slots, header: &ManifestHeader) -> Result<Dek> {
+        self.keyring.unlock(slots, header)
+    }
+
+    fn opens(&self) -> bool {
+        false
+    }
+}
+
+fn nobody(_: &str) -> Result<LockedBuf> {
+    panic!("nobody is there to be asked")
+}
+
+#[test]
+fn who_has_only_a_public_key_seals_twice_and_its_owner_opens() {
+    let (folder, keys, store) = (source(&files()), tempfile::tempdir().unwrap(), MemoryStore::new());
+    let path = keys.path().join("server");
+    let recipient = KeySource::Recipient(generate_recipient_pair(&path).unwrap());
+    let to_recipient = || {
+        let keyring = Keyring::new(std::slice::from_ref(&recipient), &nobody);
+        let mut options = options();
+        options.keys = Arc::new(ToRecipient { keyring, store: store.clone() });
+        options
+    };
+    sealed(folder.path(), store.clone(), to_recipient()).unwrap();
+    // The second time there is a version it cannot open: told, and nothing inherited.
+    let summary = sealed(folder.path(), store.clone(), to_recipient()).unwrap();
+    assert_eq!(summary.version, 2);
+    assert!(summary.warnings.iter().any(|told| told.contains("only seal")), "{:?}", summary.warnings);
+
+    let model = ModelId::of_name(MODEL);
+    let reader = Keyring::new(&[KeySource::X25519(path)], &nobody);
+    let manifests: Vec<_> = store.names().into_iter().filter(|name| name.contains("/m/")).collect();
+    assert_eq!(manifests.len(), 2);
+    for name in manifests {
+        let bytes = run(store.read_small(&name, 1 << 20)).unwrap();
+        let (header, _) = ManifestHeader::parse_object(&bytes).unwrap();
+        let slots = run(store.read_small(&names::slots(model, header.vid, 1), 65_536)).unwrap();
+        let dek = reader.unlock(&Slots::parse(&slots).unwrap(), &header).unwrap();
+        assert_eq!(open_manifest(&bytes, dek).unwrap().0.files().len(), files().len());
+    }
+
+    let faulty = Faulty::new(store.clone());
+    faulty.on(When::call(Call::ReadSmall).name("/k/"), Fault::Instead { name: "forged".into(), start: 0 });
+    let err = sealed(folder.path(), faulty, to_recipient()).unwrap_err();
+    assert_eq!(err.code(), Code::SlotsFormat, "{err:?}");
+}
+
 #[test]
 fn two_sealers_at_once_both_finish_with_numbers_of_their_own() {
     let store = MemoryStore::new();

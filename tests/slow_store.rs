@@ -34,7 +34,13 @@ fn store_over(server: &Hostile, line: &SlowLine, patience: Patience) -> (Arc<dyn
     let telemetry = Arc::new(Telemetry::default());
     let mut aws = server.settings();
     aws[0].1 = format!("http://{}", line.address());
-    let opts = StoreOptions { aws, ignore_environment: true, patience, telemetry: telemetry.clone() };
+    let opts = StoreOptions {
+        aws,
+        ignore_environment: true,
+        patience,
+        telemetry: telemetry.clone(),
+        ..StoreOptions::default()
+    };
     (open(&"s3://models/prefix".parse().expect("a URL"), &opts).expect("settings"), telemetry)
 }
 

@@ -2,11 +2,11 @@
 # Sourced by the test scripts: runs steps, remembers how each ended, and prints the tally.
 #
 # A step that fails does not stop the steps after it. Scripts started by a script add to the same tally: the file named
-# by MODELFS_STEPS holds one line a step, and whoever made that file prints the summary.
+# by MODELFS_TEST_STEPS holds one line a step, and whoever made that file prints the summary.
 
-if [[ -z ${MODELFS_STEPS:-} ]]; then
-  MODELFS_STEPS=$(mktemp)
-  export MODELFS_STEPS
+if [[ -z ${MODELFS_TEST_STEPS:-} ]]; then
+  MODELFS_TEST_STEPS=$(mktemp)
+  export MODELFS_TEST_STEPS
   steps_owner=1
 fi
 
@@ -18,10 +18,10 @@ step() {
   "$@" || rc=$?
   if [[ $rc == 0 ]]; then
     printf 'PASSED  %s (%s s)\n' "$name" $((SECONDS - began))
-    echo "passed $name" >>"$MODELFS_STEPS"
+    echo "passed $name" >>"$MODELFS_TEST_STEPS"
   else
     printf 'FAILED  %s (exit %s, %s s)\n' "$name" $rc $((SECONDS - began))
-    echo "failed $name" >>"$MODELFS_STEPS"
+    echo "failed $name" >>"$MODELFS_TEST_STEPS"
   fi
 }
 
@@ -41,24 +41,40 @@ exits_with() {
 # skip NAME REASON: said, and not counted as passed. In CI, where everything is to be there, it is a failure.
 skip() {
   printf '\nSKIPPED %s: %s\n' "$1" "$2"
-  if [[ ${CI:-} == true ]]; then echo "failed $1 (skipped: $2)"; else echo "skipped $1"; fi >>"$MODELFS_STEPS"
+  if [[ ${CI:-} == true ]]; then echo "failed $1 (skipped: $2)"; else echo "skipped $1"; fi >>"$MODELFS_TEST_STEPS"
 }
 
 # not_here NAME REASON: a check that depends on the world outside, so that its absence fails nobody.
 not_here() {
   printf '\nSKIPPED %s: %s\n' "$1" "$2"
-  echo "skipped $1" >>"$MODELFS_STEPS"
+  echo "skipped $1" >>"$MODELFS_TEST_STEPS"
 }
+
+# try_step NAME REASON COMMAND...: a step whose COMMAND exits 75 where what it asks cannot be reached, for REASON, and 69
+# where a program that it needs is not installed.
+try_step() {
+  local name=$1 reason=$2 log rc=0
+  shift 2
+  log=$(mktemp)
+  "$@" >"$log" 2>&1 || rc=$?
+  case $rc in
+  75) not_here "$name" "$reason" ;;
+  69) skip "$name" "$(tail -1 "$log")" ;;
+  *) step "$name" told "$rc" "$log" ;;
+  esac
+  rm -f "$log"
+}
+told() { cat "$2"; return "$1"; }
 
 # finish: the summary and the exit status; a script called by another leaves the summary to it.
 finish() {
   local failed
-  failed=$(grep -c '^failed ' "$MODELFS_STEPS" || true)
+  failed=$(grep -c '^failed ' "$MODELFS_TEST_STEPS" || true)
   if [[ -n ${steps_owner:-} ]]; then
     echo
-    grep -v '^passed ' "$MODELFS_STEPS" || true
-    echo "$(grep -c '^passed ' "$MODELFS_STEPS" || true) passed, $failed failed"
-    rm -f "$MODELFS_STEPS"
+    grep -v '^passed ' "$MODELFS_TEST_STEPS" || true
+    echo "$(grep -c '^passed ' "$MODELFS_TEST_STEPS" || true) passed, $failed failed"
+    rm -f "$MODELFS_TEST_STEPS"
   fi
   [[ $failed == 0 ]]
 }

@@ -143,7 +143,9 @@ impl Shared {
             state.resident -= 1;
             (grant, state.file.clone().expect("a resident chunk has a file"))
         };
+        let measure = self.telemetry.wipe_seconds.measure();
         let wiped = file.wipe(object.layout.chunk_plain(index));
+        drop(measure);
         self.left(object, index);
         match wiped {
             Ok(()) => {
@@ -186,9 +188,7 @@ impl Shared {
             }
             state.phase = Phase::Retiring;
         }
-        if let Some(gate) = self.gate.get() {
-            gate.retire(object.key);
-        }
+        self.retire(object.key);
         let mut state = object.state();
         let file = state.file.clone().expect("a whole object has a file");
         let held = state.pinned > 0 || state.hot_opens > 0 || file.others_hold().unwrap_or(true);
@@ -207,7 +207,9 @@ impl Shared {
         state.resident = 0;
         state.phase = Phase::Partial;
         drop(state);
+        let measure = self.telemetry.wipe_seconds.measure();
         let wiped = file.thaw_and_wipe();
+        drop(measure);
         for index in 0..object.layout.chunk_count() {
             self.left(object, ChunkIndex(index as u32));
         }
@@ -234,6 +236,16 @@ impl Shared {
         }
     }
 
+    /// Drops an object that was wiped, and what recency is kept of it.
+    pub(super) fn forget_object(&self, object: &CachedObject) {
+        self.objects.lock().expect("a thread died holding the object table").remove(&object.key);
+        let mut recency = self.recency();
+        recency.pop(&Unit::Object(object.key));
+        for index in 0..object.layout.chunk_count() {
+            recency.pop(&Unit::Chunk(object.key, ChunkIndex(index as u32)));
+        }
+    }
+
     /// At the end: wipe what nobody holds, count what somebody does.
     pub(super) fn wipe_object(self: &Arc<Self>, object: &Arc<CachedObject>, unmounted: bool, report: &mut WipeReport) {
         let mut state = self.settled(object);
@@ -248,7 +260,9 @@ impl Shared {
             report.held_bytes += cost;
             return;
         }
+        let measure = self.telemetry.wipe_seconds.measure();
         let wiped = file.thaw_and_wipe();
+        drop(measure);
         match wiped {
             Ok(()) => {
                 state.file = None;

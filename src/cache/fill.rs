@@ -6,14 +6,19 @@
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::{Notify, SemaphorePermit, oneshot};
 
+use super::residency::NEVER;
 use super::{CachedObject, Chunk, Model, Phase, Pin, Shared, State, Unit, Urgency, Waiter, stopping};
 use crate::crypto;
 use crate::error::{Class, Code, Error, Result};
-use crate::format::ChunkIndex;
+use crate::format::{ChunkIndex, FileEntry};
 use crate::mem::{self, Arena, Grant, LockedFile, Pages};
 use crate::store::{self, CipherChunk};
+use crate::telemetry::events::{Event, Kind, Severity, Subject};
+
+/// The places that a fill takes among those under way.
+type Permits<'a> = Vec<SemaphorePermit<'a>>;
 
 pub(super) enum Joined {
     Ready(Pin),
@@ -27,12 +32,16 @@ impl Shared {
         if *self.stop.borrow() {
             return Joined::Failed(stopping());
         }
+        if object.model.is_locked() {
+            return Joined::Failed(object.model.locked_error());
+        }
         let mut state = object.state();
         let state = &mut *state;
         let chunk = &mut state.chunks[index.0 as usize];
         match chunk {
-            Chunk::Resident { pins, .. } => {
+            Chunk::Resident { pins, read, .. } => {
                 *pins += 1;
+                *read = self.rounds.now();
                 state.pinned += 1;
                 let file = state.file.clone().expect("a resident chunk has a file");
                 return Joined::Ready(Pin { object: object.clone(), index, file });
@@ -57,7 +66,7 @@ impl Shared {
     }
 
     pub(super) fn start(self: &Arc<Self>, object: &Arc<CachedObject>, index: ChunkIndex, urgency: Urgency) {
-        if *self.stop.borrow() {
+        if *self.stop.borrow() || object.model.is_locked() {
             return;
         }
         let mut state = object.state();
@@ -93,7 +102,7 @@ impl Shared {
 
     /// Room, fetch, open; one refetch after a wrong hash or length, since the store may have erred. A wrong length that
     /// the store itself noticed is not asked for again here: its patience did that. `None`: everyone who had waited gave
-    /// up before it began.
+    /// up before it began. A lock of the model ends it wherever it waits.
     async fn fill(
         self: &Arc<Self>,
         object: &Arc<CachedObject>,
@@ -101,22 +110,13 @@ impl Shared {
         urgency: Urgency,
         hurry: &Notify,
     ) -> Result<Option<Grant>> {
-        let _prefetch_permit;
-        let mut urgency = urgency;
-        if urgency == Urgency::Prefetch {
-            tokio::select! {
-                permit = self.prefetch_permits.acquire() => {
-                    _prefetch_permit = permit.map_err(|_| stopping())?;
-                }
-                () = hurry.notified() => urgency = Urgency::Demand,
-            }
-        }
-        let _permit = self.all_permits.acquire().await.map_err(|_| stopping())?;
-        // When a store falls silent, fills queue up faster than they end. Their turn belongs to those still waited for.
-        if object.state().chunks[index.0 as usize].is_given_up() {
-            return Ok(None);
-        }
-        let grant = self.room(object.cost(index), urgency, hurry).await?;
+        let model = &object.model;
+        let turn = tokio::select! {
+            biased;
+            () = model.until_locked() => return Err(model.locked_error()),
+            turn = self.turn(object, index, urgency, hurry) => turn?,
+        };
+        let Some((_permits, grant)) = turn else { return Ok(None) };
         let file = self.file_of(object)?;
         let mut refetched = false;
         let error = loop {
@@ -125,10 +125,12 @@ impl Shared {
                 Err(error) => break error,
             };
             match self.open(object, index, cipher, &file).await {
+                Ok(()) if model.is_locked() => break model.locked_error(),
                 Ok(()) => return Ok(Some(grant)),
                 Err(error) if !refetched && matches!(error.code(), Code::ChunkHash | Code::Length) => {
                     tracing::warn!(code = %error.code(), model = %object.model.name, "{}; fetching it once more", error.chain());
                     self.telemetry.refetches.inc();
+                    self.tell_tampered(object, index, &error, Severity::High);
                     refetched = true;
                 }
                 Err(error) => break error,
@@ -138,19 +140,47 @@ impl Shared {
         Err(error)
     }
 
+    /// A place among the fetches, then room. `None`: nobody waits for the chunk any more.
+    async fn turn<'a>(
+        self: &'a Arc<Self>,
+        object: &Arc<CachedObject>,
+        index: ChunkIndex,
+        mut urgency: Urgency,
+        hurry: &Notify,
+    ) -> Result<Option<(Permits<'a>, Grant)>> {
+        let mut permits = Vec::with_capacity(2);
+        if urgency == Urgency::Prefetch {
+            tokio::select! {
+                permit = self.prefetch_permits.acquire() => permits.push(permit.map_err(|_| stopping())?),
+                () = hurry.notified() => urgency = Urgency::Demand,
+            }
+        }
+        permits.push(self.all_permits.acquire().await.map_err(|_| stopping())?);
+        // When a store falls silent, fills queue up faster than they end. Their turn belongs to those still waited for.
+        if object.state().chunks[index.0 as usize].is_given_up() {
+            return Ok(None);
+        }
+        let grant = self.room(object.cost(index), urgency, hurry).await?;
+        Ok(Some((permits, grant)))
+    }
+
     async fn fetch(&self, object: &CachedObject, index: ChunkIndex) -> Result<CipherChunk> {
         let model = &object.model;
         let mut stop = self.stop.subscribe();
         self.telemetry.fetch_requests.inc();
         let started = Instant::now();
+        model.vitals.asked(started);
         let fetched = tokio::select! {
             fetched = store::fetch_chunk(&*model.source, &model.manifest, object.key.object, index) => fetched,
             _ = stop.wait_for(|stopped| *stopped) => return Err(stopping()),
+            () = model.until_locked() => return Err(model.locked_error()),
         };
         let cipher = fetched.inspect_err(|error| {
             self.telemetry.fetch_errors.inc();
             self.count_refusal(error);
+            self.store_silent(model, error);
         })?;
+        self.store_answers(model);
         self.telemetry.fetch_seconds.add(started.elapsed());
         self.telemetry.fetch_bytes.add(cipher.pieces.iter().map(|p| p.len() as u64).sum());
         Ok(cipher)
@@ -164,6 +194,7 @@ impl Shared {
         file: &Arc<LockedFile>,
     ) -> Result<()> {
         let (sender, receiver) = oneshot::channel();
+        let model = object.model.clone();
         let (object, file, telemetry) = (object.clone(), file.clone(), self.telemetry.clone());
         let arena = self.arena.clone();
         let plain = object.layout.chunk_plain(index);
@@ -181,10 +212,35 @@ impl Shared {
             Ok(()) => {
                 self.telemetry.chunks_opened.inc();
                 self.telemetry.opened_bytes.add(plain.end - plain.start);
+                model.vitals.came(Instant::now(), plain.end - plain.start);
             }
             Err(error) => self.count_refusal(error),
         }
         outcome
+    }
+
+    /// Tells of a store that does not answer, once.
+    fn store_silent(&self, model: &Model, error: &Error) {
+        if error.class() != Class::Unreachable || error.code() == Code::Stopping {
+            return;
+        }
+        let store = store_of(model);
+        if self.telemetry.stores.fell_silent(&store) {
+            let event = Event::new(Kind::StoreDown).severity(Severity::High).subject(of_store(&store)).error(error);
+            self.telemetry.events.tell(&event);
+        }
+    }
+
+    fn store_answers(&self, model: &Model) {
+        if self.telemetry.stores.all_answer() {
+            return;
+        }
+        let store = store_of(model);
+        if let Some(silent) = self.telemetry.stores.answered(&store) {
+            let detail = format!("after {:.1} s", silent.as_secs_f64());
+            let event = Event::new(Kind::StoreUp).subject(of_store(&store)).detail(detail);
+            self.telemetry.events.tell(&event);
+        }
     }
 
     fn count_refusal(&self, error: &Error) {
@@ -235,7 +291,8 @@ impl Shared {
                 return;
             }
             Ok(Some(grant)) => {
-                state.chunks[index.0 as usize] = Chunk::Resident { grant, pins: waiters.len() as u32 };
+                let read = if waiters.is_empty() { NEVER } else { self.rounds.now() };
+                state.chunks[index.0 as usize] = Chunk::Resident { grant, pins: waiters.len() as u32, read };
                 state.resident += 1;
                 state.pinned += waiters.len() as u64;
                 Ok(state.file.clone().expect("a filled chunk has a file"))
@@ -258,7 +315,12 @@ impl Shared {
             }
             // Nobody waits for a prefetch that found no room.
             Err(error) if error.code() == Code::NoRoom && waiters.is_empty() => {}
-            Err(error) => report(object, error),
+            Err(error) => {
+                report(object, error);
+                if error.class() == Class::Tampered {
+                    self.tell_tampered(object, index, error, Severity::Critical);
+                }
+            }
         }
         for waiter in waiters {
             let message = match &answer {
@@ -270,12 +332,34 @@ impl Shared {
         }
     }
 
+    /// Somebody has to answer for bytes that are not those that were signed. Where: object, chunk, and the first file in it.
+    fn tell_tampered(&self, object: &CachedObject, index: ChunkIndex, error: &Error, severity: Severity) {
+        if !self.telemetry.events.any() {
+            return;
+        }
+        let (model, plain) = (&object.model, object.layout.chunk_plain(index));
+        let manifest = &model.manifest;
+        let holds = |file: &&FileEntry| {
+            let mut extents = manifest.extents(file).iter().filter(|extent| extent.object == object.key.object);
+            extents.any(|extent| extent.object_offset < plain.end && extent.object_offset + extent.len > plain.start)
+        };
+        let file = manifest.files().iter().find(holds).map(|file| manifest.path(file).to_string());
+        let subject = Subject { store: Some(model.source.describe()), file, ..model.subject() };
+        let oid = manifest.objects()[object.key.object as usize].oid;
+        let then = if severity == Severity::Critical { "refused" } else { "asked for once more" };
+        let detail = format!("chunk {} of object {oid}: {then}: {}", index.0, error.chain());
+        self.telemetry
+            .events
+            .tell(&Event::new(Kind::Tamper).subject(subject).error(error).severity(severity).detail(detail));
+    }
+
     fn memory_of(&self, error: &Error) -> Option<Duration> {
         match error.class() {
             Class::Tampered | Class::Changed | Class::NotFound => Some(self.limits.refusal_memory),
-            Class::Unreachable if error.code() == Code::Stopping => None,
+            // Over as soon as the model is unlocked.
+            _ if matches!(error.code(), Code::Stopping | Code::Locked) => None,
             Class::Unreachable | Class::Denied => Some(self.limits.outage_memory),
-            Class::NoRoom | Class::Held | Class::Usage | Class::Host => None,
+            Class::NoRoom | Class::Held | Class::Usage | Class::Insecure | Class::Host => None,
         }
     }
 
@@ -305,10 +389,8 @@ impl Shared {
         recency.put(Unit::Object(object.key), ());
         drop(recency);
         let waiters = std::mem::take(&mut object.state().whole_waiters);
-        if let Some(gate) = self.gate.get() {
-            let (gate, key) = (gate.clone(), object.key);
-            self.runtime.spawn_blocking(move || gate.published(key));
-        }
+        let (gates, key) = (self.gates(), object.key);
+        self.runtime.spawn_blocking(move || gates.iter().for_each(|gate| gate.published(key)));
         for waiter in waiters {
             // A caller that went away does not need the answer.
             let _ = waiter.send(());
@@ -317,8 +399,18 @@ impl Shared {
 }
 
 /// One line a refusal, with the object and nothing secret; repeats are kept away by the refusal memory.
+fn store_of(model: &Model) -> String {
+    model.vitals.store().map_or_else(|| model.source.describe(), str::to_owned)
+}
+
+fn of_store(store: &str) -> Subject {
+    Subject { store: Some(store.to_owned()), ..Subject::default() }
+}
+
 fn report(object: &CachedObject, error: &Error) {
     match error.class() {
+        // Said once, by whoever locked it.
+        _ if error.code() == Code::Locked => {}
         Class::Tampered => tracing::error!(code = %error.code(), model = %object.model.name, "{}", error.chain()),
         _ => tracing::warn!(code = %error.code(), model = %object.model.name, "{}", error.chain()),
     }
@@ -334,9 +426,7 @@ fn open_into(
     arena: &Arena,
 ) -> Result<()> {
     let keys = object.model.keys.read().expect("a thread died holding the keys");
-    let Some(keys) = keys.as_ref() else {
-        return Err(Error::new(Code::NoKey, format!("the keys of {} were wiped", object.model.name)));
-    };
+    let Some(keys) = keys.as_ref() else { return Err(object.model.locked_error()) };
     // SAFETY: the chunk is in state Filling, whose one task sent us here; nobody reads or writes this range until that
     // task publishes it.
     let slot = unsafe { file.slot(object.layout.chunk_plain(index))? };

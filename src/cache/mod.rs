@@ -1,6 +1,6 @@
 //! Which chunks of which data object are resident, and the promise that they never exceed the budget.
 //!
-//! `fill` brings chunks in, `evict` takes them out.
+//! `fill` brings chunks in, `evict` takes them out, `lock` takes them away, `residency` tells which are there.
 //!
 //! In: a model whose manifest is verified and keys are open, and a wish ("chunk 17 of object 3"). Out: a [`Pin`] on verified
 //! plaintext that cannot move or vanish while the pin lives, or a named error.
@@ -13,12 +13,15 @@
 mod chunks;
 mod evict;
 mod fill;
+mod lock;
 mod model;
+mod residency;
+mod vitals;
 
 use std::collections::HashMap;
 use std::num::NonZeroUsize;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 use std::time::{Duration, Instant};
 
 use lru::LruCache;
@@ -26,7 +29,11 @@ use tokio::sync::{Notify, Semaphore, oneshot, watch};
 
 use chunks::Chunks;
 use fill::{Joined, Openers};
-pub use model::Model;
+pub use lock::{Cuts, LockReport};
+pub use model::{Admission, Model};
+use residency::Rounds;
+pub use residency::{Part, Residency};
+pub use vitals::{LOAD_QUIET, Loaded, Vitals};
 
 use crate::error::{Code, Error, Result};
 use crate::format::{ChunkIndex, ObjectLayout};
@@ -56,6 +63,8 @@ pub trait HotGate: Send + Sync {
     /// The object is about to leave. On return no new open can reach it past the daemon, and the kernel-side backing is
     /// dropped. Called from a thread that holds no lock of the cache.
     fn retire(&self, key: ObjectKey);
+    /// The model was locked: what the kernel caches of its pages goes. Called likewise.
+    fn drop_pages(&self, model: u32);
 }
 
 /// Bounds and deadlines. Every queue and wait of the cache has its number here.
@@ -99,6 +108,9 @@ impl Default for CacheLimits {
 /// How long a look-up keeps a whole object from eviction: longer than any walk from look-up to open.
 const PROMISE: Duration = Duration::from_millis(500);
 
+/// Generations of one object's memory that are told apart; then they begin anew.
+pub const GENERATIONS: u64 = 1 << 20;
+
 /// How often whoever waits for a prefetch looks whether it ended.
 const PREFETCH_POLL: Duration = Duration::from_millis(10);
 
@@ -121,6 +133,8 @@ enum Chunk {
     Resident {
         grant: Grant,
         pins: u32,
+        /// The round in which it was pinned last, see `residency`.
+        read: u32,
     },
     /// Being wiped. Whoever asks now waits and starts the next fill.
     Leaving {
@@ -157,6 +171,9 @@ struct State {
     phase: Phase,
     /// Opens answered with passthrough and not yet released.
     hot_opens: u64,
+    /// Which memory of this object it is: one more, modulo [`GENERATIONS`], each time it was taken
+    /// away from those who had it.
+    generation: u64,
     /// Until then a look-up that answered the hot node may still be followed by its open.
     promised_until: Option<Instant>,
     whole_waiters: Vec<oneshot::Sender<()>>,
@@ -213,25 +230,26 @@ impl CachedObject {
         self.layout.plain_len().next_multiple_of(self.granule)
     }
 
-    /// Counts a passthrough open and hands out the memory file, or `None` when the object is not (or no longer) whole.
-    pub fn hot_open(&self) -> Option<Arc<LockedFile>> {
+    /// Counts a passthrough open and hands out the memory file, or `None` when the object is not (or no longer) whole, or
+    /// its memory is another than that of `generation`.
+    pub fn hot_open(&self, generation: u64) -> Option<Arc<LockedFile>> {
         let mut state = self.state();
-        if state.phase != Phase::Whole {
+        if state.phase != Phase::Whole || state.generation != generation {
             return None;
         }
         state.hot_opens += 1;
         state.file.clone()
     }
 
-    /// Whether a look-up may answer the hot node. If so the object stays for [`PROMISE`], so that the open which follows
-    /// finds it: the kernel forgives ESTALE once a walk, not twice.
-    pub fn promise_hot(&self) -> bool {
+    /// Whether a look-up may answer the hot node, and of which generation. If so the object stays for [`PROMISE`], so that
+    /// the open which follows finds it: the kernel forgives ESTALE once a walk, not twice.
+    pub fn promise_hot(&self) -> Option<u64> {
         let mut state = self.state();
-        let whole = state.phase == Phase::Whole;
-        if whole {
-            state.promised_until = Some(Instant::now() + PROMISE);
+        if state.phase != Phase::Whole {
+            return None;
         }
-        whole
+        state.promised_until = Some(Instant::now() + PROMISE);
+        Some(state.generation)
     }
 
     /// Whether a program has the whole object open or mapped past the daemon.
@@ -242,8 +260,12 @@ impl CachedObject {
         file.is_some_and(|file| state.hot_opens > 0 || file.others_hold().unwrap_or(true))
     }
 
-    pub fn hot_release(&self) {
+    /// Ends a passthrough open of that generation's memory.
+    pub fn hot_release(&self, generation: u64) {
         let mut state = self.state();
+        if state.generation != generation {
+            return;
+        }
         state.hot_opens = state.hot_opens.checked_sub(1).expect("a hot release without its open");
         drop(state);
         self.idle.notify_waiters();
@@ -306,7 +328,7 @@ impl PinnedRun {
     }
 }
 
-/// The cache of one mount. Cheap to clone.
+/// The cache of a process, for all its mounts. Cheap to clone.
 #[derive(Clone)]
 pub struct Cache {
     shared: Arc<Shared>,
@@ -321,9 +343,11 @@ struct Shared {
     openers: Openers,
     all_permits: Arc<Semaphore>,
     prefetch_permits: Arc<Semaphore>,
-    gate: OnceLock<Arc<dyn HotGate>>,
+    /// One a mount.
+    gates: RwLock<Vec<Arc<dyn HotGate>>>,
     /// Shared with every object, see [`CachedObject`].
     idle: Arc<Notify>,
+    rounds: Rounds,
     stop: watch::Sender<bool>,
     runtime: tokio::runtime::Handle,
     telemetry: Arc<Telemetry>,
@@ -357,8 +381,9 @@ impl Cache {
                 recency: Mutex::new(LruCache::unbounded()),
                 objects: Mutex::new(HashMap::new()),
                 openers,
-                gate: OnceLock::new(),
+                gates: RwLock::default(),
                 idle: Arc::new(Notify::new()),
+                rounds: Rounds::default(),
                 stop: watch::Sender::new(false),
                 runtime,
                 telemetry,
@@ -366,9 +391,26 @@ impl Cache {
         })
     }
 
-    /// Connects the kernel side. Called once, before the first open can be answered.
-    pub fn set_gate(&self, gate: Arc<dyn HotGate>) {
-        assert!(self.shared.gate.set(gate).is_ok(), "the gate is set once");
+    /// Connects the kernel side of a mount: before its first open can be answered.
+    pub fn add_gate(&self, gate: Arc<dyn HotGate>) {
+        self.shared.gates.write().expect("a thread died holding the gates").push(gate);
+    }
+
+    /// The mount is gone.
+    pub fn remove_gate(&self, gate: &Arc<dyn HotGate>) {
+        self.shared.gates.write().expect("a thread died holding the gates").retain(|other| !Arc::ptr_eq(other, gate));
+    }
+
+    /// Lets the kernel drop what its page cache holds of `models`, through whichever mount it came there. From a thread that
+    /// holds nothing, after reads that are under way are sure to be answered.
+    pub fn drop_pages(&self, models: &[Arc<Model>]) {
+        for gate in self.shared.gates() {
+            models.iter().for_each(|model| gate.drop_pages(model.serial));
+        }
+    }
+
+    pub fn limits(&self) -> &CacheLimits {
+        &self.shared.limits
     }
 
     pub fn budget(&self) -> &Budget {
@@ -411,6 +453,7 @@ impl Cache {
                         pinned: 0,
                         phase: Phase::Partial,
                         hot_opens: 0,
+                        generation: 0,
                         promised_until: None,
                         whole_waiters: Vec::new(),
                         whole_fill_runs: false,
@@ -423,6 +466,9 @@ impl Cache {
     /// Pins every chunk of `range` (plain bytes of the object) if all are resident now; starts and waits for nothing.
     pub fn try_pin_run(&self, object: &Arc<CachedObject>, range: Range<u64>) -> Option<PinnedRun> {
         assert!(range.start < range.end, "an empty range has no chunks");
+        if object.model.is_locked() {
+            return None;
+        }
         let first = object.layout.chunk_at(range.start);
         let last = object.layout.chunk_at(range.end - 1);
         let file;
@@ -433,8 +479,9 @@ impl Cache {
                 return None;
             }
             for i in indices {
-                if let Chunk::Resident { pins, .. } = &mut state.chunks[i as usize] {
+                if let Chunk::Resident { pins, read, .. } = &mut state.chunks[i as usize] {
                     *pins += 1;
+                    *read = self.shared.rounds.now();
                 }
                 state.pinned += 1;
             }
@@ -494,11 +541,7 @@ impl Cache {
 
     /// Plain bytes of a model that are resident now.
     pub fn resident_bytes(&self, model: u32) -> u64 {
-        let objects: Vec<Arc<CachedObject>> = {
-            let table = self.shared.objects.lock().expect("a thread died holding the object table");
-            table.values().filter(|object| object.key.model == model).cloned().collect()
-        };
-        objects.iter().map(|object| object.resident_bytes()).sum()
+        self.objects_of(model).iter().map(|object| object.resident_bytes()).sum()
     }
 
     /// How many chunks may be on their way ahead of readers.
@@ -573,6 +616,31 @@ impl Cache {
         }
     }
 
+    fn objects_of(&self, model: u32) -> Vec<Arc<CachedObject>> {
+        let table = self.shared.objects.lock().expect("a thread died holding the object table");
+        table.values().filter(|object| object.key.model == model).cloned().collect()
+    }
+
+    /// Whether a program has something of a model open or mapped past the daemon.
+    pub fn is_held(&self, model: u32) -> bool {
+        self.objects_of(model).iter().any(|object| object.is_held())
+    }
+
+    /// Wipes everything of one model that no program holds past the daemon, and forgets what was wiped. The caller has
+    /// seen to it that nobody opens the model again, and wiped its keys. Idempotent; blocking.
+    pub fn wipe_model(&self, model: u32) -> WipeReport {
+        let mut report = WipeReport::default();
+        for object in self.objects_of(model) {
+            self.shared.retire(object.key);
+            let held = report.held_objects;
+            self.shared.wipe_object(&object, false, &mut report);
+            if report.held_objects == held {
+                self.shared.forget_object(&object);
+            }
+        }
+        report
+    }
+
     /// Refuses new work, then wipes everything that no program holds past the daemon. Idempotent.
     ///
     /// `unmounted`: the mount is gone, so a passthrough open whose release never came is no longer a reason to wait.
@@ -585,6 +653,17 @@ impl Cache {
             self.shared.wipe_object(&object, unmounted, &mut report);
         }
         report
+    }
+}
+
+impl Shared {
+    fn gates(&self) -> Vec<Arc<dyn HotGate>> {
+        self.gates.read().expect("a thread died holding the gates").clone()
+    }
+
+    /// On return no mount lets a new open reach the object past the daemon. From a thread that holds no lock of the cache.
+    fn retire(&self, key: ObjectKey) {
+        self.gates().iter().for_each(|gate| gate.retire(key));
     }
 }
 

@@ -1,10 +1,15 @@
-//! A model as the cache takes it: verified, keys open, and closable for good.
+//! A model as the cache takes it: verified, keys open, and closable, for good or until it is unlocked.
 
 use std::sync::{Arc, RwLock};
 
+use tokio::sync::watch;
+
+use super::vitals::Vitals;
 use crate::crypto::{ModelKeys, Verify};
+use crate::error::{Code, Error, Result};
 use crate::format::{Manifest, ManifestDigest, ObjectEntry};
 use crate::store::ChunkSource;
+use crate::telemetry::events::Subject;
 
 /// A model whose manifest passed every check; what the cache needs to fetch and open its chunks.
 pub struct Model {
@@ -13,10 +18,18 @@ pub struct Model {
     pub source: Arc<dyn ChunkSource>,
     pub verify: Verify,
     pub digest: ManifestDigest,
-    /// Distinguishes the models of one mount; part of [`ObjectKey`].
+    /// Distinguishes the models of one mount; part of [`ObjectKey`](super::ObjectKey).
     pub serial: u32,
+    pub vitals: Vitals,
     pub(super) keys: RwLock<Option<ModelKeys>>,
+    /// What the keys were unwrapped from. Stays known while it is locked.
+    slot: RwLock<Option<Arc<str>>>,
+    locked: watch::Sender<bool>,
 }
+
+/// Leave to answer with the model's plaintext, now: [`Model::lock`] waits until it is dropped. Hold it for one answer, not
+/// across a wait.
+pub struct Admission<'a>(#[expect(dead_code, reason = "held, not looked at")] watch::Ref<'a, bool>);
 
 impl Model {
     pub fn new(
@@ -28,12 +41,67 @@ impl Model {
         verify: Verify,
     ) -> Self {
         let (manifest, keys) = opened;
-        Model { name, manifest, source, verify, digest, serial, keys: RwLock::new(Some(keys)) }
+        let slot = RwLock::new(keys.slot().cloned());
+        let (keys, locked) = (RwLock::new(Some(keys)), watch::Sender::new(false));
+        let vitals = Vitals::default();
+        Model { name, manifest, source, verify, digest, serial, vitals, keys, slot, locked }
     }
 
-    /// Drops and wipes the keys: from now on nothing more of this model can be opened.
+    /// Drops and wipes the keys: nothing more of this model can be opened.
     pub fn wipe_keys(&self) {
         self.keys.write().expect("a thread died holding the keys").take();
+    }
+
+    /// From the return on nothing of the model is answered any more, who waits is refused, and the keys are wiped. Names and
+    /// sizes stay. `false`: it was locked before. Waits for answers being given, not for readers.
+    pub fn lock(&self) -> bool {
+        let before = self.locked.send_replace(true);
+        self.wipe_keys();
+        !before
+    }
+
+    /// Serves it again, with the keys of this very version.
+    pub fn unlock(&self, keys: ModelKeys) {
+        *self.slot.write().expect("a thread died holding the slot") = keys.slot().cloned();
+        *self.keys.write().expect("a thread died holding the keys") = Some(keys);
+        self.locked.send_replace(false);
+    }
+
+    /// The key slot that opened it last, as `KIND/LABEL`; where mounts share it, the first one's.
+    pub fn key_slot(&self) -> Option<Arc<str>> {
+        self.slot.read().expect("a thread died holding the slot").clone()
+    }
+
+    /// As the subject of an event.
+    pub fn subject(&self) -> Subject {
+        Subject {
+            model: Some(self.name.clone()),
+            version: Some(self.manifest.header().seq),
+            manifest: Some(format!("sha256:{}", self.digest)),
+            key: self.key_slot().map(|slot| slot.to_string()),
+            ..Subject::default()
+        }
+    }
+
+    pub fn is_locked(&self) -> bool {
+        *self.locked.borrow()
+    }
+
+    /// # Errors
+    /// `LOCKED`.
+    pub fn admit(&self) -> Result<Admission<'_>> {
+        let locked = self.locked.borrow();
+        if *locked { Err(self.locked_error()) } else { Ok(Admission(locked)) }
+    }
+
+    /// Returns when the model is locked.
+    pub async fn until_locked(&self) {
+        // The sender lives as long as `self`.
+        let _ = self.locked.subscribe().wait_for(|locked| *locked).await;
+    }
+
+    pub fn locked_error(&self) -> Error {
+        Error::new(Code::Locked, format!("model {} is locked; `modelfs unlock` serves it again", self.name))
     }
 
     pub(super) fn entry(&self, object: u32) -> &ObjectEntry {

@@ -1,14 +1,20 @@
 //! From what was typed to an open model, and the keys as `seal` asks for them.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::config::{Access, Layers, parse_store};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use zeroize::Zeroizing;
+
+use crate::config::{Access, Layers};
 use crate::crypto::{Dek, ModelKeys};
 use crate::error::{Code, Error, Result};
-use crate::format::{Manifest, ManifestHeader, Slot, Slots};
+use crate::format::{Manifest, ManifestHeader, Slot, SlotKind, Slots};
 use crate::keys::{KeySource, Keyring, Resolved, prompt_terminal};
+use crate::mem::Secret;
 pub use crate::reading::Reading;
 use crate::seal::{SlotKeys, SlotTarget};
+use crate::vault::Vault;
 
 /// Threads for fetching and for opening chunks. Start it once the process will not fork any more.
 pub fn runtime() -> Result<tokio::runtime::Runtime> {
@@ -22,7 +28,7 @@ pub fn runtime() -> Result<tokio::runtime::Runtime> {
 /// The store that was named, and what the layers say of keys and trust.
 pub fn reading(store_url: &str, layers: &Layers) -> Result<Reading> {
     crate::mem::harden()?;
-    Reading::new(parse_store(store_url)?, Access::from_layers(layers)?)
+    Reading::new(layers.store(store_url)?, Access::from_layers(layers)?)
 }
 
 /// A version whose key we have, shared by the tasks that read it.
@@ -42,20 +48,54 @@ impl Opened {
 /// The keys of the command line, as `seal` asks for them: one slot each.
 pub struct LocalKeys {
     keyring: Keyring<'static>,
+    /// What transit made of the newest data key: a record of a catalog holds the same.
+    transit: Mutex<Option<String>>,
 }
 
 impl LocalKeys {
-    pub fn new(sources: &[KeySource]) -> LocalKeys {
-        LocalKeys { keyring: Keyring::new(sources, &prompt_terminal) }
+    /// # Errors
+    /// `USAGE` for a key in Vault and no Vault.
+    pub fn new(sources: &[KeySource], vault: Option<Vault>) -> Result<LocalKeys> {
+        let keyring = Keyring::new(sources, &prompt_terminal).with_vault(vault)?;
+        Ok(LocalKeys { keyring, transit: Mutex::default() })
+    }
+
+    /// What opens the version that was just sealed, as a record of a catalog holds it: the transit ciphertext, or the first
+    /// raw key in base64 where `raw` asks for it.
+    pub fn for_record(&self, raw: bool) -> Result<Zeroizing<String>> {
+        if raw {
+            let base64 = |key: &Secret<32>| {
+                let mut text = Zeroizing::new(String::with_capacity(RAW_KEY_TEXT_BYTES));
+                STANDARD.encode_string(key.expose(), &mut text);
+                text
+            };
+            let text = self.keyring.with_raw_key(base64)?;
+            return text.ok_or_else(|| Error::new(Code::Usage, "there is no raw key to register"));
+        }
+        let transit = self.transit.lock().unwrap_or_else(PoisonError::into_inner);
+        let text = transit.clone().map(Zeroizing::new);
+        text.ok_or_else(|| Error::new(Code::Usage, "there is no transit ciphertext to register"))
     }
 }
 
+/// 32 bytes in padded base64: no buffer that grows leaves a part of the key behind.
+const RAW_KEY_TEXT_BYTES: usize = 44;
+
 impl SlotKeys for LocalKeys {
     fn wrap(&self, dek: &Dek, target: &SlotTarget) -> Result<Vec<Slot>> {
-        self.keyring.wrap_all(dek, target)
+        let slots = self.keyring.wrap_all(dek, target)?;
+        let transit = slots.iter().find(|slot| slot.kind() == SlotKind::VaultTransit);
+        if let Some(text) = transit.and_then(|slot| String::from_utf8(slot.body.clone()).ok()) {
+            *self.transit.lock().unwrap_or_else(PoisonError::into_inner) = Some(text);
+        }
+        Ok(slots)
     }
 
     fn unlock(&self, slots: &Slots, header: &ManifestHeader) -> Result<Dek> {
         self.keyring.unlock(slots, header)
+    }
+
+    fn opens(&self) -> bool {
+        self.keyring.sources().iter().any(KeySource::opens)
     }
 }

@@ -263,10 +263,9 @@ struct Work {
 
 impl Work {
     fn new() -> Result<Work> {
-        let mut random = [0u8; 8];
-        getrandom::fill(&mut random).map_err(|e| Error::new(Code::Host, "no random numbers").with_source(e))?;
-        let path = std::env::temp_dir().join(format!("modelfs-demo-{}", hex::encode(random)));
-        make_dir(&path)?;
+        // Mode 0700. Removed by `clean`, once nothing is mounted in it any more.
+        let path = tempfile::Builder::new().prefix("modelfs-demo-").tempdir().map(tempfile::TempDir::keep);
+        let path = path.map_err(|e| Error::new(Code::Host, "cannot make a temporary folder").with_source(e))?;
         let program = std::env::current_exe()
             .map_err(|e| Error::new(Code::Host, "cannot find this program's own file").with_source(e))?;
         Ok(Work { path, program, mounted: std::cell::Cell::new(false) })

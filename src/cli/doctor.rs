@@ -6,95 +6,149 @@ use std::time::Duration;
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::Out;
 use super::out::printable;
-use crate::config::{default_cache_bytes, units};
+use super::{AccessArgs, Out};
+use crate::config::{self, Layers, default_cache_bytes, units};
 use crate::control::{self, Request};
-use crate::crypto;
-use crate::doctor::{self, Facts, Finding, MountFacts, Severity};
+use crate::doctor::{self, Finding, MountFacts, Setup, Severity};
 use crate::error::{Code, Error, Result};
-use crate::format::Suite;
-use crate::{mem, mounts};
+use crate::store::StoreUrl;
+use crate::{mem, mounts, refuse};
 
 /// A daemon answers from memory: longer means that it hangs.
 const WAIT: Duration = Duration::from_secs(5);
+/// For Vault and the store, asked at once.
+const SERVICE_WAIT: Duration = Duration::from_secs(10);
 
-/// Look at this machine, and at a mount: what stops modelfs or holds it back, and the command that mends it.
+/// Look at this machine, at a mount, at what is configured: what stops modelfs, holds it back or lets secrets out, and the
+/// command that mends it.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct DoctorArgs {
-    /// A mount to look at as well
-    mountpoint: Option<PathBuf>,
+    /// A mount to look at as well, or a store that is to be mounted
+    #[arg(value_name = "MOUNTPOINT|STORE")]
+    place: Option<String>,
     /// The cache that a mount would be given [default: that of the mount, else what `mount` would take]
     #[arg(long, value_name = "SIZE")]
     cache: Option<String>,
     /// Show what is fine too
     #[arg(long)]
     all: bool,
+    /// Fail (26) on an error, and on a warning about secrets [env: STRICT_MODEL_SECURITY]
+    #[arg(long)]
+    strict: bool,
+    /// This rule alone; give it again for more
+    #[arg(long, value_name = "NAME")]
+    rule: Vec<String>,
+    /// Longest time that Vault and the store have to answer [default: 10s]
+    #[arg(long, value_name = "TIME")]
+    wait: Option<String>,
+    #[command(flatten)]
+    access: AccessArgs,
 }
 
 const EXAMPLES: &str = "\
 Examples:
   modelfs doctor                            before the first mount
   modelfs doctor --cache 64GiB              would that cache work here?
+  modelfs doctor s3://models/prod --key vault-transit:transit/models --strict
+                                            and would that store, Vault, those files?
   modelfs doctor /mnt/models --all          a mount that is slower than expected
+  modelfs doctor --rule swap --rule memlock
   modelfs doctor --json | jq '.findings[] | select(.severity != \"fine\")'
 
-Nothing is changed. Exit code 1 only when something prevents mounting; what costs speed is told and exits with 0.
+Nothing is changed. What is configured (files, environment, options) is looked at too. Exit code 1 when something prevents
+mounting; what costs speed is told and exits with 0. With --strict 26 for both an error and a warning about secrets.
 As another user than the daemon's, the rights seen are those of the doctor.";
 
-pub fn run(args: &DoctorArgs, out: &Out) -> Result<()> {
-    let facts = facts(args)?;
-    let findings = doctor::examine(Path::new("/"), &facts);
+pub fn run(args: &DoctorArgs, layers: Result<Layers>, config_files: Vec<PathBuf>, out: &Out) -> Result<()> {
+    for rule in &args.rule {
+        if !doctor::rule_names().any(|name| name == rule) {
+            let names: Vec<&str> = doctor::rule_names().collect();
+            refuse!(Usage, "there is no rule `{rule}`; the rules are {}", names.join(", "));
+        }
+    }
+    // Where the configuration cannot be read, that is an error of its own.
+    let strict = args.strict || layers.as_ref().map_or(Ok(false), |layers| layers.switch("strict"))?;
+    let wait = args.wait.as_deref().map(units::parse_duration).transpose().map_err(|e| e.context("--wait"))?;
+    let asked = args.cache.as_deref().map(units::parse_size).transpose().map_err(|e| e.context("--cache"))?;
+    match mem::harden() {
+        // That not even a key can be locked is a finding.
+        Err(error) if error.code() != Code::Memlock => return Err(error),
+        Ok(_) | Err(_) => {}
+    }
+    let mut cache = None;
+    let place = args.place.as_deref().map(|place| look_at(place, &mut cache)).transpose()?;
+    let (store, mountpoint, mount) = match place {
+        None => (None, None, None),
+        Some(Place::Store(store)) => (Some(store), None, None),
+        Some(Place::Mount(mountpoint, facts)) => (None, Some(mountpoint), Some(facts)),
+    };
+    let layers = layers.map(|mut layers| {
+        args.access.lay(&mut layers);
+        layers
+    });
+    let cache = match (asked.or(cache), &layers) {
+        (Some(bytes), _) => bytes,
+        // One that cannot be read is told of as a finding.
+        (None, Ok(layers)) => config::cache_bytes(layers).unwrap_or_else(|_| default_cache_bytes()),
+        (None, Err(_)) => default_cache_bytes(),
+    };
+    let setup = Setup::of_layers(layers, config_files, store, mountpoint);
+    let mut facts = doctor::gather(cache, Some(setup), &args.rule, wait.unwrap_or(SERVICE_WAIT));
+    facts.mount = mount;
+    let findings = doctor::examine_by(Path::new("/"), &facts, &args.rule);
+    tell(&findings, strict, args.all, out)
+}
+
+fn tell(findings: &[Finding], strict: bool, all: bool, out: &Out) -> Result<()> {
     let stops: Vec<&Finding> = findings.iter().filter(|finding| finding.severity == Severity::Error).collect();
-    let value = json!({"can_mount": stops.is_empty(), "findings": findings});
-    out.result(&value, || show(&findings, args.all))?;
-    match stops.first() {
-        None => Ok(()),
-        Some(first) => Err(Error::new(
-            Code::Host,
-            format!("this machine cannot mount: {}; {}", first.seen, first.fix.as_deref().unwrap_or(first.wanted)),
-        )),
+    let weak: Vec<&Finding> = findings.iter().filter(|finding| finding.stops_strict()).collect();
+    let value = json!({"can_mount": stops.is_empty(), "passes_strict": weak.is_empty(), "findings": findings});
+    out.result(&value, || show(findings, all))?;
+    let told =
+        |first: &Finding| format!("{}: {}; {}", first.rule, first.seen, first.fix.as_deref().unwrap_or(first.wanted));
+    match (stops.first(), weak.first()) {
+        (_, Some(first)) if strict => {
+            Err(Error::new(Code::Insecure, format!("a strict check fails by {}", told(first))))
+        }
+        (Some(first), _) => Err(Error::new(Code::Host, format!("this machine cannot mount by {}", told(first)))),
+        (None, _) => Ok(()),
     }
 }
 
-fn facts(args: &DoctorArgs) -> Result<Facts> {
-    let asked = args.cache.as_deref().map(units::parse_size).transpose().map_err(|e| e.context("--cache"))?;
-    let mut of_mount = None;
-    let mount = args.mountpoint.as_deref().map(|mountpoint| look_at(mountpoint, &mut of_mount)).transpose()?;
-    Ok(Facts {
-        cache_bytes: asked.or(of_mount).unwrap_or_else(default_cache_bytes),
-        aes_library: crypto::implementation(Suite::Aes256Gcm).name(),
-        secret_memory: mem::secret_memory().ok().map(|kind| kind == mem::SecretMemory::MemfdSecret),
-        clock_kept: clock_kept(),
-        mount: Some(mount).flatten(),
-    })
+enum Place {
+    Store(StoreUrl),
+    Mount(PathBuf, MountFacts),
 }
 
-/// The mount and, where its daemon answers us, what it says of itself.
-fn look_at(mountpoint: &Path, cache_bytes: &mut Option<u64>) -> Result<MountFacts> {
-    let canonical = control::canonical_mountpoint(mountpoint)?;
-    let mount = mounts::at(&canonical)?
-        .filter(mounts::Mount::is_ours)
-        .ok_or_else(|| Error::new(Code::NotMounted, format!("no modelfs mount at {}", canonical.display())))?;
+/// A mount of ours and, where its daemon answers us, what it says of itself; else a store.
+fn look_at(place: &str, cache_bytes: &mut Option<u64>) -> Result<Place> {
+    if place.contains("://") || is_local_store(Path::new(place)) {
+        return Ok(Place::Store(config::parse_store(place)?));
+    }
+    let canonical = control::canonical_mountpoint(Path::new(place))?;
+    let mount = mounts::at(&canonical)?.filter(mounts::Mount::is_ours).ok_or_else(|| {
+        Error::new(Code::NotMounted, format!("no modelfs mount and no store at {}", canonical.display()))
+    })?;
     // A daemon of another user, or one that hangs: its device tells what it can.
     let status = control::ask(&canonical, Request::Status, WAIT).unwrap_or(Value::Null);
     *cache_bytes = status.pointer("/cache/bytes_max").and_then(Value::as_u64);
-    Ok(MountFacts {
+    let facts = MountFacts {
         device: mount.device,
         passthrough: status.get("passthrough").and_then(Value::as_bool),
         huge_page_short_bytes: status.pointer("/metrics/huge_page_short_bytes").and_then(Value::as_u64),
-    })
+    };
+    Ok(Place::Mount(canonical, facts))
 }
 
-/// Whether a time service keeps the kernel's clock.
-fn clock_kept() -> Option<bool> {
-    // SAFETY: a timex is plain numbers; with no mode set the kernel only fills it.
-    let (state, status) = unsafe {
-        let mut timex: libc::timex = std::mem::zeroed();
-        (libc::adjtimex(&mut timex), timex.status)
-    };
-    (state >= 0).then_some(status & libc::STA_UNSYNC == 0)
+/// Models lie in folders that are named by their id and hold refs.
+fn is_local_store(path: &Path) -> bool {
+    if mounts::at(path).ok().flatten().is_some_and(|mount| mount.is_ours()) {
+        return false;
+    }
+    let Ok(entries) = std::fs::read_dir(path) else { return false };
+    entries.flatten().take(1000).any(|entry| entry.path().join("r").is_dir() && entry.path().join("name").is_file())
 }
 
 fn show(findings: &[Finding], all: bool) -> String {
@@ -128,6 +182,7 @@ mod tests {
         let of = |rule, severity, fix: Option<&str>| Finding {
             rule,
             severity,
+            security: false,
             seen: format!("{rule} seen"),
             wanted: "much",
             fix: fix.map(str::to_owned),

@@ -52,6 +52,8 @@ fn describe(reading: &Reading, resolved: &Resolved, opened: Option<&Opened>) -> 
                 SlotParams::Scrypt { log2_n, .. } => Some(format!("N=2^{log2_n}")),
                 SlotParams::Argon2id { m_kib, t, p, .. } => Some(format!("m={m_kib}KiB t={t} p={p}")),
                 SlotParams::VaultKv { version, .. } => Some(format!("version {version}")),
+                SlotParams::HpkeX25519 { recipient } => Some(format!("recipient {recipient}")),
+                SlotParams::Pbkdf2Sha512 { iterations, .. } => Some(format!("iterations={iterations}")),
                 SlotParams::Raw { .. } | SlotParams::VaultTransit | SlotParams::Unknown { .. } => None,
             };
             json!({"label": slot.label, "kind": slot.kind().name(), "cost": cost})

@@ -16,8 +16,11 @@ pub struct KeygenArgs {
     /// Where to; never overwritten
     path: PathBuf,
     /// A signing key instead, with its public half in PATH.pub
-    #[arg(long)]
+    #[arg(long, conflicts_with = "recipient")]
     signing: bool,
+    /// A key pair that models are sealed to instead: PATH opens, PATH.pub only seals
+    #[arg(long)]
+    recipient: bool,
 }
 
 const EXAMPLES: &str = "\
@@ -25,11 +28,16 @@ Examples:
   modelfs keygen ~/llama.key                     then: modelfs seal ... --key file:$HOME/llama.key
   modelfs keygen --signing ~/release.key         then: modelfs seal ... --sign ~/release.key
                                                  and:  modelfs mount ... --trust ~/release.key.pub
+  modelfs keygen --recipient ~/server.key        then: modelfs mount ... --key x25519:$HOME/server.key on the server
+                                                 and:  modelfs seal ... --key recipient:server.key.pub elsewhere
 
 Whoever has the file opens every model sealed with it; without it nobody does. Keep a copy elsewhere.";
 
 pub fn run(args: &KeygenArgs, out: &Out) -> Result<()> {
     crate::mem::harden()?;
+    if args.recipient {
+        return recipient(args, out);
+    }
     if !args.signing {
         keys::generate_key_file(&args.path)?;
         let value = json!({"path": args.path, "kind": "key"});
@@ -50,6 +58,24 @@ pub fn run(args: &KeygenArgs, out: &Out) -> Result<()> {
         }
         format!(
             "new signing key in {}; readers trust it with --trust {} or --trust {public}",
+            args.path.display(),
+            public_path.display()
+        )
+    })
+}
+
+fn recipient(args: &KeygenArgs, out: &Out) -> Result<()> {
+    let public = keys::generate_recipient_pair(&args.path)?;
+    let public_path = keys::public_path(&args.path);
+    let value =
+        json!({"path": args.path, "kind": "recipient", "public_key": public.to_string(), "public_path": public_path});
+    out.result(&value, || {
+        if out.quiet {
+            return public.to_string();
+        }
+        format!(
+            "new key pair in {0}; it opens with --key x25519:{0}, others seal to it with --key recipient:{1} or --key \
+             recipient:{public}",
             args.path.display(),
             public_path.display()
         )

@@ -10,18 +10,20 @@ use serde_json::json;
 use super::access::runtime;
 use super::out::{printable, table};
 use super::{Out, StoreArgs};
+use crate::catalog::{self, CatalogAt, Records};
 use crate::config::units::{show_size, show_time};
-use crate::config::{Access, Layers, parse_store};
+use crate::config::{Access, Layers};
 use crate::error::{Code, Result};
 use crate::format::limits::MODEL_NAME_BYTES_MAX;
 use crate::format::{MANIFEST_HEADER_LEN, ManifestDigest, ManifestHeader, ModelId, Ref, check_model_name, names};
-use crate::store::{self, ChunkSource, Listed};
+use crate::reading;
+use crate::store::{self, ChunkSource, Listed, StoreUrl};
 
 /// List the models of a store, or the versions of one; as the store says it, unverified.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct LsArgs {
-    /// file:///srv/models, a plain path, or s3://bucket/prefix
+    /// file:///srv/models, a plain path, s3://bucket/prefix, or a catalog: vault-kv://MOUNT/PATH
     store: String,
     /// Only this model, with its versions
     model: Option<String>,
@@ -33,6 +35,7 @@ const EXAMPLES: &str = "\
 Examples:
   modelfs ls s3://models/prod
   modelfs ls s3://models/prod acme/llama
+  modelfs ls vault-kv://secret/models
   modelfs ls /srv/models --json | jq -r '.models[].name'
 
 Needs no key, and believes none: what is listed is what the store says. `inspect` and `verify` check signatures.
@@ -48,6 +51,8 @@ struct Model {
     /// None: hidden, or not believed because it does not hash to `id`.
     name: Option<String>,
     id: ModelId,
+    /// By its name: what `seal --variant` calls NAME+VARIANT.
+    variant_of: Option<String>,
     tags: BTreeMap<String, Tag>,
     versions: usize,
     data_objects: usize,
@@ -79,14 +84,87 @@ struct Version {
 
 pub fn run(args: &LsArgs, mut layers: Layers, out: &Out) -> Result<()> {
     args.access.lay(&mut layers);
-    let url = parse_store(&args.store)?;
-    let access = Access::from_layers(&layers)?;
+    let url = layers.store(&args.store)?;
+    let mut access = Access::from_layers(&layers)?;
+    let vault = reading::connect(&mut access)?;
+    if matches!(url, StoreUrl::VaultKv { .. }) {
+        let at = CatalogAt::try_from(&url)?;
+        return show_catalog(&*catalog::records(vault.as_ref())?, &at, args.model.as_deref(), out);
+    }
     let source = store::open(&url, &access.store)?;
     runtime()?.block_on(async {
         match &args.model {
             Some(name) => show_model(&*source, name, out).await,
             None => show_store(&*source, out).await,
         }
+    })
+}
+
+/// One record of a catalog, as it stands there: what it names was not looked at.
+#[derive(Debug, Serialize)]
+struct Entry {
+    name: String,
+    store: Option<String>,
+    model_id: Option<ModelId>,
+    manifest: Option<ManifestDigest>,
+    bytes: Option<u64>,
+    /// What opens it: raw or vault-transit. Never the key.
+    key: Option<&'static str>,
+    record_version: Option<u32>,
+    /// Why it cannot be mounted.
+    trouble: Option<String>,
+}
+
+fn show_catalog(records: &dyn Records, at: &CatalogAt, only: Option<&str>, out: &Out) -> Result<()> {
+    let names = match only {
+        Some(name) => vec![name.to_owned()],
+        None => catalog::names(records, at)?,
+    };
+    let bar = out.progress(names.len() as u64, "records");
+    let mut entries = Vec::new();
+    for name in names {
+        bar.inc(1);
+        let record = match catalog::read(records, at, &name) {
+            // The record is the trouble, not Vault: the others are listed.
+            Err(error) if matches!(error.code(), Code::Catalog) || only.is_none() && error.code() == Code::NotFound => {
+                let trouble = Some(error.chain());
+                let none = (None, None, None, None, None, None);
+                let (store, model_id, manifest, bytes, key, record_version) = none;
+                entries.push(Entry { name, store, model_id, manifest, bytes, key, record_version, trouble });
+                continue;
+            }
+            other => other?,
+        };
+        entries.push(Entry {
+            name,
+            store: Some(record.store.to_string()),
+            model_id: Some(record.model_id),
+            manifest: Some(record.manifest),
+            bytes: Some(record.size_bytes),
+            key: Some(record.key.kind()),
+            record_version: Some(record.version),
+            trouble: None,
+        });
+    }
+    bar.finish_and_clear();
+    out.result(&json!({"catalog": at.to_string(), "models": entries}), || {
+        let rows: Vec<Vec<String>> = entries
+            .iter()
+            .map(|entry| match (&entry.trouble, &entry.store, entry.manifest, entry.bytes) {
+                (None, Some(store), Some(manifest), Some(bytes)) => vec![
+                    printable(&entry.name),
+                    show_size(bytes),
+                    entry.key.unwrap_or_default().to_owned(),
+                    store.clone(),
+                    format!("sha256:{manifest}"),
+                ],
+                (trouble, ..) => {
+                    let why = trouble.as_deref().unwrap_or_default();
+                    vec![printable(&entry.name), "-".into(), "-".into(), printable(why), "-".into()]
+                }
+            })
+            .collect();
+        table(&["model", "size", "key", "store", "manifest"], &[false, true, false, false, false], &rows)
     })
 }
 
@@ -117,6 +195,7 @@ async fn read_model(source: &dyn ChunkSource, id: ModelId) -> Result<Model> {
     let below = |dir: &str| listed.iter().filter(|object| object.name.starts_with(dir)).collect::<Vec<_>>();
     let data = below(&names::data_dir(id));
     Ok(Model {
+        variant_of: name.as_deref().and_then(|name| name.rsplit_once('+')).map(|(of, _)| of.to_owned()),
         name,
         id,
         tags: read_tags(source, id, &listed).await?,

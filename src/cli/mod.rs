@@ -7,29 +7,55 @@
 //! Held by: tests/cli.rs.
 
 mod access;
+mod audit;
 mod cat;
+mod completions;
+mod config;
+mod csi;
 mod demo;
 mod detach;
 mod doctor;
+mod flags;
+mod floor;
 mod inspect;
+mod install_helper;
+mod key;
 mod keygen;
+mod lock;
 mod ls;
-pub mod mount;
+mod man;
+mod mount;
+pub mod mount_helper;
+mod oms;
 mod out;
 mod plain;
+mod prune;
+mod reload;
+mod rollback;
+mod run;
+mod scan;
 mod seal;
+mod sessions;
+mod sign;
+mod signers;
 mod status;
+mod tag;
+mod top;
 mod umount;
 mod verify;
+mod volume_plugin;
 
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::config::{self, Layers};
+use crate::config::Layers;
 use crate::error::Result;
 use crate::telemetry::{LogFormat, Logging};
 
+pub use flags::{AccessArgs, Flags, StoreArgs};
 pub use out::{Out, result_printed};
 
 /// A filesystem that serves encrypted models from object storage, verified block by block, from locked memory.
@@ -50,10 +76,13 @@ Examples:
   modelfs mount s3://models/prod /mnt/models --key file:$HOME/llama.key --trust PUBKEY
   modelfs umount /mnt/models
 
-STORE is file:///srv/models, a plain path, or s3://bucket/prefix. MODEL is NAME, NAME@TAG or NAME@VERSION.
-KEY is file:PATH, env:VAR, passphrase, or passphrase-file:PATH.
+STORE is file:///srv/models, a plain path, or s3://bucket/prefix. MODEL is NAME, NAME@TAG, NAME@VERSION or
+NAME@best:METRIC:min (or :max).
+KEY is file:PATH, env:VAR, passphrase, passphrase-file:PATH, x25519:PATH (opens what is sealed to its public half),
+recipient:PUBKEY|PATH.pub (seals only), vault-transit:MOUNT/KEY or vault-kv:MOUNT/PATH#FIELD.
 Exit codes: 0 done, 1 this machine failed, 2 usage, 3 not found, 20 tampered, 21 changed, 22 store unreachable,
-23 no room, 24 files still held, 25 no key or access.";
+23 no room, 24 files still held, 25 no key or access, 26 refused by --strict, or
+weights found by scan.";
 
 /// Options of every command.
 #[derive(Debug, Clone, Args)]
@@ -67,7 +96,7 @@ pub struct Global {
     /// More detail on standard error; twice for more
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     pub verbose: u8,
-    /// How log lines look: text or json
+    /// How log lines look: text or json [env: MODELFS_LOG_FORMAT]
     #[arg(long, global = true, value_name = "FORMAT")]
     pub log_format: Option<String>,
     /// This configuration file and no other [default: /etc/modelfs.toml, then ~/.config/modelfs/config.toml]
@@ -78,7 +107,7 @@ pub struct Global {
 impl Global {
     /// The layers below this command's own flags.
     pub fn layers(&self) -> Result<Layers> {
-        let mut layers = config::base_layers(self.config.as_deref())?;
+        let mut layers = crate::config::base_layers(self.config.as_deref())?;
         layers.flag("log-format", self.log_format.iter().cloned().collect());
         Ok(layers)
     }
@@ -87,7 +116,7 @@ impl Global {
         Ok(Logging {
             format: layers.parse("log-format", str::parse::<LogFormat>)?.unwrap_or_default(),
             verbosity: if self.quiet { -1 } else { i8::try_from(self.verbose).unwrap_or(i8::MAX) },
-            filter: config::log_filter(),
+            filter: crate::config::log_filter(),
             daemon,
         })
     }
@@ -97,78 +126,9 @@ impl Global {
     }
 }
 
-/// Options of every command that reads a model. As typed; [`AccessArgs::lay`] puts them on top of the other layers.
-#[derive(Debug, Clone, Args)]
-pub struct AccessArgs {
-    /// Where the key is; give it again for more, tried in order [env: MODELFS_KEY_SOURCE; MODELFS_KEY holds a key itself]
-    #[arg(long, value_name = "KEY")]
-    pub key: Vec<String>,
-    /// A signing key to believe: 64 hex digits, or a .pub file [env: MODELFS_TRUST]
-    #[arg(long, value_name = "PUBKEY")]
-    pub trust: Vec<String>,
-    /// The file of trusted keys [env: MODELFS_TRUST_FILE]
-    #[arg(long, value_name = "PATH")]
-    pub trust_file: Option<String>,
-    /// Believe whoever signed what is there now, and only them from then on
-    #[arg(long)]
-    pub trust_on_first_use: bool,
-    /// Refuse a model of which no earlier version was recorded here
-    #[arg(long)]
-    pub require_floor: bool,
-    /// This version and no other, by its manifest digest [env: MODELFS_MANIFEST]
-    #[arg(long, value_name = "sha256:HEX")]
-    pub manifest: Option<String>,
-    #[command(flatten)]
-    pub store: StoreArgs,
-}
-
-/// How to reach the store.
-#[derive(Debug, Clone, Args)]
-pub struct StoreArgs {
-    /// Longest time one request may take, as in 30s
-    #[arg(long, value_name = "TIME")]
-    pub fetch_timeout: Option<String>,
-    /// Longest time a chunk may take, retries included, as in 60s
-    #[arg(long, value_name = "TIME")]
-    pub fetch_budget: Option<String>,
-    /// An S3 endpoint other than Amazon's [env: MODELFS_S3_ENDPOINT, AWS_ENDPOINT_URL]
-    #[arg(long, value_name = "URL")]
-    pub s3_endpoint: Option<String>,
-    /// The S3 region [env: MODELFS_S3_REGION, AWS_REGION]
-    #[arg(long, value_name = "REGION")]
-    pub s3_region: Option<String>,
-}
-
-impl StoreArgs {
-    pub fn lay(&self, layers: &mut Layers) {
-        let one = |value: &Option<String>| value.iter().cloned().collect();
-        layers.flag("fetch-timeout", one(&self.fetch_timeout));
-        layers.flag("fetch-budget", one(&self.fetch_budget));
-        layers.flag("s3-endpoint", one(&self.s3_endpoint));
-        layers.flag("s3-region", one(&self.s3_region));
-    }
-}
-
-impl AccessArgs {
-    pub fn lay(&self, layers: &mut Layers) {
-        let one = |value: &Option<String>| value.iter().cloned().collect();
-        layers.flag("key", self.key.clone());
-        layers.flag("trust", self.trust.clone());
-        layers.flag("trust-file", one(&self.trust_file));
-        layers.flag("manifest", one(&self.manifest));
-        layers.flag("trust-on-first-use", switch(self.trust_on_first_use));
-        layers.flag("require-floor", switch(self.require_floor));
-        self.store.lay(layers);
-    }
-}
-
-/// An absent switch hides nothing below it.
-fn switch(on: bool) -> Vec<String> {
-    on.then(|| "true".to_string()).into_iter().collect()
-}
-
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    Audit(audit::AuditArgs),
     Demo(demo::DemoArgs),
     Keygen(keygen::KeygenArgs),
     Seal(seal::SealArgs),
@@ -176,10 +136,30 @@ pub enum Command {
     Inspect(inspect::InspectArgs),
     Verify(verify::VerifyArgs),
     Cat(cat::CatArgs),
-    Mount(mount::MountArgs),
+    Csi(Box<csi::CsiArgs>),
+    Mount(Box<mount::MountArgs>),
+    #[command(after_help = run::AFTER_HELP)]
+    Run(run::RunArgs),
     Umount(umount::UmountArgs),
     Status(status::StatusArgs),
-    Doctor(doctor::DoctorArgs),
+    Top(top::TopArgs),
+    Doctor(Box<doctor::DoctorArgs>),
+    Scan(scan::ScanArgs),
+    Floor(floor::FloorArgs),
+    Key(key::KeyArgs),
+    Prune(prune::PruneArgs),
+    Rollback(rollback::RollbackArgs),
+    Tag(tag::TagArgs),
+    Lock(lock::LockArgs),
+    Sessions(sessions::SessionsArgs),
+    Unlock(lock::UnlockArgs),
+    Sign(sign::SignArgs),
+    Reload(reload::ReloadArgs),
+    InstallHelper(install_helper::InstallHelperArgs),
+    Completions(completions::CompletionsArgs),
+    Config(config::ConfigArgs),
+    Man(man::ManArgs),
+    VolumePlugin(Box<volume_plugin::VolumePluginArgs>),
 }
 
 impl Command {
@@ -187,23 +167,67 @@ impl Command {
     pub fn is_filter(&self) -> bool {
         match self {
             Command::Ls(_) | Command::Inspect(_) | Command::Cat(_) | Command::Status(_) | Command::Doctor(_) => true,
+            Command::Scan(_) | Command::Sessions(_) | Command::Completions(_) | Command::Man(_) => true,
+            Command::Config(_) => true,
+            Command::Audit(args) => args.is_filter(),
             Command::Demo(_)
             | Command::Keygen(_)
             | Command::Seal(_)
             | Command::Verify(_)
+            | Command::Csi(_)
             | Command::Mount(_)
+            | Command::Run(_)
+            | Command::Floor(_)
+            | Command::Key(_)
+            | Command::Prune(_)
+            | Command::Rollback(_)
+            | Command::Tag(_)
+            | Command::Lock(_)
+            | Command::Unlock(_)
+            | Command::Sign(_)
+            | Command::Reload(_)
+            | Command::Top(_)
+            | Command::InstallHelper(_)
+            | Command::VolumePlugin(_)
             | Command::Umount(_) => false,
         }
     }
 }
 
+/// `modelfs STORE MOUNTPOINT -o OPTIONS`, as mount.fuse3 calls a filesystem's program: no command holds a slash or a colon,
+/// and every store that is no plain word does.
+pub fn is_mount_form(args: &[OsString]) -> bool {
+    let [store, mountpoint, ..] = args else { return false };
+    let has = |word: &OsString, marks: &[u8]| word.as_bytes().iter().any(|byte| marks.contains(byte));
+    !store.as_bytes().starts_with(b"-") && has(store, b"/:") && has(mountpoint, b"/")
+}
+
 /// Runs one command to its end.
 pub fn run(cli: Cli) -> Result<()> {
-    let layers = cli.global.layers()?;
-    let daemon = matches!(cli.command, Command::Mount(_));
-    crate::telemetry::init_logging(&cli.global.logging(&layers, daemon)?)?;
+    // It is to say what is wrong, all of it, and not to end at the first.
+    if let Command::Config(args) = &cli.command {
+        return config::run(args, &cli.global);
+    }
+    let layers = cli.global.layers();
+    let config_files = crate::config::files(cli.global.config.as_deref());
     let out = cli.global.out();
+    if let Command::Doctor(args) = &cli.command {
+        // A configuration that cannot be used is one of its findings.
+        let known = layers.as_ref().ok().cloned().unwrap_or_default();
+        crate::telemetry::init_logging(&cli.global.logging(&known, false)?)?;
+        return doctor::run(args, layers, config_files, &out);
+    }
+    let layers = layers?;
+    let daemon =
+        matches!(cli.command, Command::Csi(_) | Command::Mount(_) | Command::Run(_) | Command::VolumePlugin(_));
+    crate::telemetry::init_logging(&cli.global.logging(&layers, daemon)?)?;
+    for told in layers.told().iter().filter(|_| daemon) {
+        tracing::warn!("{told}");
+    }
+    let verbose = cli.global.verbose > 0;
     match cli.command {
+        Command::Audit(args) => audit::run(&args, layers, &out),
+        Command::Config(_) => unreachable!("ran above"),
         Command::Demo(args) => demo::run(&args, &out),
         Command::Keygen(args) => keygen::run(&args, &out),
         Command::Seal(args) => seal::run(&args, layers, &out),
@@ -211,9 +235,27 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Inspect(args) => inspect::run(&args, layers, &out),
         Command::Verify(args) => verify::run(&args, layers, &out),
         Command::Cat(args) => cat::run(&args, layers, &out),
+        Command::Csi(args) => csi::run(&args, layers),
         Command::Mount(args) => mount::run(&args, layers, &out),
+        Command::Run(args) => run::run(&args, layers, config_files),
         Command::Umount(args) => umount::run(&args, &out),
         Command::Status(args) => status::run(&args, &out),
-        Command::Doctor(args) => doctor::run(&args, &out),
+        Command::Top(args) => top::run(&args, &out),
+        Command::Doctor(_) => unreachable!("answered above"),
+        Command::Scan(args) => scan::run(&args, &out, verbose),
+        Command::Floor(args) => floor::run(&args, layers, &out),
+        Command::Key(args) => key::run(&args, layers, &out),
+        Command::Prune(args) => prune::run(&args, layers, &out),
+        Command::Rollback(args) => rollback::run(&args, layers, &out),
+        Command::Tag(args) => tag::run(&args, layers, &out),
+        Command::Lock(args) => lock::lock(&args, &out),
+        Command::Sessions(args) => sessions::run(&args, &out),
+        Command::Unlock(args) => lock::unlock(&args, &out),
+        Command::Sign(args) => sign::run(&args, layers, &out),
+        Command::Reload(args) => reload::run(&args, &out),
+        Command::InstallHelper(args) => install_helper::run(&args, &out),
+        Command::Completions(args) => completions::run(&args, &out),
+        Command::Man(args) => man::run(&args, &out),
+        Command::VolumePlugin(args) => volume_plugin::run(&args, layers, &out),
     }
 }

@@ -55,6 +55,15 @@ impl Out {
         }
     }
 
+    /// A bar of things, by number; invisible unless a person watches.
+    pub fn count(&self, things: u64, what: &str) -> ProgressBar {
+        let bar = self.progress(things, what);
+        let style = ProgressStyle::with_template("{prefix:<8} {bar:30} {pos:>6}/{len} {eta:>5} left {wide_msg}")
+            .expect("a constant template");
+        bar.set_style(style.progress_chars("=> "));
+        bar
+    }
+
     /// A bar of bytes with rate and time left; invisible unless a person watches.
     pub fn progress(&self, bytes: u64, what: &str) -> ProgressBar {
         let hidden = self.quiet || self.json || !std::io::stderr().is_terminal();

@@ -1,7 +1,7 @@
 //! `modelfs seal`.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -10,19 +10,28 @@ use indicatif::ProgressBar;
 use serde_json::json;
 
 use super::access::{LocalKeys, runtime};
-use super::{Out, StoreArgs};
+use super::signers::Signers;
+use super::{Flags, Out, oms};
+use crate::catalog::{self, Registration, SealedRecord};
+use crate::config::layers::takes;
 use crate::config::units::{parse_duration, show_rate, show_size};
-use crate::config::{Access, Layers, parse_store};
-use crate::crypto::SigningKey;
+use crate::config::{self, Access, Layers};
 use crate::error::{Code, Error, Result};
-use crate::keys::{self, Role, Trust};
+use crate::format::Suite;
+use crate::keys::{KeySource, Role, Signer, Trust};
+use crate::policy::types::Admits;
+use crate::reading;
 use crate::refuse;
-use crate::seal::{self, CodecChoice, Phase, Progress, ProgressFn, SealOptions, SealSummary};
+use crate::seal::{self, Phase, Progress, ProgressFn, SealOptions, SealSummary};
 use crate::store::{self, StoreUrl};
 
 /// Encrypt a folder and publish it as the next version of a model.
 #[derive(Debug, Args)]
-#[command(after_help = EXAMPLES)]
+#[command(
+    after_help = EXAMPLES,
+    mut_arg("key", |arg| arg.help("A key that opens the new version; give it again for more [env: MODELFS_KEY_SOURCE]")),
+    mut_arg("trust", |arg| arg.help("A key whose refs may be continued: 64 hex digits, or a .pub file [env: MODELFS_TRUST]"))
+)]
 pub struct SealArgs {
     /// The folder to seal; every regular file below it
     src_dir: PathBuf,
@@ -30,83 +39,152 @@ pub struct SealArgs {
     store: String,
     /// What the model is called; may hold slashes, as in acme/llama-70b
     name: String,
-    /// A key that opens the new version; give it again for more [env: MODELFS_KEY_SOURCE; MODELFS_KEY holds a key itself]
-    #[arg(long, value_name = "KEY")]
-    key: Vec<String>,
     /// A tag to move to the new version, beside `latest`; give it again for more
     #[arg(long, value_name = "TAG")]
     tag: Vec<String>,
-    /// aes-256-gcm or chacha20-poly1305
-    #[arg(long, value_name = "CIPHER", default_value = "aes-256-gcm")]
-    cipher: String,
-    /// Lossless compression of weights: auto (bf16, f16 and f32, where it wins), or none (chunk lengths then tell nothing)
-    #[arg(long, value_name = "CODEC", default_value = "auto")]
-    codec: String,
     /// A number to remember the version by, as in eval_loss=1.93; give it again for more
     #[arg(long, value_name = "K=V")]
     metric: Vec<String>,
-    /// The signing key file [default: ~/.config/modelfs/signing.key, made by the first seal]
-    #[arg(long, value_name = "KEYFILE")]
-    sign: Option<PathBuf>,
+    /// Seal a variant of NAME, as in q4_k_m: a model of its own, called NAME+VARIANT
+    #[arg(long, value_name = "VARIANT")]
+    variant: Option<String>,
+    /// The publisher key: a key file; give it again for cosigners [default: ~/.config/modelfs/signing.key, made by the first seal]
+    #[arg(long, value_name = "SIGNER")]
+    sign: Vec<String>,
+    /// The release key, which moves tags; up to 4 times [default: the first publisher key]
+    #[arg(long, value_name = "SIGNER")]
+    release: Vec<String>,
     /// Readers refuse new mounts after this time, as in 90d [default: never]
     #[arg(long, value_name = "TIME")]
     expires: Option<String>,
-    /// Do not publish the name: readers must know it
-    #[arg(long)]
-    hide_name: bool,
+    /// An OpenSSF model-signing bundle in the folder, which must vouch for every file [default: model.sig, with --oms-key]
+    #[arg(long, value_name = "PATH")]
+    oms: Option<PathBuf>,
+    /// The public key in PEM that signed the bundle
+    #[arg(long, value_name = "PATH")]
+    oms_key: Option<PathBuf>,
+    /// Write the version into this record of a catalog, as in vault-kv://secret/models/acme/llama
+    #[arg(long, value_name = "vault-kv://MOUNT/PATH")]
+    register: Option<String>,
+    /// With --register and no transit key: put the raw key into Vault, where every reader of the record has it
+    #[arg(long, requires = "register")]
+    register_raw_key: bool,
     #[command(flatten)]
-    store_args: StoreArgs,
+    flags: Flags<{ takes::SEAL }>,
 }
 
 const EXAMPLES: &str = "\
 Examples:
   modelfs seal ./llama-70b s3://models/prod acme/llama-70b --key file:llama.key
   modelfs seal ./llama /srv/models acme/llama --key file:node.key --key passphrase --tag staging --metric eval_loss=1.93
-  modelfs seal ./llama s3://models/prod acme/llama --key env:LLAMA_KEY --sign release.key --expires 90d
+  modelfs seal ./llama-q4 s3://models/prod acme/llama --variant q4_k_m --key file:llama.key      as acme/llama+q4_k_m
+  modelfs seal ./llama s3://models/prod acme/llama --key vault-transit:transit/models \\
+    --register vault-kv://secret/models/acme/llama
+  modelfs seal ./llama s3://models/prod acme/llama --key env:LLAMA_KEY --sign publisher.key --expires 90d
+  modelfs seal ./llama s3://models/prod acme/llama --key file:k --sign a.key --sign b.key --release ci.key
+  modelfs seal ./llama s3://models/prod acme/llama --key file:k --oms-key vendor.pem
 
 Files that did not change since the last version are not uploaded again. Readers switch to the new version at the next
-mount; a seal that is cut off publishes nothing.";
+mount; a seal that is cut off publishes nothing.
+SIGNER is a key file.";
 
 pub fn run(args: &SealArgs, mut layers: Layers, out: &Out) -> Result<()> {
-    args.store_args.lay(&mut layers);
-    layers.flag("key", args.key.clone());
-    let access = Access::from_layers(&layers)?;
+    args.flags.lay(&mut layers);
+    let mut access = Access::from_layers(&layers)?;
     access.need_keys()?;
-    let url = parse_store(&args.store)?;
+    let admits = Admits { max_model_size: config::max_model_size(&layers)?, deny_types: config::deny_types(&layers)? };
+    let url = layers.store(&args.store)?;
+    let name = variant_name(&args.name, args.variant.as_deref())?;
     let metrics = parse_metrics(&args.metric)?;
     let expires_at = args.expires.as_deref().map(expiry).transpose()?;
-    let codec = match args.codec.as_str() {
-        "auto" => CodecChoice::Auto,
-        "none" => CodecChoice::None,
-        other => refuse!(Usage, "--codec: `{other}` is neither auto nor none"),
-    };
-    let suite = args.cipher.parse().map_err(|e: Error| e.context("--cipher"))?;
+    let codec = config::seal_codec(&layers)?;
+    let suite = layers.parse("cipher", str::parse)?.unwrap_or(Suite::Aes256Gcm);
     crate::mem::harden()?;
-    let signing = signing_key(args.sign.as_deref(), out)?;
+    let vault = reading::connect(&mut access)?;
+    let register = match &args.register {
+        Some(record) => {
+            need_registrable(&access, args.register_raw_key)?;
+            let (records, at) = (catalog::records(vault.as_ref())?, record.parse().map_err(at_register)?);
+            Some(Registration::prepare(records, at, &url, &args.name)?)
+        }
+        None => None,
+    };
+    let keys = Arc::new(LocalKeys::new(&access.keys, vault)?);
+    let signers = Signers::new(&access);
+    let publishers = signers.publishers_or_new(&args.sign, out)?;
+    let releasing = if args.release.is_empty() { Vec::new() } else { signers.releasers(&args.release, "--release")? };
+    let trust = Trust::gather(&access.trust.keys, access.trust.file.as_deref())?;
+    let policy = Policy::of(&trust, &name, &publishers, &releasing);
+    policy.check_release()?;
+    let oms = oms::for_seal(&args.src_dir, args.oms.as_deref(), args.oms_key.as_deref(), out)?;
     let store = store::open(&url, &access.store)?;
 
-    let bar = Arc::new(SealBar { out: out.clone(), bar: Mutex::new(None) });
+    let bar = SealBar::new(out);
     let shown = Arc::clone(&bar);
-    let mut options = SealOptions::new(Arc::new(LocalKeys::new(&access.keys)), Arc::new(signing));
+    let mut options = SealOptions::new(keys.clone(), Arc::clone(&publishers[0]));
+    options.cosigning = publishers[1..].to_vec();
+    options.releasing = releasing;
     options.suite = suite;
     options.codec = codec;
     // A publisher, too, must not continue a channel that was rolled back behind its back.
-    options.floors = Some(keys::FloorStore::new(&keys::state_dir()?));
-    options.trusted = Trust::gather(&access.trust.keys, access.trust.file.as_deref())?.keys(&args.name, Role::Release);
+    options.floors = Some(reading::floors(&access, access.connected.as_ref())?);
+    options.trusted = trust.keys(&name, Role::Release);
+    options.trusted_publishers = trust.keys(&name, Role::Publisher);
+    options.admits = admits;
+    options.oms = oms;
     options.tags.clone_from(&args.tag);
     options.expires_at = expires_at;
-    options.hide_name = args.hide_name;
+    options.hide_name = layers.switch("hide-name")?;
     options.metrics = metrics;
+    if let Some(variant) = &args.variant {
+        options.annotations.insert("variant_of".into(), args.name.as_str().into());
+        options.annotations.insert("variant".into(), variant.as_str().into());
+    }
     options.progress = ProgressFn::new(move |progress| shown.show(progress));
-    let done = runtime()?.block_on(seal::seal(&args.src_dir, store, &args.name, options));
+    let done = runtime()?.block_on(seal::seal(&args.src_dir, store, &name, options));
     bar.end();
-    let done = done?;
+    let mut done = done?;
+    done.warnings.extend(policy.warning(&args.store, &done));
     for warning in &done.warnings {
         out.hint(format!("warning: {warning}"));
     }
+    let registered = match &register {
+        Some(registration) => {
+            let encryption_key = keys.for_record(args.register_raw_key)?;
+            let (manifest, size_bytes, encryption_key) = (done.manifest, done.bytes, encryption_key.as_str());
+            Some(registration.write(SealedRecord { manifest, size_bytes, encryption_key })?)
+        }
+        None => None,
+    };
     let mut value = serde_json::to_value(&done).expect("a summary of plain values is JSON");
     value["manifest"] = json!(format!("sha256:{}", done.manifest));
-    out.result(&value, || tell(args, &access, &url, &done, out.quiet))
+    value["registered"] = json!(registered);
+    out.result(&value, || {
+        let mut text = tell(args, &access, &url, &done, out.quiet);
+        if let (Some(registered), false) = (&registered, out.quiet) {
+            text.push_str(&format!("Registered: {} version {}\n", registered.record, registered.version));
+        }
+        text
+    })
+}
+
+fn at_register(error: Error) -> Error {
+    error.context("--register")
+}
+
+/// Refused before anything is sealed, not after.
+fn need_registrable(access: &Access, raw: bool) -> Result<()> {
+    let transit = access.keys.iter().any(|key| matches!(key, KeySource::VaultTransit { .. }));
+    let has_raw = access.keys.iter().any(|key| matches!(key, KeySource::File(_) | KeySource::Env(_)));
+    match (transit, raw, has_raw) {
+        (true, false, _) | (_, true, true) => Ok(()),
+        (_, true, false) => refuse!(Usage, "--register-raw-key: no raw key is among the keys; give --key file:PATH"),
+        (false, false, _) => refuse!(
+            Usage,
+            "--register: a record holds what opens the model; seal with --key vault-transit:MOUNT/KEY, or say \
+             --register-raw-key to put the raw key into Vault"
+        ),
+    }
 }
 
 fn tell(args: &SealArgs, access: &Access, url: &StoreUrl, done: &SealSummary, quiet: bool) -> String {
@@ -114,7 +192,9 @@ fn tell(args: &SealArgs, access: &Access, url: &StoreUrl, done: &SealSummary, qu
         return format!("{}@{} sha256:{}", done.model, done.version, done.manifest);
     }
     let tags: Vec<&str> = done.refs.iter().map(|(tag, _)| tag.as_str()).collect();
-    let key = access.keys.first().map(ToString::to_string).unwrap_or_default();
+    // Whoever has only public halves cannot say where the secret ones lie.
+    let opener = access.keys.iter().find(|key| key.opens());
+    let key = opener.map_or_else(|| "x25519:PATH".to_owned(), ToString::to_string);
     format!(
         "sealed {} version {} as {}\n  \
            content     {} in {} files\n  \
@@ -123,7 +203,7 @@ fn tell(args: &SealArgs, access: &Access, url: &StoreUrl, done: &SealSummary, qu
            stored      {}{}\n  \
            cipher      {}, chunks by {}\n  \
            manifest    sha256:{}\n  \
-           public key  {}\n\n\
+           public key  {}\n{}\n\
          Mount it:  modelfs mount {url} MOUNTPOINT --model {} --key {key} --trust {}\n",
         done.model,
         done.version,
@@ -139,9 +219,66 @@ fn tell(args: &SealArgs, access: &Access, url: &StoreUrl, done: &SealSummary, qu
         done.hash,
         done.manifest,
         done.public_key,
+        done.oms
+            .as_ref()
+            .map(|oms| format!("  vouched for {} files, by the {}\n", oms.files, oms.signer))
+            .unwrap_or_default(),
         args.name,
         done.public_key,
     )
+}
+
+/// What the trust given here asks of a new version, and what its signers give.
+struct Policy {
+    publishers: usize,
+    publishers_wanted: usize,
+    releasers: usize,
+    releasers_wanted: usize,
+}
+
+impl Policy {
+    fn of(trust: &Trust, model: &str, publishers: &[Arc<dyn Signer>], releasing: &[Arc<dyn Signer>]) -> Policy {
+        let releasing = if releasing.is_empty() { &publishers[..1] } else { releasing };
+        let counted = |role, signers: &[Arc<dyn Signer>]| {
+            let keys = trust.keys(model, role);
+            signers.iter().filter(|signer| keys.contains(&signer.public())).count()
+        };
+        // Where nothing is said of the model, readers elsewhere decide.
+        let wanted = |role| if trust.covers(model) { trust.threshold(model, role) as usize } else { 0 };
+        Policy {
+            publishers: counted(Role::Publisher, publishers),
+            publishers_wanted: wanted(Role::Publisher),
+            releasers: counted(Role::Release, releasing),
+            releasers_wanted: wanted(Role::Release),
+        }
+    }
+
+    /// A ref is signed once: one with too few signatures would close the model to all its readers.
+    fn check_release(&self) -> Result<()> {
+        if self.releasers < self.releasers_wanted && self.releasers_wanted > 1 {
+            refuse!(
+                Usage,
+                "the trust given here asks for {} release keys, {} of them sign; give --release for each of them",
+                self.releasers_wanted,
+                self.releasers
+            );
+        }
+        Ok(())
+    }
+
+    /// A missing publisher may sign later: readers refuse the version until then.
+    fn warning(&self, store: &str, done: &SealSummary) -> Option<String> {
+        (self.publishers < self.publishers_wanted).then(|| {
+            format!(
+                "version {version} is signed by {} of the {} publishers that the trust given here asks for: readers refuse \
+                 it (MAN_SIG) until the others sign: modelfs sign {store} {}@{version} --sign KEYFILE",
+                self.publishers,
+                self.publishers_wanted,
+                done.model,
+                version = done.version,
+            )
+        })
+    }
 }
 
 /// What coding has won, for people.
@@ -151,6 +288,20 @@ pub(super) fn won(stored_bytes: u64, uncoded_bytes: u64) -> String {
     }
     let percent = 100.0 * (1.0 - stored_bytes as f64 / uncoded_bytes as f64);
     format!(", {percent:.1} % less than uncoded")
+}
+
+/// What a variant of `name` is called. It is a model of its own, beside the other one and not below it: a mount shows
+/// both, and a folder of one is never a folder of the other.
+fn variant_name(name: &str, variant: Option<&str>) -> Result<String> {
+    let Some(variant) = variant else { return Ok(name.to_owned()) };
+    let legal = |c: u8| c.is_ascii_alphanumeric() || b"._-".contains(&c);
+    if !(1..=64).contains(&variant.len()) || !variant.bytes().all(legal) {
+        refuse!(Usage, "--variant: `{variant}` is not 1 to 64 letters, digits, `.`, `_` and `-`");
+    }
+    if name.contains('+') {
+        refuse!(Usage, "--variant: {name} holds a +, which is a variant already; give the name of the model itself");
+    }
+    Ok(format!("{name}+{variant}"))
 }
 
 fn parse_metrics(words: &[String]) -> Result<BTreeMap<String, f64>> {
@@ -168,7 +319,7 @@ fn parse_metrics(words: &[String]) -> Result<BTreeMap<String, f64>> {
 }
 
 /// Unix seconds, from now.
-fn expiry(text: &str) -> Result<i64> {
+pub(super) fn expiry(text: &str) -> Result<i64> {
     let after = parse_duration(text).map_err(|e| e.context("--expires"))?;
     if after < Duration::from_secs(60) {
         refuse!(Usage, "--expires: {text} is over before anyone could mount it; give a minute or more");
@@ -181,30 +332,18 @@ fn expiry(text: &str) -> Result<i64> {
         .ok_or_else(|| Error::new(Code::Usage, format!("--expires: {text} is too long; leave it out for never")))
 }
 
-/// The named signing key, or this user's own, made by the first seal.
-fn signing_key(named: Option<&Path>, out: &Out) -> Result<SigningKey> {
-    if let Some(path) = named {
-        return keys::load_signing_key(path);
-    }
-    let path = keys::default_signing_key_path()?;
-    let (signing, new) = keys::load_or_create_signing_key(&path)?;
-    if new {
-        out.hint(format!(
-            "made a signing key in {}; keep a copy: only its owner can publish the next version",
-            path.display()
-        ));
-    }
-    Ok(signing)
-}
-
 /// One bar a phase.
-struct SealBar {
+pub(super) struct SealBar {
     out: Out,
     bar: Mutex<Option<(Phase, ProgressBar)>>,
 }
 
 impl SealBar {
-    fn show(&self, progress: Progress) {
+    pub(super) fn new(out: &Out) -> Arc<SealBar> {
+        Arc::new(SealBar { out: out.clone(), bar: Mutex::new(None) })
+    }
+
+    pub(super) fn show(&self, progress: Progress) {
         let mut shown = self.bar.lock().unwrap_or_else(PoisonError::into_inner);
         let what = match progress.phase {
             Phase::Scan | Phase::Publish => None,
@@ -225,7 +364,7 @@ impl SealBar {
         }
     }
 
-    fn end(&self) {
+    pub(super) fn end(&self) {
         if let Some((_, bar)) = self.bar.lock().unwrap_or_else(PoisonError::into_inner).take() {
             bar.finish_and_clear();
         }
@@ -242,6 +381,16 @@ mod tests {
         assert_eq!(good["loss"], 1.5);
         for bad in ["loss", "=1", "loss=", "loss=nan", "loss=one"] {
             assert_eq!(parse_metrics(&[bad.to_string()]).expect_err(bad).code(), Code::Usage);
+        }
+    }
+
+    #[test]
+    fn a_variant_is_a_model_beside_the_one_it_is_of() {
+        assert_eq!(variant_name("acme/llama", None).expect("itself"), "acme/llama");
+        assert_eq!(variant_name("acme/llama", Some("Q4_K_M")).expect("a variant"), "acme/llama+Q4_K_M");
+        let long = "x".repeat(65);
+        for (name, bad) in [("m", ""), ("m", "a/b"), ("m", "a@b"), ("m", "a+b"), ("m", &long), ("m+a", "b")] {
+            assert_eq!(variant_name(name, Some(bad)).expect_err(bad).code(), Code::Usage);
         }
     }
 

@@ -1,6 +1,6 @@
 //! `modelfs status`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
@@ -11,6 +11,7 @@ use super::out::{printable, table};
 use crate::config::units::show_size;
 use crate::control::{self, Request};
 use crate::error::Result;
+use crate::refuse;
 
 /// A daemon answers from memory: longer means that it hangs.
 const WAIT: Duration = Duration::from_secs(5);
@@ -27,16 +28,33 @@ const EXAMPLES: &str = "\
 Examples:
   modelfs status
   modelfs status /mnt/models
-  modelfs status /mnt/models --json | jq .metrics.opens_passthrough";
+  modelfs status /mnt/models --json | jq .metrics.opens_passthrough
+  modelfs -q status /mnt/models || echo \"not serving\"
+
+With -q and a MOUNTPOINT nothing is printed but an error: 0 it serves, 3 nothing is mounted there or its daemon is gone,
+25 every model of it is locked, 22 its daemon does not answer.";
 
 pub fn run(args: &StatusArgs, out: &Out) -> Result<()> {
     match &args.mountpoint {
         Some(mountpoint) => {
             let status = control::ask(mountpoint, Request::Status, WAIT)?;
+            if out.quiet && !out.json {
+                return serves(mountpoint, &status);
+            }
             out.result(&status, || show_one(&status))
         }
         None => show_all(out),
     }
+}
+
+/// For health checks: nothing to read, only an exit code.
+fn serves(mountpoint: &Path, status: &Value) -> Result<()> {
+    let models = status["models"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let locked = !models.is_empty() && models.iter().all(|model| model["locked"] == true);
+    if locked || status["refused"] == true {
+        refuse!(Locked, "{} is mounted and refuses its readers: it is locked", mountpoint.display());
+    }
+    Ok(())
 }
 
 fn show_all(out: &Out) -> Result<()> {
@@ -56,10 +74,16 @@ fn show_all(out: &Out) -> Result<()> {
             .iter()
             .map(|value| {
                 let text = |name: &str| value.get(name).map_or_else(|| "-".to_string(), show_value);
-                let models = value.get("models").and_then(Value::as_array).map_or(0, Vec::len);
                 let cache = value.pointer("/cache/bytes").and_then(Value::as_u64).map_or("-".into(), show_size);
-                let state = if value.get("error").is_some() { "no answer" } else { "serving" };
-                vec![text("mountpoint"), text("store"), models.to_string(), cache, text("pid"), state.into()]
+                let models_of = value.get("models").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+                let locked = models_of.iter().filter(|model| model["locked"] == true).count();
+                let state = match locked {
+                    _ if value.get("error").is_some() => "no answer".to_string(),
+                    0 => "serving".to_string(),
+                    all if all == models_of.len() => "locked".to_string(),
+                    some => format!("{some} locked"),
+                };
+                vec![text("mountpoint"), text("store"), models_of.len().to_string(), cache, text("pid"), state]
             })
             .collect();
         table(
@@ -135,6 +159,18 @@ fn show_value(value: &Value) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_mount_serves_unless_every_model_of_it_is_locked() {
+        let of = |locked: &[bool], refused: bool| {
+            let models: Vec<Value> = locked.iter().map(|locked| json!({"locked": locked})).collect();
+            serves(Path::new("/m"), &json!({"models": models, "refused": refused})).map_err(|error| error.code())
+        };
+        assert_eq!(of(&[false, true], false), Ok(()));
+        assert_eq!(of(&[], false), Ok(()));
+        assert_eq!(of(&[true, true], false), Err(crate::error::Code::Locked));
+        assert_eq!(of(&[false], true), Err(crate::error::Code::Locked));
+    }
 
     #[test]
     fn a_status_is_shown_with_units_and_without_zeros() {

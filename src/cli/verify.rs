@@ -19,13 +19,15 @@ use serde_json::json;
 use super::access::{Opened, Reading, reading, runtime};
 use super::out::printable;
 use super::plain::{self, ChunkJob};
-use super::{AccessArgs, Out};
+use super::{AccessArgs, Out, oms};
 use crate::config::units::{show_rate, show_size};
 use crate::config::{self, Layers};
 use crate::crypto::FileHasher;
 use crate::error::{Class, Code, Error, Result};
 use crate::format::{Manifest, ModelId, OBJECT_HEADER_LEN, ObjectHeader, Oid, names};
 use crate::keys::Resolved;
+use crate::oms::{BUNDLE_NAME, Vouched};
+use crate::refuse;
 use crate::store::ChunkSource;
 
 /// Check a stored version; list every fault, end with 20 if there is one.
@@ -38,6 +40,13 @@ pub struct VerifyArgs {
     model: String,
     #[command(flatten)]
     access: AccessArgs,
+    /// Check the OpenSSF model-signing bundle in the model too [default path: model.sig]
+    #[arg(long, value_name = "PATH", num_args = 0..=1, require_equals = true, default_missing_value = BUNDLE_NAME,
+          requires = "oms_key")]
+    oms: Option<String>,
+    /// The public key in PEM that signed the bundle
+    #[arg(long, value_name = "PATH", requires = "oms")]
+    oms_key: Option<PathBuf>,
     /// Start over, even if an earlier run was cut off
     #[arg(long)]
     no_resume: bool,
@@ -47,6 +56,7 @@ const EXAMPLES: &str = "\
 Examples:
   modelfs verify s3://models/prod acme/llama --trust signing.pub --key file:llama.key
   modelfs verify s3://models/prod acme/llama@3 --trust signing.pub          without a key: see below
+  modelfs verify /srv/models acme/llama --trust signing.pub --key file:k --oms --oms-key vendor.pem
   modelfs verify /srv/models acme/llama --trust signing.pub --key file:k --json | jq '.faults[]'
 
 With a key: signatures, digest and slots; the length and header of every object; the hash and tags of every chunk;
@@ -83,14 +93,32 @@ pub fn run(args: &VerifyArgs, mut layers: Layers, out: &Out) -> Result<()> {
     let runtime = runtime()?;
     let resolved = runtime.block_on(reading.resolve(&args.model))?;
     let from = Instant::now();
+    let mut vouched = None;
     let (faults, checked) = if reading.access.keys.is_empty() {
+        if args.oms.is_some() {
+            refuse!(Usage, "--oms compares the hashes of files, which are encrypted; give --key");
+        }
         runtime.block_on(without_key(&reading, &resolved))?
     } else {
         let opened = Opened::unlock(&reading, &resolved)?;
         let notes = Notes::open(&reading.url.to_string(), &resolved, args.no_resume);
-        runtime.block_on(with_key(&reading, &opened, &notes, out))?
+        let (mut faults, checked) = runtime.block_on(with_key(&reading, &opened, &notes, out))?;
+        if let (Some(path), Some(key)) = (&args.oms, &args.oms_key) {
+            match runtime.block_on(oms::check(&reading, &opened, path, key)) {
+                Ok(good) => vouched = Some(good),
+                Err(e) if e.class() == Class::Tampered => faults.push(Fault {
+                    code: e.code().name(),
+                    object: None,
+                    chunk: None,
+                    files: Vec::new(),
+                    message: e.chain(),
+                }),
+                Err(e) => return Err(e),
+            }
+        }
+        (faults, checked)
     };
-    report(out, &reading, &resolved, &faults, &checked, from.elapsed())?;
+    report(out, &reading, &resolved, &faults, (&checked, vouched.as_ref()), from.elapsed())?;
     conclusion(&resolved, &faults)
 }
 
@@ -111,16 +139,26 @@ fn report(
     reading: &Reading,
     resolved: &Resolved,
     faults: &[Fault],
-    checked: &Checked,
+    (checked, vouched): (&Checked, Option<&Vouched>),
     took: Duration,
 ) -> Result<()> {
-    let value = json!({
+    let mut value = json!({
         "store": reading.url.to_string(), "name": resolved.name, "version": resolved.header.seq,
         "manifest": format!("sha256:{}", resolved.digest), "checked": checked, "faults": faults,
         "ok": faults.is_empty(), "seconds": took.as_secs_f64(),
     });
+    if let Some(vouched) = vouched {
+        value["oms"] = serde_json::to_value(vouched).expect("plain values are JSON");
+    }
     out.result(&value, || {
         let mut text = String::new();
+        if let Some(Vouched { signer, name, files, unsigned }) = vouched {
+            text.push_str(&format!("OpenSSF bundle: {files} files of {:?}, signed by the {signer}", printable(name)));
+            if !unsigned.is_empty() {
+                text.push_str(&format!("; left out by the signer: {}", printable(&unsigned.join(", "))));
+            }
+            text.push('\n');
+        }
         for fault in faults {
             text.push_str(&format!("{}: {}", fault.code, printable(&fault.message)));
             if !fault.files.is_empty() {
@@ -177,6 +215,7 @@ fn as_fault(e: &Error, object: Oid, chunk: Option<u32>, files: Vec<String>) -> O
         | Class::Held
         | Class::Usage
         | Class::Denied
+        | Class::Insecure
         | Class::Host => return None,
     };
     // A missing object is one fault, however many of its chunks were asked for.

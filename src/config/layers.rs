@@ -1,64 +1,20 @@
 //! The four layers an option can come from, and which one won.
 //!
-//! Every option is one line of [`OPTIONS`]: from it follow its flag, its word in `-o` and in the file, and its
-//! environment name. Each value remembers where it was written, so that a message can say so.
+//! Each value remembers where it was written, so that a message can say so. What is wrong in several places is told at
+//! once: the errors of a layer are kept and refused together by whoever makes a plan.
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use super::names::{self, Does, OfStore, Said, Stray};
+use super::options::{nearest, parse_switch};
 use crate::error::{Code, Error, Result};
+use crate::store::StoreUrl;
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
-    /// One value; within a layer the last one wins.
-    One,
-    /// Any number; a layer replaces the list of the layer below.
-    Many,
-    /// Yes or no.
-    Switch,
-}
-
-/// One option, by the name of its flag.
-#[derive(Debug)]
-pub struct OptionSpec {
-    pub name: &'static str,
-    pub kind: Kind,
-    pub env: &'static str,
-}
-
-const fn option(name: &'static str, kind: Kind, env: &'static str) -> OptionSpec {
-    OptionSpec { name, kind, env }
-}
-
-/// Every option that the file, the environment and `-o` know. `MODELFS_KEY` and `MODELFS_PASSPHRASE` are not here: they
-/// hold secrets, and only `keys` reads them.
-pub const OPTIONS: &[OptionSpec] = &[
-    option("allow-other", Kind::Switch, "MODELFS_ALLOW_OTHER"),
-    option("cache", Kind::One, "MODELFS_CACHE"),
-    option("fetch-budget", Kind::One, "MODELFS_FETCH_BUDGET"),
-    option("fetch-timeout", Kind::One, "MODELFS_FETCH_TIMEOUT"),
-    option("gid", Kind::One, "MODELFS_GID"),
-    option("key", Kind::Many, "MODELFS_KEY_SOURCE"),
-    option("log-file", Kind::One, "MODELFS_LOG_FILE"),
-    option("log-format", Kind::One, "MODELFS_LOG_FORMAT"),
-    option("manifest", Kind::One, "MODELFS_MANIFEST"),
-    option("model", Kind::Many, "MODELFS_MODEL"),
-    option("no-page-cache", Kind::Switch, "MODELFS_NO_PAGE_CACHE"),
-    option("open", Kind::One, "MODELFS_OPEN"),
-    option("profile", Kind::One, "MODELFS_PROFILE"),
-    option("require", Kind::Many, "MODELFS_REQUIRE"),
-    option("require-floor", Kind::Switch, "MODELFS_REQUIRE_FLOOR"),
-    option("s3-endpoint", Kind::One, "MODELFS_S3_ENDPOINT"),
-    option("s3-region", Kind::One, "MODELFS_S3_REGION"),
-    option("trust", Kind::Many, "MODELFS_TRUST"),
-    option("trust-file", Kind::One, "MODELFS_TRUST_FILE"),
-    option("trust-on-first-use", Kind::Switch, "MODELFS_TRUST_ON_FIRST_USE"),
-    option("uid", Kind::One, "MODELFS_UID"),
-    option("umask", Kind::One, "MODELFS_UMASK"),
-    option("verify", Kind::One, "MODELFS_VERIFY"),
-];
+pub(crate) use super::options::distance;
+pub use super::options::{Kind, OPTIONS, OptionSpec, find, options_of_a_mount, takes};
 
 /// Where a value was written.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -95,12 +51,22 @@ impl Setting {
 
 /// What all layers said, the highest winning.
 #[derive(Debug, Clone, Default)]
-pub struct Layers(BTreeMap<&'static str, Setting>);
+pub struct Layers {
+    said: BTreeMap<&'static str, Setting>,
+    /// Files that were there and were read, the highest last.
+    files: Vec<PathBuf>,
+    /// Names of the environment that begin as ours and that nobody reads.
+    strays: Vec<Stray>,
+    /// What the environment says in names of others, and cannot be understood.
+    wrong: Vec<Error>,
+    told: Vec<String>,
+    of_store: OfStore,
+}
 
 impl Layers {
     pub fn get(&self, name: &'static str) -> Option<&Setting> {
         debug_assert!(OPTIONS.iter().any(|spec| spec.name == name), "{name} is not an option");
-        self.0.get(name)
+        self.said.get(name)
     }
 
     /// Reads one value; an error names the place it was written at.
@@ -121,7 +87,7 @@ impl Layers {
     }
 
     fn put(&mut self, spec: &'static OptionSpec, values: Vec<String>, origin: Origin) {
-        self.0.insert(spec.name, Setting { name: spec.name, values, origin });
+        self.said.insert(spec.name, Setting { name: spec.name, values, origin });
     }
 
     /// Lays flags above everything. No value, no layer: an absent flag hides nothing below it.
@@ -133,13 +99,61 @@ impl Layers {
     }
 
     /// Lays the environment above the file. An empty value counts as not set, as `docker run -e NAME=` leaves it.
-    pub fn environment(&mut self, read: impl Fn(&str) -> Option<String>) {
-        for spec in OPTIONS {
-            if let Some(value) = read(spec.env).filter(|value| !value.is_empty()) {
-                let values = if spec.kind == Kind::Many { split_list(&value) } else { vec![value] };
-                self.put(spec, values, Origin::Env(spec.env));
+    ///
+    /// `set` are the names that are set; only the values of those that hold no secret are asked for.
+    pub fn environment(&mut self, set: &[String], read: impl Fn(&str) -> Option<String>) {
+        let value = |name: &str| read(name).filter(|value| !value.is_empty());
+        for other in names::OTHERS.iter().filter(|other| other.does != Does::Secret) {
+            let Some(value) = value(other.name) else { continue };
+            match names::read(other, &value) {
+                Ok(Said::Option(option, value, below)) => {
+                    let spec = find(option).expect("an option of the table");
+                    let audited = option == "audit" && self.said.keys().any(|name| name.starts_with("audit"));
+                    if !below || !(self.said.contains_key(option) || audited) {
+                        self.put(spec, split(spec, value), Origin::Env(other.name));
+                    }
+                }
+                Ok(Said::Told(text)) => self.told.push(text),
+                Ok(Said::Nothing) => {}
+                Err(error) => self.wrong.push(error),
             }
         }
+        self.of_store = OfStore { backend: value("MODEL_STORAGE_BACKEND"), bucket: value("AWS_S3_BUCKET") };
+        for spec in OPTIONS {
+            if let Some(value) = value(spec.env) {
+                self.put(spec, split(spec, value), Origin::Env(spec.env));
+            }
+        }
+        self.strays = names::strays(set);
+    }
+
+    /// What is wrong in the environment as a whole. A name that a key source reads (`env:NAME`) is no stray.
+    pub fn wrong(&self) -> Vec<Error> {
+        let keys: Vec<&str> =
+            self.get("key").map_or(Vec::new(), |keys| keys.values.iter().map(String::as_str).collect());
+        let is_key = |stray: &&Stray| keys.iter().any(|key| key.strip_prefix("env:") == Some(stray.name.as_str()));
+        let strays = self.strays.iter().filter(|stray| !is_key(stray)).map(Stray::error);
+        self.wrong.iter().cloned().chain(strays).collect()
+    }
+
+    /// What whoever set names of others should know.
+    pub fn told(&self) -> &[String] {
+        &self.told
+    }
+
+    /// The files that were read, the highest last.
+    pub fn files(&self) -> &[PathBuf] {
+        &self.files
+    }
+
+    /// The store that `typed` means: `env:` is the bucket of the environment, and one that is named is of the kind that the
+    /// environment says.
+    pub fn store(&self, typed: &str) -> Result<StoreUrl> {
+        let (store, told) = self.of_store.resolve(typed)?;
+        if let Some(told) = told {
+            tracing::warn!("{told}");
+        }
+        Ok(store)
     }
 
     /// Lays the words of `-o` (already split) above everything so far.
@@ -163,6 +177,9 @@ impl Layers {
                 }
                 return Err(unknown("mount option", name, "-o"));
             };
+            if !spec.is_taken_by(takes::MOUNT) {
+                return Err(Error::new(Code::Usage, format!("{} is no option of a mount", spec.name)));
+            }
             let value = match (spec.kind, value) {
                 (Kind::Switch, None) => "true".to_string(),
                 (_, None | Some("")) => {
@@ -184,40 +201,86 @@ impl Layers {
     /// `Usage` if it is not TOML, names an option that does not exist, or can be written by others: it names keys and
     /// whom to trust.
     pub fn file(&mut self, path: &Path, must_exist: bool) -> Result<()> {
-        use std::io::Read;
-        let named = |what: &str| format!("the configuration file {} {what}", path.display());
-        let mut file = match std::fs::File::open(path) {
-            Ok(file) => file,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound && !must_exist => return Ok(()),
-            Err(e) => return Err(Error::new(Code::Usage, named("cannot be read")).with_source(e)),
-        };
-        // The open file is asked, not the path: the path may lead elsewhere by now.
-        let meta = file.metadata().map_err(|e| Error::new(Code::Usage, named("cannot be looked at")).with_source(e))?;
-        // SAFETY: geteuid only reads this process's credentials.
-        let own_uid = unsafe { libc::geteuid() };
-        if !meta.is_file() || meta.mode() & 0o022 != 0 || !(meta.uid() == 0 || meta.uid() == own_uid) {
-            return Err(Error::new(
-                Code::Usage,
-                named("must belong to you or root and be writable by its owner only; chown it and chmod go-w"),
-            ));
-        }
-        const FILE_BYTES_MAX: u64 = 1 << 20;
-        let mut text = String::new();
-        let read = (&mut file).take(FILE_BYTES_MAX + 1).read_to_string(&mut text);
-        read.map_err(|e| Error::new(Code::Usage, named("cannot be read")).with_source(e))?;
-        if text.len() as u64 > FILE_BYTES_MAX {
-            return Err(Error::new(Code::Usage, named("is longer than 1 MiB")));
-        }
-        let table: toml::Table = text.parse().map_err(|e: toml::de::Error| {
-            Error::new(Code::Usage, format!("{}: {}", named("is not TOML"), e.message()))
-        })?;
-        for (name, value) in table {
-            let spec = find(&name).ok_or_else(|| unknown("option", &name, &path.display().to_string()))?;
-            let values = file_values(spec, value).map_err(|e| e.context(named("is refused")))?;
-            self.put(spec, values, Origin::File(path.to_path_buf()));
-        }
-        Ok(())
+        refuse_all(self.file_each(path, must_exist))
     }
+
+    /// The same: what can be understood is laid, and every error told.
+    pub fn file_each(&mut self, path: &Path, must_exist: bool) -> Vec<Error> {
+        let table = match read_table(path, must_exist) {
+            Ok(Some(table)) => table,
+            Ok(None) => return Vec::new(),
+            Err(error) => return vec![error],
+        };
+        self.files.push(path.to_path_buf());
+        let (mut errors, mut seen) = (Vec::new(), Vec::new());
+        for (name, value) in table {
+            let Some(spec) = find(&name) else {
+                errors.push(unknown("option", &name, &path.display().to_string()));
+                continue;
+            };
+            if seen.contains(&spec.name) {
+                let text = format!("{} stands twice in {}, with - and with _; drop one", spec.name, path.display());
+                errors.push(Error::new(Code::Usage, text));
+            }
+            seen.push(spec.name);
+            match file_values(spec, value) {
+                Ok(values) => self.put(spec, values, Origin::File(path.to_path_buf())),
+                Err(e) => errors.push(e.context(format!("the configuration file {} is refused", path.display()))),
+            }
+        }
+        errors
+    }
+}
+
+/// None of them, or all of them in one: who mends the first need not come back for the second.
+pub fn refuse_all(mut errors: Vec<Error>) -> Result<()> {
+    match errors.len() {
+        0 => Ok(()),
+        1 => Err(errors.remove(0)),
+        _ => {
+            let code = errors[0].code();
+            let texts: Vec<String> = errors.iter().map(Error::chain).collect();
+            Err(Error::new(code, texts.join("; and ")))
+        }
+    }
+}
+
+fn split(spec: &OptionSpec, value: String) -> Vec<String> {
+    if spec.kind == Kind::Many { split_list(&value) } else { vec![value] }
+}
+
+/// `None`: the file is not there and need not be.
+fn read_table(path: &Path, must_exist: bool) -> Result<Option<toml::Table>> {
+    use std::io::Read;
+    let named = |what: &str| format!("the configuration file {} {what}", path.display());
+    let mut file = match std::fs::File::open(path) {
+        Ok(file) => file,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound && !must_exist => return Ok(None),
+        Err(e) => return Err(Error::new(Code::Usage, named("cannot be read")).with_source(e)),
+    };
+    // The open file is asked, not the path: the path may lead elsewhere by now.
+    let meta = file.metadata().map_err(|e| Error::new(Code::Usage, named("cannot be looked at")).with_source(e))?;
+    // SAFETY: geteuid only reads this process's credentials.
+    let own_uid = unsafe { libc::geteuid() };
+    if !meta.is_file() || meta.mode() & 0o022 != 0 || !(meta.uid() == 0 || meta.uid() == own_uid) {
+        return Err(Error::new(
+            Code::Usage,
+            named("must belong to you or root and be writable by its owner only; chown it and chmod go-w"),
+        ));
+    }
+    const FILE_BYTES_MAX: u64 = 1 << 20;
+    let mut text = String::new();
+    let read = (&mut file).take(FILE_BYTES_MAX + 1).read_to_string(&mut text);
+    read.map_err(|e| Error::new(Code::Usage, named("cannot be read")).with_source(e))?;
+    if text.len() as u64 > FILE_BYTES_MAX {
+        return Err(Error::new(Code::Usage, named("is longer than 1 MiB")));
+    }
+    text.parse().map(Some).map_err(|e: toml::de::Error| {
+        let line = e.span().map_or(String::new(), |span| {
+            format!(" (line {})", text[..span.start.min(text.len())].matches('\n').count() + 1)
+        });
+        Error::new(Code::Usage, format!("{}{line}: {}", named("is not TOML"), e.message()))
+    })
 }
 
 fn file_values(spec: &OptionSpec, value: toml::Value) -> Result<Vec<String>> {
@@ -233,50 +296,31 @@ fn file_values(spec: &OptionSpec, value: toml::Value) -> Result<Vec<String>> {
     }
 }
 
-/// By flag name; `_` and `-` are the same.
-fn find(name: &str) -> Option<&'static OptionSpec> {
-    let dashed = name.replace('_', "-");
-    OPTIONS.iter().find(|spec| spec.name == dashed)
-}
-
 fn unknown(what: &str, name: &str, place: &str) -> Error {
-    let shown: String = name.chars().take(64).collect();
-    let near = OPTIONS.iter().map(|spec| (distance(&name.replace('_', "-"), spec.name), spec.name)).min();
-    match near {
-        Some((far, best)) if far <= 3.max(name.len() / 3) => {
-            Error::new(Code::Usage, format!("unknown {what} `{shown}` in {place}; did you mean `{best}`?"))
+    let shown: String = name.chars().filter(|c| !c.is_control()).take(64).collect();
+    match nearest(&name.replace('_', "-"), OPTIONS.iter().map(|spec| spec.name)) {
+        Some(best) => Error::new(Code::Usage, format!("unknown {what} `{shown}` in {place}; did you mean `{best}`?")),
+        None => {
+            Error::new(Code::Usage, format!("unknown {what} `{shown}` in {place}; `modelfs config options` lists them"))
         }
-        _ => Error::new(Code::Usage, format!("unknown {what} `{shown}` in {place}; `modelfs mount --help` lists them")),
     }
 }
 
-/// Edits between two words (Levenshtein). Both are short; the typed one is cut.
-fn distance(a: &str, b: &str) -> usize {
-    let a: Vec<char> = a.chars().take(64).collect();
-    let mut row: Vec<usize> = (0..=a.len()).collect();
-    for (i, cb) in b.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, ca) in a.iter().enumerate() {
-            let best = (diagonal + usize::from(*ca != cb)).min(row[j] + 1).min(row[j + 1] + 1);
-            diagonal = row[j + 1];
-            row[j + 1] = best;
-        }
-    }
-    row[a.len()]
-}
-
-/// Splits at commas; `\,` is a comma within a value. Empty pieces are dropped.
+/// Splits at commas; `\,` is a comma within a value, and a value may stand in double quotes, as mount(8) has it. Empty
+/// pieces are dropped.
 pub fn split_list(text: &str) -> Vec<String> {
     let mut pieces = vec![String::new()];
     let mut chars = text.chars().peekable();
+    let mut quoted = false;
     while let Some(c) = chars.next() {
         match c {
+            '"' if quoted => quoted = false,
+            '"' if pieces.last().is_some_and(|piece| piece.ends_with('=')) => quoted = true,
             '\\' if chars.peek() == Some(&',') => {
                 chars.next();
                 pieces.last_mut().expect("never empty").push(',');
             }
-            ',' => pieces.push(String::new()),
+            ',' if !quoted => pieces.push(String::new()),
             c => pieces.last_mut().expect("never empty").push(c),
         }
     }
@@ -284,53 +328,83 @@ pub fn split_list(text: &str) -> Vec<String> {
     pieces
 }
 
-fn parse_switch(text: &str) -> Result<bool> {
-    match text.to_ascii_lowercase().as_str() {
-        "1" | "true" | "yes" | "on" => Ok(true),
-        "0" | "false" | "no" | "off" => Ok(false),
-        _ => Err(Error::new(Code::Usage, format!("`{text}` is neither true nor false"))),
-    }
+/// Words that mount(8), fstab and systemd put into `-o` for themselves, sorted.
+pub const MOUNT_WORDS: &[&str] = &[
+    "_netdev",
+    "async",
+    "atime",
+    "auto",
+    "comment",
+    "default_permissions",
+    "defaults",
+    "dev",
+    "diratime",
+    "dirsync",
+    "exec",
+    "fsname",
+    "group",
+    "iversion",
+    "lazytime",
+    "loud",
+    "mand",
+    "noatime",
+    "noauto",
+    "nodev",
+    "nodiratime",
+    "noexec",
+    "nofail",
+    "nogroup",
+    "noiversion",
+    "nolazytime",
+    "nomand",
+    "noowner",
+    "norelatime",
+    "nostrictatime",
+    "nosuid",
+    "nosymfollow",
+    "nouser",
+    "nousers",
+    "owner",
+    "relatime",
+    "remount",
+    "ro",
+    "rw",
+    "silent",
+    "strictatime",
+    "subtype",
+    "suid",
+    "symfollow",
+    "sync",
+    "user",
+    "users",
+];
+
+fn is_mount_word(name: &str) -> bool {
+    MOUNT_WORDS.contains(&name) || name.starts_with("x-") || name.starts_with("X-")
 }
 
-/// Words that mount(8), fstab and systemd put into `-o` for themselves.
-fn is_mount_word(name: &str) -> bool {
-    const WORDS: &[&str] = &[
-        "ro",
-        "rw",
-        "defaults",
-        "auto",
-        "noauto",
-        "user",
-        "nouser",
-        "users",
-        "owner",
-        "group",
-        "_netdev",
-        "nofail",
-        "nosuid",
-        "suid",
-        "nodev",
-        "dev",
-        "noexec",
-        "exec",
-        "atime",
-        "noatime",
-        "relatime",
-        "norelatime",
-        "strictatime",
-        "nodiratime",
-        "diratime",
-        "async",
-        "sync",
-        "dirsync",
-        "default_permissions",
-        "silent",
-        "loud",
-        "nosymfollow",
-        "subtype",
-        "fsname",
-    ];
-    WORDS.contains(&name) || name.starts_with("x-") || name.starts_with("X-") || name.starts_with("comment")
+/// The words that ask for what this filesystem never is, each with what it is. As mount(8) has it, the last of two
+/// contrary words counts.
+pub fn mount_flags_not_kept(words: &[String]) -> Vec<(&'static str, &'static str)> {
+    const CONTRARY: [(&str, &str); 4] = [("rw", "ro"), ("suid", "nosuid"), ("dev", "nodev"), ("exec", "noexec")];
+    let last = |(asked, is): &(&str, &str)| words.iter().rfind(|word| word == asked || word == is);
+    CONTRARY.into_iter().filter(|pair| last(pair).is_some_and(|word| word == pair.0)).collect()
+}
+
+/// Options of ours among `words`, each in one spelling.
+pub fn own_words(words: &[String]) -> Vec<String> {
+    // A remount may bring the words by which the kernel describes a FUSE mount; where the first is, they all are its.
+    const OF_KERNEL: [&str; 5] = ["user_id", "group_id", "allow_other", "max_read", "blksize"];
+    let by_kernel = words.iter().any(|word| word.starts_with("user_id="));
+    let own = words.iter().filter_map(|word| {
+        let (name, value) = word.split_once('=').map_or((word.as_str(), None), |(name, value)| (name, Some(value)));
+        if is_mount_word(name) || by_kernel && OF_KERNEL.contains(&name) {
+            return None;
+        }
+        let name = name.replace('_', "-");
+        Some(value.map_or(name.clone(), |value| format!("{name}={value}")))
+    });
+    own.collect()
 }
 
 #[cfg(test)]
@@ -344,14 +418,6 @@ mod tests {
     }
 
     #[test]
-    fn the_table_is_sorted_and_every_name_is_its_environment_name() {
-        assert!(OPTIONS.is_sorted_by_key(|spec| spec.name));
-        for spec in OPTIONS.iter().filter(|spec| spec.name != "key") {
-            assert_eq!(spec.env, format!("MODELFS_{}", spec.name.to_uppercase().replace('-', "_")));
-        }
-    }
-
-    #[test]
     fn flags_beat_mount_options_beat_the_environment_beats_the_file() {
         let dir = tempfile::tempdir().expect("a temporary folder");
         let path = dir.path().join("c.toml");
@@ -361,7 +427,7 @@ mod tests {
         let mut layers = Layers::default();
         layers.file(&path, true).expect("read");
         assert_eq!(layers.get("key").expect("from the file").values, ["file:/a", "file:/b"]);
-        layers.environment(|name| match name {
+        layers.environment(&[], |name| match name {
             "MODELFS_CACHE" => Some("2GiB".into()),
             "MODELFS_UID" => Some(String::new()),
             _ => None,
@@ -401,7 +467,7 @@ mod tests {
     #[test]
     fn an_error_says_where_the_value_was_written() {
         let mut layers = Layers::default();
-        layers.environment(|name| (name == "MODELFS_CACHE").then(|| "8Gx".into()));
+        layers.environment(&[], |name| (name == "MODELFS_CACHE").then(|| "8Gx".into()));
         let err = layers.parse("cache", super::super::units::parse_size).expect_err("bad size");
         assert_eq!(err.chain(), "MODELFS_CACHE: `8Gx` is not a size; write 8GiB, 8G, 8GB, 512MiB or bytes");
     }
@@ -409,5 +475,34 @@ mod tests {
     #[test]
     fn a_comma_within_a_value_is_written_with_a_backslash() {
         assert_eq!(split_list(r"key=file:/a\,b,,ro"), ["key=file:/a,b", "ro"]);
+        assert_eq!(split_list(r#"key="file:/a,b",model="x",ro"#), ["key=file:/a,b", "model=x", "ro"]);
+    }
+
+    #[test]
+    fn words_of_mount_8_are_passed_over_and_none_of_them_is_an_option_of_ours() {
+        assert!(MOUNT_WORDS.is_sorted());
+        let all =
+            format!("{},x-systemd.automount,X-mount.mkdir=0755,comment=all of it,user=ann", MOUNT_WORDS.join(","));
+        let mut layers = Layers::default();
+        layers.mount_options(&words(&all), false).expect("known to mount(8)");
+        assert!(layers.said.is_empty());
+        for word in MOUNT_WORDS {
+            assert!(find(word).is_none(), "{word} means two things");
+        }
+        Layers::default().mount_options(&words("commentary"), false).expect_err("not a word of mount(8)");
+    }
+
+    #[test]
+    fn flags_that_cannot_be_kept_are_told_and_the_last_of_two_counts() {
+        assert_eq!(mount_flags_not_kept(&words("rw,exec,nodev")), [("rw", "ro"), ("exec", "noexec")]);
+        assert_eq!(mount_flags_not_kept(&words("exec,rw,ro,noexec,suid,nosuid")), []);
+    }
+
+    #[test]
+    fn options_of_ours_are_told_from_words_of_mount_8_in_one_spelling() {
+        let text = "rw,allow_other,remount,fetch_budget=9s,x-a=b,_netdev,key=file:/a_b";
+        assert_eq!(own_words(&words(text)), ["allow-other", "fetch-budget=9s", "key=file:/a_b"]);
+        let of_kernel = "ro,remount,user_id=0,group_id=0,default_permissions,allow_other,cache=1G";
+        assert_eq!(own_words(&words(of_kernel)), ["cache=1G"]);
     }
 }

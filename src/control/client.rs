@@ -6,10 +6,11 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::{
-    LINE_TIMEOUT, REPLY_BYTES_MAX, ReplyLine, Request, RequestLine, canonical_mountpoint, check_peer, code_named,
-    read_line, socket_dir, socket_path, write_line,
+    HTTP_EXTENSION, LINE_TIMEOUT, REPLY_BYTES_MAX, ROOT_DIR, ReplyLine, Request, RequestLine, canonical_mountpoint,
+    check_daemon, code_named, read_line, socket_dirs, socket_name, write_line,
 };
 use crate::error::{Code, Error, Result};
+use crate::mounts;
 
 /// A mount that answered, or that is too busy to.
 #[derive(Debug)]
@@ -24,16 +25,26 @@ pub struct MountInfo {
 /// `NotMounted` if no daemon of this user answers there; else the daemon's own error.
 pub fn ask(mountpoint: &Path, request: Request, wait: Duration) -> Result<serde_json::Value> {
     let canonical = canonical_mountpoint(mountpoint)?;
-    let socket = socket_path(&canonical)?;
-    ask_at(&socket, request, wait).map_err(|e| {
-        if e.code() == Code::NotMounted {
-            return Error::new(
-                Code::NotMounted,
-                format!("no modelfs mount of this user answers at {}", canonical.display()),
-            );
+    for dir in socket_dirs()? {
+        match ask_at(&dir.join(socket_name(&canonical)), request.clone(), wait) {
+            Err(e) if e.code() == Code::NotMounted => {}
+            // One of root's that names nobody a role, or none at all: from outside they look the same.
+            Err(e) if dir == Path::new(ROOT_DIR) && is_closed(&e) => {}
+            answered => return answered,
         }
-        e
-    })
+    }
+    Err(Error::new(
+        Code::NotMounted,
+        format!("no modelfs mount of this user, or that gives this user a role, answers at {}", canonical.display()),
+    ))
+}
+
+/// Whether a socket was there and not for us to open.
+fn is_closed(error: &Error) -> bool {
+    error.code() == Code::Host
+        && std::error::Error::source(error)
+            .and_then(|source| source.downcast_ref::<io::Error>())
+            .is_some_and(|source| source.kind() == io::ErrorKind::PermissionDenied)
 }
 
 /// The same at a known socket.
@@ -45,9 +56,11 @@ pub fn ask_at(socket: &Path, request: Request, wait: Duration) -> Result<serde_j
         };
         Error::new(code, format!("cannot reach the control socket {}", socket.display())).with_source(e)
     })?;
-    check_peer(&stream)?;
-    write_line(&stream, &RequestLine { request })?;
-    let line = read_line(&stream, REPLY_BYTES_MAX, wait.max(LINE_TIMEOUT))?;
+    check_daemon(&stream, socket)?;
+    let sent = write_line(&stream, &RequestLine { request });
+    // Whoever is turned away is told so before he has said what he wants.
+    let line =
+        read_line(&stream, REPLY_BYTES_MAX, wait.max(LINE_TIMEOUT)).map_err(|unheard| sent.err().unwrap_or(unheard))?;
     match serde_json::from_slice(&line) {
         Ok(ReplyLine::Ok(value)) => Ok(value),
         Ok(ReplyLine::Error { code, message }) => Err(Error::new(code_named(&code), message)),
@@ -55,9 +68,34 @@ pub fn ask_at(socket: &Path, request: Request, wait: Duration) -> Result<serde_j
     }
 }
 
-/// Every mount of this user that has a socket, asked for its status; sockets whose owner is gone are removed.
+/// Every mount of this user that has a socket, for root also those of services, for others also those of root that give
+/// them a role; asked for its status. Sockets whose owner is gone are removed.
 pub fn list_mounts() -> Result<Vec<MountInfo>> {
-    list_mounts_in(&socket_dir()?)
+    let mut listed = Vec::new();
+    for dir in socket_dirs()? {
+        if dir == Path::new(ROOT_DIR) && !crate::config::env_dirs().root {
+            listed.extend(list_roots_mounts()?);
+        } else {
+            listed.extend(list_mounts_in(&dir)?);
+        }
+    }
+    Ok(listed)
+}
+
+/// Their folder can be passed through and not listed: the mount table says which sockets there may be.
+fn list_roots_mounts() -> Result<Vec<MountInfo>> {
+    let ours = mounts::below(Path::new("/"))?.into_iter().filter(|(_, mount)| mount.is_ours());
+    let mut sockets: Vec<PathBuf> = ours.map(|(place, _)| Path::new(ROOT_DIR).join(socket_name(&place))).collect();
+    sockets.sort();
+    sockets.dedup();
+    let asked =
+        sockets.into_iter().map(|socket| MountInfo { status: ask_at(&socket, Request::Status, LINE_TIMEOUT), socket });
+    // A mount that does not know us is none of ours to tell of.
+    let known = |one: &MountInfo| match &one.status {
+        Err(e) => e.code() != Code::NotMounted && e.code() != Code::StoreDenied && !is_closed(e),
+        Ok(_) => true,
+    };
+    Ok(asked.filter(known).collect())
 }
 
 fn list_mounts_in(dir: &Path) -> Result<Vec<MountInfo>> {
@@ -75,7 +113,10 @@ fn list_mounts_in(dir: &Path) -> Result<Vec<MountInfo>> {
     for socket in sockets {
         match ask_at(&socket, Request::Status, LINE_TIMEOUT) {
             // Only a refused connection says that nobody listens any more.
-            Err(e) if e.code() == Code::NotMounted => drop(std::fs::remove_file(&socket)),
+            Err(e) if e.code() == Code::NotMounted => {
+                drop(std::fs::remove_file(&socket));
+                drop(std::fs::remove_file(socket.with_extension(HTTP_EXTENSION)));
+            }
             status => mounts.push(MountInfo { socket, status }),
         }
     }

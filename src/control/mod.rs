@@ -1,24 +1,32 @@
-//! How `status` and `umount` talk to a running mount: one unix socket a mount, one JSON line each way.
+//! How `status`, `top`, `umount`, `lock` and `sessions` talk to a running mount: one unix socket a mount, one JSON line each way.
 //!
 //! In: a mountpoint (either side computes the same socket path from it) and, on the server's side, a [`ControlTarget`].
 //! Out: the target's answer, or its error with the same code the daemon had.
-//! Promises: only the mounting user and root are answered (the folder is 0700, the socket 0600, and the kernel's word on
-//! the peer is checked as well); no request or reply is longer than its limit; no wait is without a deadline; no key or
-//! plaintext ever passes here.
+//! Promises: only the mounting user and root are answered, and those whom roles name, each what its role may (`roles`): the
+//! kernel's word on the peer decides. Without roles the socket is 0600 as well, with them its folder can be passed through
+//! and not listed. No request or reply is longer than its limit; no wait is without a deadline; nobody asks without end
+//! (`rate`); no key or plaintext ever passes here.
 //! Not here: what status says and what stopping does (`daemon`).
 //! Held by: the tests in `server.rs`, tests/cli.rs.
 
 mod client;
 mod holders;
+mod map;
+mod rate;
+mod roles;
 mod server;
+mod sessions;
 
 pub use client::{MountInfo, ask, ask_at, list_mounts};
 pub use holders::{Holder, holders, tell_holders};
-pub use server::{ControlServer, ControlTarget, serve};
+pub use map::{FileMap, FileRow, MapRequest, map};
+pub use rate::{PEERS_MAX, Rates};
+pub use roles::{Peer, Role, anyone_named};
+pub use server::{ControlServer, ControlTarget, Rules, serve};
+pub use sessions::{SessionFile, SessionInfo, Taken, sessions};
 
-use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -35,13 +43,65 @@ pub const REPLY_BYTES_MAX: usize = 8 << 20;
 pub const LINE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What can be asked of a mount.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Request {
     /// What is mounted, from where, and every counter.
     Status,
+    /// Resolve again, one model or all, and show what is newer; the answer comes when it is shown.
+    Reload { model: Option<String> },
     /// Unmount, wipe and end; the answer comes when it is done.
     Stop,
+    /// Which parts of a model's files are in memory.
+    Map(MapRequest),
+    /// Who may read.
+    Access(AccessRequest),
+}
+
+impl Request {
+    /// What a peer must be to be answered.
+    pub const fn needs(&self) -> Role {
+        match self {
+            Request::Status | Request::Map(_) => Role::Viewer,
+            Request::Reload { .. } | Request::Access(_) => Role::Operator,
+            Request::Stop => Role::Admin,
+        }
+    }
+
+    /// As an event names it: what, and of what.
+    fn told(&self) -> String {
+        let of = |what: &str, model: &Option<String>| match model {
+            Some(model) => format!("{what} {model}"),
+            None => what.to_owned(),
+        };
+        match self {
+            Request::Status => "status".into(),
+            Request::Map(_) => "map".into(),
+            Request::Reload { model } => of("reload", model),
+            Request::Stop => "stop".into(),
+            Request::Access(AccessRequest::Lock { model }) => of("lock", model),
+            Request::Access(AccessRequest::Unlock { model }) => of("unlock", model),
+            Request::Access(AccessRequest::Sessions) => "sessions".into(),
+            Request::Access(AccessRequest::ShutOut { session, .. }) => format!("shut out {session}"),
+            Request::Access(AccessRequest::LetIn { session }) => format!("let in {session}"),
+        }
+    }
+}
+
+/// What can be asked about who may read.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AccessRequest {
+    /// Wipe keys and plaintext of one model or all, refuse reads; the answer comes when it is done.
+    Lock { model: Option<String> },
+    /// Read the keys again and serve.
+    Unlock { model: Option<String> },
+    /// Who has what open or mapped.
+    Sessions,
+    /// Refuse opens and reads of a session (`uid=…`, `pid=…`, `container=…`, `pod=…`).
+    ShutOut { session: String, seconds: Option<u64>, hard: bool },
+    /// The reverse.
+    LetIn { session: String },
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -95,9 +155,42 @@ pub fn socket_dir() -> Result<PathBuf> {
     crate::config::env_dirs().control_dir()
 }
 
+/// The end of the name of a mount's socket for metrics and health, beside its control socket.
+pub const HTTP_EXTENSION: &str = "http";
+
 /// The socket of a mount. `mountpoint` is canonical.
 pub fn socket_path(mountpoint: &Path) -> Result<PathBuf> {
-    Ok(socket_dir()?.join(format!("{:016x}.sock", path_hash(mountpoint))))
+    Ok(socket_dir()?.join(socket_name(mountpoint)))
+}
+
+fn socket_name(mountpoint: &Path) -> String {
+    format!("{:016x}.sock", path_hash(mountpoint))
+}
+
+/// Where root's mounts have their sockets.
+const ROOT_DIR: &str = "/run/modelfs";
+
+/// Where callers look: this user's place; root also where services of other users have theirs, the folders /run/modelfs-*,
+/// which nobody but root can have made there; others also where root's mounts have theirs, which may name them a role.
+fn socket_dirs() -> Result<Vec<PathBuf>> {
+    let mut dirs = vec![socket_dir()?];
+    if crate::config::env_dirs().root
+        && let Ok(entries) = std::fs::read_dir("/run")
+    {
+        let of_service = |name: &std::ffi::OsStr| name.as_bytes().starts_with(b"modelfs-");
+        let found = entries.flatten().filter(|entry| of_service(&entry.file_name())).map(|entry| entry.path());
+        dirs.extend(found);
+    }
+    dirs[1..].sort();
+    if !crate::config::env_dirs().root && is_roots(Path::new(ROOT_DIR)) {
+        dirs.push(ROOT_DIR.into());
+    }
+    Ok(dirs)
+}
+
+/// Whether nobody but root can have put a socket there.
+fn is_roots(dir: &Path) -> bool {
+    std::fs::symlink_metadata(dir).is_ok_and(|meta| meta.is_dir() && meta.uid() == 0 && meta.mode() & 0o022 == 0)
 }
 
 /// FNV-1a, 64 bits: a short, stable file name. Not a promise: the reply says which mountpoint it is for.
@@ -108,8 +201,9 @@ fn path_hash(path: &Path) -> u64 {
         .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
-/// Makes the folder if it is missing; refuses one that others could have put sockets into.
-fn own_dir(dir: &Path) -> Result<()> {
+/// Makes the folder if it is missing; refuses one that others could have put sockets into. `passable`: others may reach what
+/// they know the name of.
+fn own_dir(dir: &Path, passable: bool) -> Result<()> {
     std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(|e| {
         Error::new(Code::State, format!("cannot make the folder {} for the control socket", dir.display()))
             .with_source(e)
@@ -118,43 +212,40 @@ fn own_dir(dir: &Path) -> Result<()> {
         .map_err(|e| Error::new(Code::State, format!("cannot look at {}", dir.display())).with_source(e))?;
     // SAFETY: geteuid only reads this process's credentials.
     let own_uid = unsafe { libc::geteuid() };
-    if !meta.is_dir() || meta.uid() != own_uid || meta.mode() & 0o077 != 0 {
+    // Passable it may be for the sake of another mount.
+    if !meta.is_dir() || meta.uid() != own_uid || meta.mode() & 0o066 != 0 {
         return Err(Error::new(
             Code::State,
             format!(
-                "{} must be a folder of uid {own_uid} with mode 0700, it has uid {} and mode {:04o}; chmod 700 it",
+                "{} must be a folder of uid {own_uid} with mode 0700 or 0711, it has uid {} and mode {:04o}; chmod 700 it",
                 dir.display(),
                 meta.uid(),
                 meta.mode() & 0o7777
             ),
         ));
     }
+    if passable && meta.mode() & 0o011 != 0o011 {
+        std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o711)).map_err(|e| {
+            Error::new(Code::State, format!("cannot let those with a role pass through {}", dir.display()))
+                .with_source(e)
+        })?;
+    }
     Ok(())
 }
 
-/// Who is at the other end, as the kernel noted when it connected or listened.
-fn peer_uid(stream: &UnixStream) -> Result<(u32, i32)> {
-    let mut cred = libc::ucred { pid: 0, uid: u32::MAX, gid: u32::MAX };
-    let mut len = size_of::<libc::ucred>() as libc::socklen_t;
-    // SAFETY: `cred` and `len` outlive the call and `len` is the size of `cred`.
-    let rc = unsafe {
-        libc::getsockopt(stream.as_raw_fd(), libc::SOL_SOCKET, libc::SO_PEERCRED, (&raw mut cred).cast(), &raw mut len)
-    };
-    if rc != 0 || len as usize != size_of::<libc::ucred>() {
-        return Err(Error::os(Code::Host, "cannot learn who is at the other end of the control socket"));
-    }
-    Ok((cred.uid, cred.pid))
-}
-
-/// The same user or root.
-fn check_peer(stream: &UnixStream) -> Result<()> {
-    let (uid, _) = peer_uid(stream)?;
+/// At the caller's end: the same user, root, or for root whoever owns the folder of the socket.
+fn check_daemon(stream: &UnixStream, socket: &Path) -> Result<()> {
+    let daemon = Peer::of(stream)?.uid;
+    let owner = socket.parent().and_then(|dir| std::fs::metadata(dir).ok()).map(|meta| meta.uid());
     // SAFETY: geteuid only reads this process's credentials.
     let own = unsafe { libc::geteuid() };
-    if uid == own || uid == 0 {
+    if daemon == own || daemon == 0 || own == 0 && owner == Some(daemon) {
         return Ok(());
     }
-    Err(Error::new(Code::StoreDenied, format!("the control socket answers uid {own} and root, not uid {uid}")))
+    Err(Error::new(
+        Code::StoreDenied,
+        format!("uid {daemon} answers on {}, which is neither root nor uid {own}", socket.display()),
+    ))
 }
 
 /// One line of at most `max` bytes, all of it before `deadline` counted from now.

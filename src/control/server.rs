@@ -13,23 +13,74 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 
 use super::{
-    LINE_TIMEOUT, REQUEST_BYTES_MAX, ReplyLine, Request, RequestLine, check_peer, own_dir, read_line, write_line,
+    AccessRequest, LINE_TIMEOUT, MapRequest, Peer, REQUEST_BYTES_MAX, Rates, ReplyLine, Request, RequestLine, Role,
+    anyone_named, own_dir, read_line, write_line,
 };
+use crate::config::oversight::RolesPlan;
 use crate::error::{Code, Error, Result};
+use crate::telemetry::Telemetry;
+use crate::telemetry::events::{Event, Kind, Severity, Subject};
 
 /// More callers than this at once wait in the kernel's queue, then are turned away.
-const CONNECTIONS_MAX: usize = 8;
+const CONNECTIONS_MAX: usize = 16;
+
+/// Of which those who may not all, together, take at most so many.
+const OTHERS_MAX: usize = 8;
+
+/// How often one user may ask who may not all: `status` once a second from a few screens is far below.
+const OTHERS_PER_SECOND: u32 = 10;
+const OTHERS_BURST: u32 = 30;
+
+/// The same for root and the mounting user: a script in a loop, not a mistake without end.
+const OWN_PER_SECOND: u32 = 200;
+const OWN_BURST: u32 = 1000;
+
+/// Whom a mount answers, and where that is told.
+#[derive(Default)]
+pub struct Rules {
+    pub roles: RolesPlan,
+    pub telemetry: Arc<Telemetry>,
+}
+
+/// What all answers of one socket share.
+struct Door {
+    mountpoint: PathBuf,
+    target: Arc<dyn ControlTarget>,
+    rules: Rules,
+    own: Rates<u32>,
+    others: Rates<u32>,
+    busy: AtomicUsize,
+    busy_others: AtomicUsize,
+}
 
 /// What a running mount does when it is asked. Called from the socket's threads; must not hold locks that reads need.
 pub trait ControlTarget: Send + Sync {
     /// The state of the mount: `mountpoint`, `store`, `pid`, `models`, `metrics`, ... Never key material.
     fn status(&self) -> serde_json::Value;
 
+    /// Which parts of files are in memory. Answered from memory, like `status`.
+    ///
+    /// # Errors
+    /// `NotFound` for a model that is not mounted.
+    fn map(&self, asked: &MapRequest) -> Result<serde_json::Value>;
+
+    /// Resolves one model, or all, again, and shows newer versions. Bounded by the store's deadlines.
+    ///
+    /// # Errors
+    /// `Usage` if the mount does not show versions; whatever refused the new version: then nothing changed.
+    fn reload(&self, model: Option<&str>) -> Result<serde_json::Value>;
+
     /// Unmounts and wipes, and answers when that is done: the end of the process follows. Bounded in time.
     ///
     /// # Errors
     /// `Held` naming who still held files when the mount was detached.
     fn stop(&self) -> Result<serde_json::Value>;
+
+    /// Locks, unlocks, lists and shuts out sessions. Locking waits for no reader.
+    ///
+    /// # Errors
+    /// `NotFound` for a model that is not mounted; what reading keys again answers.
+    fn access(&self, request: AccessRequest) -> Result<serde_json::Value>;
 }
 
 /// The listening socket; dropping it stops listening, lets a reply under way finish, and removes the socket file.
@@ -44,12 +95,18 @@ pub struct ControlServer {
 ///
 /// # Errors
 /// `MountPoint` if a living mount already answers there; `State` if the folder is not ours alone.
-pub fn serve(mountpoint: &Path, target: Arc<dyn ControlTarget>) -> Result<ControlServer> {
-    serve_at(super::socket_path(mountpoint)?, target)
+pub fn serve(mountpoint: &Path, target: Arc<dyn ControlTarget>, rules: Rules) -> Result<ControlServer> {
+    serve_at(super::socket_path(mountpoint)?, mountpoint, target, rules)
 }
 
-pub(super) fn serve_at(path: PathBuf, target: Arc<dyn ControlTarget>) -> Result<ControlServer> {
-    own_dir(path.parent().expect("a socket path is a folder and a name"))?;
+pub(super) fn serve_at(
+    path: PathBuf,
+    mountpoint: &Path,
+    target: Arc<dyn ControlTarget>,
+    rules: Rules,
+) -> Result<ControlServer> {
+    let open = anyone_named(&rules.roles);
+    own_dir(path.parent().expect("a socket path is a folder and a name"), open)?;
     if path.symlink_metadata().is_ok() {
         if UnixStream::connect(&path).is_ok() {
             return Err(Error::new(
@@ -61,7 +118,8 @@ pub(super) fn serve_at(path: PathBuf, target: Arc<dyn ControlTarget>) -> Result<
     }
     let fault = |what: &str, e: io::Error| Error::new(Code::State, format!("{what} {}", path.display())).with_source(e);
     let listener = UnixListener::bind(&path).map_err(|e| fault("cannot listen on", e))?;
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).map_err(|e| fault("cannot protect", e))?;
+    let mode = if open { 0o666 } else { 0o600 };
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).map_err(|e| fault("cannot protect", e))?;
     listener.set_nonblocking(true).map_err(|e| fault("cannot listen on", e))?;
     // SAFETY: eventfd takes no pointers; the descriptor is owned by nobody else.
     let wake = unsafe {
@@ -71,10 +129,19 @@ pub(super) fn serve_at(path: PathBuf, target: Arc<dyn ControlTarget>) -> Result<
         }
         OwnedFd::from_raw_fd(fd)
     };
+    let door = Door {
+        mountpoint: mountpoint.to_owned(),
+        target,
+        rules,
+        own: Rates::new(OWN_PER_SECOND, OWN_BURST),
+        others: Rates::new(OTHERS_PER_SECOND, OTHERS_BURST),
+        busy: AtomicUsize::new(0),
+        busy_others: AtomicUsize::new(0),
+    };
     let wake_seen = wake.try_clone().map_err(|e| fault("cannot listen on", e))?;
     let thread = std::thread::Builder::new()
         .name("control".into())
-        .spawn(move || listen(&listener, &wake_seen, &target))
+        .spawn(move || listen(&listener, &wake_seen, &Arc::new(door)))
         .map_err(|e| fault("cannot start a thread for", e))?;
     Ok(ControlServer { path, retired: AtomicBool::new(false), wake, thread: Some(thread) })
 }
@@ -115,8 +182,7 @@ fn remove(path: &Path) {
     }
 }
 
-fn listen(listener: &UnixListener, wake: &OwnedFd, target: &Arc<dyn ControlTarget>) {
-    let busy = Arc::new(AtomicUsize::new(0));
+fn listen(listener: &UnixListener, wake: &OwnedFd, door: &Arc<Door>) {
     loop {
         let mut fds = [
             libc::pollfd { fd: listener.as_raw_fd(), events: libc::POLLIN, revents: 0 },
@@ -137,40 +203,142 @@ fn listen(listener: &UnixListener, wake: &OwnedFd, target: &Arc<dyn ControlTarge
                 continue;
             }
         };
-        if busy.fetch_add(1, Ordering::AcqRel) >= CONNECTIONS_MAX {
-            busy.fetch_sub(1, Ordering::AcqRel);
+        let Some(admitted) = Admitted::ask(door, &stream) else {
+            door.rules.telemetry.control_refused.inc();
             continue;
-        }
-        let (target, busy_now) = (Arc::clone(target), Arc::clone(&busy));
-        let spawned = std::thread::Builder::new().name("control-reply".into()).spawn(move || {
-            answer(&stream, &*target);
-            busy_now.fetch_sub(1, Ordering::AcqRel);
-        });
-        if spawned.is_err() {
-            busy.fetch_sub(1, Ordering::AcqRel);
-        }
+        };
+        // What cannot be started is dropped, and its place with it.
+        let _ = std::thread::Builder::new().name("control-reply".into()).spawn(move || answer(&stream, &admitted));
     }
     // A `stop` caller must get its reply before the process ends; nobody may hold the exit up for longer than a line.
     let until = std::time::Instant::now() + LINE_TIMEOUT;
-    while busy.load(Ordering::Acquire) > 0 && std::time::Instant::now() < until {
+    while door.busy.load(Ordering::Acquire) > 0 && std::time::Instant::now() < until {
         std::thread::sleep(std::time::Duration::from_millis(2));
     }
 }
 
-fn answer(stream: &UnixStream, target: &dyn ControlTarget) {
-    let result = stream
+/// A caller that has a place, given back when dropped.
+struct Admitted {
+    door: Arc<Door>,
+    peer: Peer,
+    role: Option<Role>,
+}
+
+impl Admitted {
+    /// `None`: no place, or nobody knows who it is. Those who may not all cannot take the places of those who may.
+    fn ask(door: &Arc<Door>, stream: &UnixStream) -> Option<Admitted> {
+        let peer = Peer::of(stream).inspect_err(|e| tracing::warn!("turned away: {}", e.chain())).ok()?;
+        let role = Role::of(&door.rules.roles, &peer);
+        let admitted = Admitted { door: door.clone(), peer, role };
+        let full = door.busy.fetch_add(1, Ordering::AcqRel) >= CONNECTIONS_MAX;
+        let others_full = role != Some(Role::Admin) && door.busy_others.fetch_add(1, Ordering::AcqRel) >= OTHERS_MAX;
+        (!full && !others_full).then_some(admitted)
+    }
+
+    /// # Errors
+    /// `STORE_DENIED`: too often.
+    fn in_time(&self) -> Result<()> {
+        let rates = if self.role == Some(Role::Admin) { &self.door.own } else { &self.door.others };
+        match rates.admits(self.peer.uid) {
+            true => Ok(()),
+            false => Err(Error::new(
+                Code::StoreDenied,
+                format!("uid {} asks too often at the control socket; wait a second", self.peer.uid),
+            )),
+        }
+    }
+
+    /// # Errors
+    /// `STORE_DENIED`: somebody whom no role was given.
+    fn known(&self) -> Result<Role> {
+        self.role.ok_or_else(|| {
+            Error::new(
+                Code::StoreDenied,
+                format!(
+                    "the control socket answers root, the mounting user and those that --control-viewer, \
+                     --control-operator and --control-admin name, not uid {}",
+                    self.peer.uid
+                ),
+            )
+        })
+    }
+
+    fn perform(&self, request: Request) -> Result<serde_json::Value> {
+        let (role, needs) = (self.known()?, request.needs());
+        if role < needs {
+            return Err(Error::new(
+                Code::StoreDenied,
+                format!(
+                    "uid {} is {} of this mount, and `{}` is for {} and above",
+                    self.peer.uid,
+                    role.name(),
+                    request.told(),
+                    needs.name()
+                ),
+            ));
+        }
+        let target = &self.door.target;
+        match request {
+            Request::Status => Ok(target.status()),
+            Request::Map(asked) => target.map(&asked),
+            Request::Reload { model } => target.reload(model.as_deref()),
+            Request::Stop => target.stop(),
+            Request::Access(request) => target.access(request),
+        }
+    }
+
+    /// What a peer did or was not let do is told of; that somebody looked is not.
+    fn tell(&self, what: &str, done: &Result<serde_json::Value>) {
+        let event = Event::new(Kind::Admin)
+            .actor(self.peer.actor())
+            .subject(Subject { mountpoint: Some(self.door.mountpoint.clone()), ..Subject::default() });
+        let event = match done {
+            Ok(_) => event.detail(what),
+            Err(error) => {
+                let severity = if error.code() == Code::StoreDenied { Severity::Medium } else { Severity::Low };
+                let event = event.severity(severity).error(error);
+                event.detail(format!("{what}: {}", error.chain()))
+            }
+        };
+        self.door.rules.telemetry.events.tell(&event);
+    }
+}
+
+impl Drop for Admitted {
+    fn drop(&mut self) {
+        if self.role != Some(Role::Admin) {
+            self.door.busy_others.fetch_sub(1, Ordering::AcqRel);
+        }
+        self.door.busy.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+fn answer(stream: &UnixStream, admitted: &Admitted) {
+    let telemetry = &admitted.door.rules.telemetry;
+    let asked = stream
         .set_nonblocking(false)
         .map_err(|e| Error::new(Code::Host, "cannot use the control socket").with_source(e))
-        .and_then(|()| check_peer(stream))
-        .and_then(|()| read_line(stream, REQUEST_BYTES_MAX, LINE_TIMEOUT))
+        .and_then(|()| admitted.in_time())
+        // Nobody who has no role keeps a thread waiting for his words.
+        .and_then(|()| admitted.known().inspect_err(|e| admitted.tell("ask", &Err(e.clone()))))
+        .and_then(|_| read_line(stream, REQUEST_BYTES_MAX, LINE_TIMEOUT))
         .and_then(|line| {
             serde_json::from_slice::<RequestLine>(&line)
                 .map_err(|e| Error::new(Code::Usage, "the control socket got an unknown request").with_source(e))
-        })
-        .and_then(|line| match line.request {
-            Request::Status => Ok(target.status()),
-            Request::Stop => target.stop(),
         });
+    let result = asked.and_then(|line| {
+        let looks = line.request.needs() == Role::Viewer;
+        let what = line.request.told();
+        let done = admitted.perform(line.request);
+        if !looks {
+            admitted.tell(&what, &done);
+        }
+        done
+    });
+    match &result {
+        Err(e) if e.code() == Code::StoreDenied => telemetry.control_refused.inc(),
+        Ok(_) | Err(_) => telemetry.control_requests.inc(),
+    }
     let reply = match result {
         Ok(value) => ReplyLine::Ok(value),
         Err(e) => ReplyLine::Error { code: e.code().name().into(), message: e.chain() },
@@ -193,14 +361,27 @@ mod tests {
         fn status(&self) -> serde_json::Value {
             serde_json::json!({"mountpoint": "/mnt/x", "pid": 7})
         }
+        fn map(&self, asked: &MapRequest) -> Result<serde_json::Value> {
+            Ok(serde_json::json!({ "asked": asked }))
+        }
+        fn reload(&self, model: Option<&str>) -> Result<serde_json::Value> {
+            Ok(serde_json::json!({ "asked": model }))
+        }
         fn stop(&self) -> Result<serde_json::Value> {
             Err(Error::new(Code::Held, "pid 12 (python) holds acme/model.safetensors"))
         }
+        fn access(&self, request: AccessRequest) -> Result<serde_json::Value> {
+            Ok(serde_json::json!({"asked": format!("{request:?}")}))
+        }
+    }
+
+    fn at(path: PathBuf, rules: Rules) -> Result<ControlServer> {
+        serve_at(path, Path::new("/mnt/x"), Arc::new(Fake), rules)
     }
 
     fn served() -> (tempfile::TempDir, ControlServer) {
         let dir = tempfile::tempdir().expect("a temporary folder");
-        let server = serve_at(dir.path().join("run/a.sock"), Arc::new(Fake)).expect("served");
+        let server = at(dir.path().join("run/a.sock"), Rules::default()).expect("served");
         (dir, server)
     }
 
@@ -217,11 +398,69 @@ mod tests {
     }
 
     #[test]
+    fn a_request_about_access_arrives_with_what_it_names() {
+        let (_dir, server) = served();
+        let requests = [
+            AccessRequest::Lock { model: Some("acme/llama".into()) },
+            AccessRequest::Unlock { model: None },
+            AccessRequest::Sessions,
+            AccessRequest::ShutOut { session: "uid=1000".into(), seconds: Some(600), hard: true },
+            AccessRequest::LetIn { session: "uid=1000".into() },
+        ];
+        for request in requests {
+            let answer =
+                ask_at(server.path(), Request::Access(request.clone()), Duration::from_secs(5)).expect("answered");
+            assert_eq!(answer["asked"], format!("{request:?}"));
+        }
+    }
+
+    #[test]
     fn the_folder_and_the_socket_are_closed_to_others() {
         let (_dir, server) = served();
         let mode = |path: &Path| std::fs::symlink_metadata(path).expect("there").permissions().mode() & 0o777;
         assert_eq!(mode(server.path()), 0o600);
         assert_eq!(mode(server.path().parent().expect("folder")), 0o700);
+    }
+
+    #[test]
+    fn with_roles_others_pass_through_the_folder_and_cannot_list_it() {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let roles = RolesPlan { viewers: vec!["gid=4242".parse().expect("a group")], ..RolesPlan::default() };
+        let rules = || Rules { roles: roles.clone(), telemetry: Arc::default() };
+        let plain = at(dir.path().join("run/a.sock"), Rules::default()).expect("served");
+        let open = at(dir.path().join("run/b.sock"), rules()).expect("served");
+        let mode = |path: &Path| std::fs::symlink_metadata(path).expect("there").permissions().mode() & 0o777;
+        assert_eq!(mode(open.path().parent().expect("folder")), 0o711);
+        assert_eq!((mode(plain.path()), mode(open.path())), (0o600, 0o666));
+        // What comes after does not close the folder again, nor mind that it is open.
+        let third = at(dir.path().join("run/c.sock"), Rules::default()).expect("served");
+        assert_eq!((mode(third.path()), mode(third.path().parent().expect("folder"))), (0o600, 0o711));
+    }
+
+    #[test]
+    fn orders_are_told_of_with_who_gave_them_and_looking_is_not() {
+        #[derive(Default)]
+        struct Notes(std::sync::Mutex<Vec<Event>>);
+        impl crate::telemetry::events::Sink for Notes {
+            fn take(&self, event: &Event) -> Result<()> {
+                self.0.lock().expect("a test").push(event.clone());
+                Ok(())
+            }
+        }
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let (telemetry, notes) = (Arc::new(Telemetry::default()), Arc::new(Notes::default()));
+        telemetry.events.add(notes.clone());
+        let rules = Rules { telemetry: telemetry.clone(), ..Rules::default() };
+        let server = at(dir.path().join("run/a.sock"), rules).expect("served");
+        let ask = |request| ask_at(server.path(), request, Duration::from_secs(5));
+        ask(Request::Status).expect("an answer");
+        ask(Request::Access(AccessRequest::Lock { model: Some("acme/llama".into()) })).expect("done");
+        ask(Request::Stop).expect_err("held");
+        let told = notes.0.lock().expect("a test");
+        let words: Vec<_> = told.iter().map(|event| event.detail.clone().unwrap_or_default()).collect();
+        assert!(words.len() == 2 && words[0] == "lock acme/llama" && words[1].starts_with("stop: pid 12"), "{words:?}");
+        assert!(told.iter().all(|event| event.kind == Kind::Admin && event.actor.pid == Some(std::process::id())));
+        assert_eq!(telemetry.control_requests.get(), 3);
     }
 
     #[test]
@@ -231,7 +470,7 @@ mod tests {
         std::fs::create_dir(&run).expect("made");
         std::fs::set_permissions(&run, std::fs::Permissions::from_mode(0o777)).expect("opened");
 
-        let err = serve_at(run.join("a.sock"), Arc::new(Fake)).err().expect("refused");
+        let err = at(run.join("a.sock"), Rules::default()).err().expect("refused");
 
         assert_eq!(err.code(), Code::State, "{err:?}");
     }
@@ -240,13 +479,13 @@ mod tests {
     fn a_second_mount_is_refused_while_the_first_lives_and_a_stale_socket_is_replaced() {
         let (dir, server) = served();
         let path = server.path().to_path_buf();
-        assert_eq!(serve_at(path.clone(), Arc::new(Fake)).err().expect("refused").code(), Code::MountPoint);
+        assert_eq!(at(path.clone(), Rules::default()).err().expect("refused").code(), Code::MountPoint);
         drop(server);
         assert!(!path.exists(), "dropping removes the socket");
         drop(UnixListener::bind(&path).expect("a socket whose owner is gone"));
         assert!(path.exists());
 
-        let again = serve_at(path, Arc::new(Fake)).expect("a stale socket is replaced");
+        let again = at(path, Rules::default()).expect("a stale socket is replaced");
 
         assert!(ask_at(again.path(), Request::Status, Duration::from_secs(5)).is_ok());
         drop(dir);

@@ -16,6 +16,14 @@ pub fn sha256(parts: &[&[u8]]) -> [u8; 32] {
     hasher.finalize().into()
 }
 
+/// HMAC-SHA256, for requests that are signed with it (AWS Signature Version 4).
+pub fn hmac_sha256(key: &[u8], message: &[u8]) -> [u8; 32] {
+    use hmac::{Hmac, KeyInit, Mac};
+    let mut mac = <Hmac<Sha256> as KeyInit>::new_from_slice(key).expect("HMAC takes a key of any length");
+    mac.update(message);
+    mac.finalize().into_bytes().into()
+}
+
 /// SHA-256 of a file's plaintext, as it is read or opened: what `FILE.sha256` in the manifest says.
 #[derive(Default)]
 pub struct FileHasher(Sha256);

@@ -18,9 +18,11 @@
 mod aead;
 mod chunk;
 mod dek;
+mod ecdsa;
 mod hash;
 mod kdf;
 mod manifest;
+mod recipient;
 mod sign;
 mod wrap;
 
@@ -32,7 +34,9 @@ mod vectors;
 pub use aead::{Implementation, TAG_LEN, implementation};
 pub use chunk::{ObjectSealer, Verify, check_chunk_hash, open_chunk, scratch_len};
 pub use dek::{Dek, ModelKeys};
-pub use hash::{FileHasher, sha256};
+pub use ecdsa::EcPublicKey;
+pub use hash::{FileHasher, hmac_sha256, sha256};
 pub use manifest::{open_manifest, seal_manifest};
+pub use recipient::{RecipientKey, RecipientSecret, open_dek_with, seal_dek_to};
 pub use sign::{PublicKey, SIGNATURE_LEN, SigningKey};
 pub use wrap::{unwrap_dek, wrap_dek};

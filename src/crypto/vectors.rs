@@ -200,6 +200,36 @@ fn the_slot_and_the_slots_object_of_the_whole_store_have_the_bytes_of_the_page()
     assert_eq!(hex::encode(sha256(&[&bytes])), "ccdf5795e3e7335ce80eec79fd6dea4d23f97f159ca2657749bc851f9c348fac");
 }
 
+/// slots-kinds.hex was made by tests/vectors/slots_kinds.py, with none of our code.
+#[test]
+fn the_slots_of_public_keys_and_of_pbkdf2_have_the_bytes_of_another_implementation() {
+    let lines: String = include_str!("../../tests/vectors/slots-kinds.hex").lines().collect();
+    let bytes = hex::decode(lines).unwrap();
+    let slots = Slots::parse(&bytes).unwrap();
+    assert_eq!(slots.encode().unwrap(), bytes);
+    let dek_commit = dek().commitment(Suite::Aes256Gcm, model_id(), vid());
+    let context = |slot: &Slot| Slot::wrap_context(&slot.label, &slot.params, model_id(), vid(), &dek_commit);
+    let [to_recipient, by_passphrase] = &slots.slots[..] else { panic!("{slots:?}") };
+
+    let secret = RecipientSecret::from_seed(Secret::from_bytes(&mut det32("recipient")));
+    assert_eq!(
+        secret.public().to_string(),
+        "modelfs-x25519:269f9fe1ada5f027dbd2e82b3b04f3932d0df62b30a6a1336e6fbb69d6fb194b"
+    );
+    assert_eq!(to_recipient.params, SlotParams::HpkeX25519 { recipient: secret.public().key_id() });
+    let drawn = zeroize::Zeroizing::new(det32("ephemeral"));
+    let body = recipient::seal_with(&secret.public(), &context(to_recipient), &dek(), drawn).unwrap();
+    assert_eq!(hex::encode(body), hex::encode(&to_recipient.body));
+    let opened = open_dek_with(&secret, &context(to_recipient), &to_recipient.body).unwrap();
+    assert_eq!(opened.expose(), dek().expose());
+
+    let salt = det32("psalt");
+    assert_eq!(by_passphrase.params, SlotParams::Pbkdf2Sha512 { iterations: 100_000, salt });
+    let kek = hex::decode("6ff1a631b23906ad2656991bed7889c72b0ab589bd5b813871dafa970c84a260").unwrap();
+    let kek = Secret::from_bytes(&mut kek.try_into().unwrap());
+    assert_eq!(wrap_dek(&kek, &context(by_passphrase), &dek())[..], by_passphrase.body);
+}
+
 #[test]
 fn the_ref_of_the_whole_store_has_the_digest_of_the_page() {
     let (_, manifest) = whole_manifest();

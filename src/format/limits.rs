@@ -50,6 +50,7 @@ pub const SCRYPT_LOG2_N: std::ops::RangeInclusive<u8> = 15..=20;
 pub const ARGON2_M_KIB: std::ops::RangeInclusive<u32> = 19_456..=(1 << 21);
 pub const ARGON2_T: std::ops::RangeInclusive<u32> = 1..=10;
 pub const ARGON2_P: std::ops::RangeInclusive<u32> = 1..=16;
+pub const PBKDF2_ITERATIONS: std::ops::RangeInclusive<u32> = 100_000..=10_000_000;
 
 pub const REF_SIGNATURES_MAX: usize = 4;
 pub const REF_BYTES_MAX: usize = super::REF_HEAD_LEN + REF_SIGNATURES_MAX * super::REF_SIGNATURE_LEN;

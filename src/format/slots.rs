@@ -7,11 +7,11 @@
 //! Spec: docs/FORMAT.md a.7.
 
 use super::limits::{
-    ARGON2_M_KIB, ARGON2_P, ARGON2_T, SCRYPT_LOG2_N, SLOT_BODY_BYTES_MAX, SLOT_LABEL_BYTES_MAX, SLOT_PARAMS_BYTES_MAX,
-    SLOT_TRANSIT_BYTES_MAX, SLOT_WRAP_LEN, SLOTS_BYTES_MAX, SLOTS_MAX,
+    ARGON2_M_KIB, ARGON2_P, ARGON2_T, PBKDF2_ITERATIONS, SCRYPT_LOG2_N, SLOT_BODY_BYTES_MAX, SLOT_LABEL_BYTES_MAX,
+    SLOT_PARAMS_BYTES_MAX, SLOT_TRANSIT_BYTES_MAX, SLOT_WRAP_LEN, SLOTS_BYTES_MAX, SLOTS_MAX,
 };
 use super::wire::{array_at, is_zero, put, u16_at, u32_at};
-use super::{FORMAT_VERSION, ModelId, SLOTS_HEADER_LEN, Vid, is_label, sha256};
+use super::{FORMAT_VERSION, KeyId, ModelId, SLOTS_HEADER_LEN, Vid, is_label, sha256};
 use crate::error::Result;
 use crate::refuse;
 
@@ -32,6 +32,10 @@ pub enum SlotKind {
     VaultKv,
     /// Vault's transit engine decrypts the DEK itself.
     VaultTransit,
+    /// An X25519 key pair: whoever has the public half seals, the holder of the secret half opens.
+    HpkeX25519,
+    /// A passphrase, by PBKDF2-HMAC-SHA512: read, never written, because graphics cards guess it cheaply.
+    Pbkdf2Sha512,
     /// Of a later format; skipped.
     Unknown(u16),
 }
@@ -44,6 +48,8 @@ impl SlotKind {
             3 => SlotKind::Argon2id,
             4 => SlotKind::VaultKv,
             5 => SlotKind::VaultTransit,
+            6 => SlotKind::HpkeX25519,
+            8 => SlotKind::Pbkdf2Sha512,
             other => SlotKind::Unknown(other),
         }
     }
@@ -55,6 +61,8 @@ impl SlotKind {
             SlotKind::Argon2id => 3,
             SlotKind::VaultKv => 4,
             SlotKind::VaultTransit => 5,
+            SlotKind::HpkeX25519 => 6,
+            SlotKind::Pbkdf2Sha512 => 8,
             SlotKind::Unknown(number) => number,
         }
     }
@@ -66,6 +74,8 @@ impl SlotKind {
             SlotKind::Argon2id => "argon2id",
             SlotKind::VaultKv => "vault-kv",
             SlotKind::VaultTransit => "vault-transit",
+            SlotKind::HpkeX25519 => "hpke-x25519",
+            SlotKind::Pbkdf2Sha512 => "pbkdf2-sha512",
             SlotKind::Unknown(_) => "unknown",
         }
     }
@@ -74,12 +84,36 @@ impl SlotKind {
 /// What the opener of a slot needs beside the key; every number within the bounds of `limits`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SlotParams {
-    Raw { salt: [u8; 32] },
-    Scrypt { log2_n: u8, salt: [u8; 32] },
-    Argon2id { m_kib: u32, t: u32, p: u32, salt: [u8; 32] },
-    VaultKv { version: u32, salt: [u8; 32] },
+    Raw {
+        salt: [u8; 32],
+    },
+    Scrypt {
+        log2_n: u8,
+        salt: [u8; 32],
+    },
+    Argon2id {
+        m_kib: u32,
+        t: u32,
+        p: u32,
+        salt: [u8; 32],
+    },
+    VaultKv {
+        version: u32,
+        salt: [u8; 32],
+    },
     VaultTransit,
-    Unknown { kind: u16, params: Vec<u8> },
+    /// SHA-256 of the recipient's raw public key.
+    HpkeX25519 {
+        recipient: KeyId,
+    },
+    Pbkdf2Sha512 {
+        iterations: u32,
+        salt: [u8; 32],
+    },
+    Unknown {
+        kind: u16,
+        params: Vec<u8>,
+    },
 }
 
 impl SlotParams {
@@ -90,6 +124,8 @@ impl SlotParams {
             SlotParams::Argon2id { .. } => SlotKind::Argon2id,
             SlotParams::VaultKv { .. } => SlotKind::VaultKv,
             SlotParams::VaultTransit => SlotKind::VaultTransit,
+            SlotParams::HpkeX25519 { .. } => SlotKind::HpkeX25519,
+            SlotParams::Pbkdf2Sha512 { .. } => SlotKind::Pbkdf2Sha512,
             SlotParams::Unknown { kind, .. } => SlotKind::Unknown(*kind),
         }
     }
@@ -103,6 +139,8 @@ impl SlotParams {
             }
             SlotParams::VaultKv { version, salt } => [&version.to_le_bytes()[..], salt].concat(),
             SlotParams::VaultTransit => Vec::new(),
+            SlotParams::HpkeX25519 { recipient } => recipient.0.to_vec(),
+            SlotParams::Pbkdf2Sha512 { iterations, salt } => [&iterations.to_le_bytes()[..], salt].concat(),
             SlotParams::Unknown { params, .. } => params.clone(),
         }
     }
@@ -114,6 +152,8 @@ impl SlotParams {
             SlotKind::Argon2id => 44,
             SlotKind::VaultKv => 36,
             SlotKind::VaultTransit => 0,
+            SlotKind::HpkeX25519 => 32,
+            SlotKind::Pbkdf2Sha512 => 36,
             SlotKind::Unknown(kind) => return Ok(SlotParams::Unknown { kind, params: bytes.to_vec() }),
         };
         if bytes.len() != want {
@@ -148,6 +188,17 @@ impl SlotParams {
                 Ok(SlotParams::VaultKv { version, salt: array_at(bytes, 4) })
             }
             SlotKind::VaultTransit => Ok(SlotParams::VaultTransit),
+            SlotKind::HpkeX25519 => Ok(SlotParams::HpkeX25519 { recipient: KeyId(array_at(bytes, 0)) }),
+            SlotKind::Pbkdf2Sha512 => {
+                let iterations = u32_at(bytes, 0);
+                if !PBKDF2_ITERATIONS.contains(&iterations) {
+                    refuse!(
+                        SlotParams,
+                        "pbkdf2-sha512 slot asks for {iterations} iterations, 100,000 to 10,000,000 are allowed"
+                    );
+                }
+                Ok(SlotParams::Pbkdf2Sha512 { iterations, salt: array_at(bytes, 4) })
+            }
             SlotKind::Unknown(_) => unreachable!("returned above"),
         }
     }
@@ -158,13 +209,18 @@ pub struct Slot {
     /// A logical name; where the key really lies is local configuration.
     pub label: String,
     pub params: SlotParams,
-    /// The 80-byte wrap, or transit's own text.
+    /// The 80-byte wrap, 80 bytes of HPKE (`enc || ciphertext || tag`), or transit's own text.
     pub body: Vec<u8>,
 }
 
 impl Slot {
     pub fn kind(&self) -> SlotKind {
         self.params.kind()
+    }
+
+    /// How it is named to people and in records: `KIND/LABEL`.
+    pub fn title(&self) -> String {
+        format!("{}/{}", self.kind().name(), self.label)
     }
 
     /// What the wrap key is derived with: `header || label || params || model_id || vid || dek_commit`. It names the
@@ -179,6 +235,11 @@ impl Slot {
         let encoded = params.encode();
         let header = slot_header(params.kind(), label.len(), encoded.len(), SLOT_WRAP_LEN);
         [&header[..], label.as_bytes(), &encoded, &model_id.0, &vid.0, dek_commit].concat()
+    }
+
+    /// What transit derives the key of a version with: `SHA-256("MFS1/transit" || 0 || model_id || vid)`.
+    pub fn transit_context(model_id: ModelId, vid: Vid) -> [u8; 32] {
+        sha256(&[b"MFS1/transit\0", &model_id.0, &vid.0])
     }
 
     fn encode_into(&self, out: &mut Vec<u8>) {
@@ -246,7 +307,12 @@ pub fn check_label(label: &[u8]) -> Result<&str> {
 
 fn check_body(kind: SlotKind, body: &[u8]) -> Result<()> {
     match kind {
-        SlotKind::Raw | SlotKind::Scrypt | SlotKind::Argon2id | SlotKind::VaultKv => {
+        SlotKind::Raw
+        | SlotKind::Scrypt
+        | SlotKind::Argon2id
+        | SlotKind::VaultKv
+        | SlotKind::HpkeX25519
+        | SlotKind::Pbkdf2Sha512 => {
             if body.len() != SLOT_WRAP_LEN {
                 refuse!(SlotBody, "{} slot has a body of {} bytes, not {SLOT_WRAP_LEN}", kind.name(), body.len());
             }
@@ -385,7 +451,9 @@ mod tests {
             SlotParams::Argon2id { m_kib: 262_144, t: 3, p: 4, salt },
             SlotParams::VaultKv { version: 1, salt },
             SlotParams::VaultTransit,
-            SlotParams::Unknown { kind: 6, params: vec![1; 7] },
+            SlotParams::HpkeX25519 { recipient: KeyId([8; 32]) },
+            SlotParams::Pbkdf2Sha512 { iterations: 600_000, salt },
+            SlotParams::Unknown { kind: 7, params: vec![1; 7] },
         ]
         .map(slot)
         .into()
@@ -452,7 +520,7 @@ mod tests {
             (0, b"m", Code::SlotsFormat),
             (8, &[2], Code::Unsupported),
             (10, &[5], Code::SlotsFormat),
-            (10, &[7], Code::SlotsFormat),
+            (10, &[9], Code::SlotsFormat),
             (12, &[0; 4], Code::SlotsFormat),
             (96, &[0xff; 4], Code::SlotsFormat),
             (100, &[1], Code::SlotsFormat),
@@ -504,6 +572,13 @@ mod tests {
             assert_eq!(code(&encoded(&[wrong])), Code::SlotParams, "{m_kib} {t} {p}");
         }
         assert_eq!(code(&encoded(&[slot(SlotParams::VaultKv { version: 0, salt })])), Code::SlotParams);
+        for iterations in [0, 1, 99_999, 10_000_001, u32::MAX] {
+            let wrong = slot(SlotParams::Pbkdf2Sha512 { iterations, salt });
+            assert_eq!(code(&encoded(&[wrong])), Code::SlotParams, "{iterations}");
+        }
+        for iterations in [100_000, 10_000_000] {
+            Slots::parse(&encoded(&[slot(SlotParams::Pbkdf2Sha512 { iterations, salt })])).unwrap();
+        }
         for log2_n in [15, 20] {
             Slots::parse(&encoded(&[slot(SlotParams::Scrypt { log2_n, salt })])).unwrap();
         }
@@ -512,7 +587,7 @@ mod tests {
 
     #[test]
     fn parameters_of_another_length_are_refused() {
-        for kind in 1..=5u16 {
+        for kind in [1, 2, 3, 4, 5, 6, 8] {
             let body = if kind == 5 { b"vault:v1:AA==".to_vec() } else { vec![0; 80] };
             let wrong = Slot { label: "x".into(), params: SlotParams::Unknown { kind, params: vec![16; 31] }, body };
             assert_eq!(code(&encoded(&[wrong])), Code::SlotParams, "kind {kind}");
@@ -523,9 +598,11 @@ mod tests {
     #[test]
     fn bodies_that_are_no_wrap_and_no_transit_text_are_refused() {
         for len in [0, 79, 81, 1024] {
-            let mut wrong = slot(SlotParams::Raw { salt: [0; 32] });
-            wrong.body = vec![0; len];
-            assert_eq!(code(&encoded(&[wrong])), Code::SlotBody, "{len}");
+            for params in [SlotParams::Raw { salt: [0; 32] }, SlotParams::HpkeX25519 { recipient: KeyId([0; 32]) }] {
+                let mut wrong = slot(params);
+                wrong.body = vec![0; len];
+                assert_eq!(code(&encoded(&[wrong])), Code::SlotBody, "{len}");
+            }
         }
         let long = format!("vault:v1:{}", "A".repeat(504));
         for text in [

@@ -18,9 +18,10 @@ use std::process::Command;
 
 use fuser::{BackgroundSession, Config, MountOption, Session, SessionACL};
 
-use super::ModelFs;
+use super::inherited::Given;
+use super::{ModelFs, dead};
 use crate::error::{Code, Error, Result};
-use crate::{mem, mounts};
+use crate::{mem, mounts, processes};
 
 /// The mount's readahead, KiB: larger makes random faults slow and sequential reads no faster (docs/PERFORMANCE.md).
 pub const READ_AHEAD_KIB: u32 = 1024;
@@ -46,7 +47,15 @@ pub struct MountLook {
 /// A mount of ours.
 pub struct Attachment {
     mountpoint: PathBuf,
-    by_helper: bool,
+    by: By,
+}
+
+/// Who mounts and unmounts.
+enum By {
+    Ourselves,
+    Fusermount,
+    /// Whoever gave us the descriptor.
+    Another(Given),
 }
 
 /// Mounts and starts answering.
@@ -54,6 +63,7 @@ pub struct Attachment {
 /// # Errors
 /// `MOUNT_POINT`: not a directory, a link, not empty. `HOST`: what the kernel said, with the fix where one is known.
 pub fn attach(fs: ModelFs, mountpoint: &Path, look: &MountLook) -> Result<(BackgroundSession, Attachment)> {
+    dead::clear(mountpoint)?;
     let (place, real_path) = open_mountpoint(mountpoint)?;
     let by_helper = !mem::has_cap_sys_admin();
     let mut config = Config::default();
@@ -91,7 +101,31 @@ pub fn attach(fs: ModelFs, mountpoint: &Path, look: &MountLook) -> Result<(Backg
     }
     let background =
         session.spawn().map_err(|e| Error::new(Code::Host, "cannot start the FUSE threads").with_source(e))?;
-    let attachment = Attachment { mountpoint: real_path, by_helper };
+    let by = if by_helper { By::Fusermount } else { By::Ourselves };
+    let attachment = Attachment { mountpoint: real_path, by };
+    attachment.set_read_ahead();
+    Ok((background, attachment))
+}
+
+/// Starts answering on a mount that somebody else has made.
+///
+/// # Errors
+/// `MOUNT_POINT` if the descriptor is served already; `HOST`: what the kernel said.
+pub fn attach_given(fs: ModelFs, given: &Given, look: &MountLook) -> Result<(BackgroundSession, Attachment)> {
+    let mut config = Config::default();
+    config.n_threads = Some(request_threads());
+    // A second descriptor takes a second open of the device, which is what this path does without.
+    config.clone_fd = File::options().read(true).write(true).open("/dev/fuse").is_ok();
+    // The kernel lets in whom the mount's options let in, and the mount's user need not be ours.
+    let by_kernel = look.allow_other || given.lets_others_in().is_some();
+    config.acl = if by_kernel { SessionACL::All } else { SessionACL::Owner };
+    let session = Session::from_fd(fs.clone(), given.claim()?, config.acl, config)
+        .map_err(|e| Error::new(Code::Host, "the kernel's FUSE handshake failed").with_source(e))?;
+    fs.set_notifier(session.notifier());
+    fs.set_passthrough(false);
+    let background =
+        session.spawn().map_err(|e| Error::new(Code::Host, "cannot start the FUSE threads").with_source(e))?;
+    let attachment = Attachment { mountpoint: given.name(), by: By::Another(given.clone()) };
     attachment.set_read_ahead();
     Ok((background, attachment))
 }
@@ -245,13 +279,21 @@ impl Attachment {
         &self.mountpoint
     }
 
-    /// Whether the mount is still in this process's mount table.
+    /// Whether the mount is still in this process's mount table. Another's need not be: it lives as long as its session.
     pub fn is_mounted(&self) -> bool {
-        self.device_number().is_some()
+        self.is_given() || self.device_number().is_some()
+    }
+
+    /// Whether somebody else mounted, and unmounts: until then readers have to be refused, not only kept out.
+    pub fn is_given(&self) -> bool {
+        matches!(self.by, By::Another(_))
     }
 
     /// `major:minor` of the mount.
     pub fn device_number(&self) -> Option<String> {
+        if let By::Another(given) = &self.by {
+            return given.device_number();
+        }
         mounts::at(&self.mountpoint).ok().flatten().filter(mounts::Mount::is_ours).map(|mount| mount.device)
     }
 
@@ -264,13 +306,19 @@ impl Attachment {
         }
     }
 
-    /// Asks the kernel to unmount. `Ok(false)`: somebody still holds files.
+    /// Asks the kernel to unmount. `Ok(false)`: somebody still holds files. What another mounted is only cut off from us.
     pub fn unmount(&self) -> Result<bool> {
         if !self.is_mounted() {
             return Ok(true);
         }
-        if self.by_helper {
-            return self.run_helper(&["-u"]);
+        match &self.by {
+            By::Another(given) => {
+                // Where we may not, the connection ends with this process.
+                given.abort();
+                return Ok(true);
+            }
+            By::Fusermount => return self.run_helper(&["-u"]),
+            By::Ourselves => {}
         }
         match self.umount2(libc::UMOUNT_NOFOLLOW) {
             Ok(()) => Ok(true),
@@ -288,8 +336,10 @@ impl Attachment {
         if !self.is_mounted() {
             return Ok(());
         }
-        if self.by_helper {
-            return self.run_helper(&["-u", "-z"]).map(drop);
+        match &self.by {
+            By::Another(_) => return Ok(()),
+            By::Fusermount => return self.run_helper(&["-u", "-z"]).map(drop),
+            By::Ourselves => {}
         }
         self.umount2(libc::UMOUNT_NOFOLLOW | libc::MNT_DETACH).map_err(|e| self.cannot_unmount(e))
     }
@@ -306,11 +356,7 @@ impl Attachment {
 
     /// `Ok(false)`: busy. fusermount3 tells so only in words, hence by looking whether the mount is still there.
     fn run_helper(&self, arguments: &[&str]) -> Result<bool> {
-        let output = Command::new("fusermount3")
-            .args(arguments)
-            .arg("--")
-            .arg(&self.mountpoint)
-            .output()
+        let output = processes::output(Command::new("fusermount3").args(arguments).arg("--").arg(&self.mountpoint))
             .map_err(|e| Error::new(Code::Host, "cannot run fusermount3; install fuse3").with_source(e))?;
         if output.status.success() || !self.is_mounted() {
             return Ok(true);

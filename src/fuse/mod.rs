@@ -6,17 +6,25 @@
 //! passthrough; the hot node is passthrough only, and `lookup` answers it only while the file is whole and frozen. A held
 //! cold open ends in ESTALE at most once a thread and node, then the kernel walks again and finds the hot node. `stat`
 //! shows one number for both.
-//! Not here: which bytes (`read`), which memory (`cache`), mounting and unmounting (`attach`).
+//! Not here: which bytes (`read`), which memory (`cache`), which opens wait (`policy`), who is let in
+//! (`guard`), whom the policy lets see and read (`access`), what is told of opens (`told`), mounting and unmounting
+//! (`attach`), what a killed daemon left (`dead`).
 //! Held by: tests/e2e, tests/mount.rs.
 
+mod access;
 pub mod attach;
+mod dead;
+mod guard;
+pub mod inherited;
+mod policy;
+mod told;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
 use std::num::NonZeroUsize;
 use std::os::unix::ffi::OsStrExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, RwLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use fuser::{
@@ -26,14 +34,25 @@ use fuser::{
 };
 use lru::LruCache;
 
-use crate::cache::{CachedObject, HotGate, ObjectKey};
-use crate::error::{Code, Error, Result};
-use crate::read::habits::{Habits, Reason, Step, Walk, Who, is_configuration};
+use access::Access;
+
+use crate::cache::{CachedObject, GENERATIONS, HotGate, ObjectKey};
+use crate::error::{Code, Error};
+use crate::policy::Buckets;
+use crate::read::habits::{Habits, Walk, Who};
 use crate::read::{OpenFile, READ_MAX, Reader};
 use crate::vfs::{Attributes, Kind, NodeId, Vfs};
 
-/// Set in the number of a hot node; the rest is the cold node's number.
+pub use guard::{OpenBy, Session, ShutOut};
+use guard::{Opener, Rules};
+pub use policy::{AUTO_HOLD, OpenPolicy, WHOLE_HOLD};
+pub use told::Place;
+
+/// Set in the number of a hot node. Below it lie the generation of the object's memory and the cold node's number: the
+/// kernel ties a node to one backing file as long as anyone has it open, so other memory is another node.
 const HOT: u64 = 1 << 62;
+const GENERATION_SHIFT: u32 = 40;
+const NODE_MASK: u64 = (1 << GENERATION_SHIFT) - 1;
 
 /// Names and sizes never change, and a flip between cold and hot is announced: the kernel may keep what it knows.
 const KEEP: Duration = Duration::from_secs(3600);
@@ -47,52 +66,6 @@ const STALE_ANSWERS_MAX: NonZeroUsize = NonZeroUsize::new(16_384).expect("not ze
 /// Reads under way at which the kernel stops asking for more than readers wait for.
 const READ_AHEAD_REQUESTS_MAX: u16 = 48;
 
-/// Which opens wait until the whole file is in locked memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum OpenPolicy {
-    /// None: the first byte comes as soon as its chunk does.
-    Lazy,
-    /// Those of programs that are seen to load the model, while the file is expected within [`AUTO_HOLD`]; never a first
-    /// look at a file (docs/SEMANTICS.md, "Waiting").
-    #[default]
-    Auto,
-    /// Every file that fits into the cache.
-    Whole,
-}
-
-impl OpenPolicy {
-    pub const fn name(self) -> &'static str {
-        match self {
-            OpenPolicy::Lazy => "lazy",
-            OpenPolicy::Auto => "auto",
-            OpenPolicy::Whole => "whole",
-        }
-    }
-}
-
-impl std::str::FromStr for OpenPolicy {
-    type Err = Error;
-    fn from_str(text: &str) -> Result<Self> {
-        [OpenPolicy::Lazy, OpenPolicy::Auto, OpenPolicy::Whole]
-            .into_iter()
-            .find(|policy| policy.name() == text)
-            .ok_or_else(|| Error::new(Code::Usage, format!("open policy `{text}` is none of lazy, auto, whole")))
-    }
-}
-
-/// The longest that `auto` lets an open wait. Only for files that are wanted whole: their fill is as long as their reading
-/// would be. A client that waits cannot be killed, and few programs say what they wait for: hence half a minute.
-pub const AUTO_HOLD: Duration = Duration::from_secs(30);
-
-/// How often a held open looks how far its file has come.
-const HOLD_LOOK: Duration = Duration::from_millis(250);
-
-/// From when on the rate of a fill says how long the rest will take.
-const RATE_KNOWN_AFTER: Duration = Duration::from_secs(2);
-
-/// The longest that `whole` lets an open wait. A client that waits in open cannot be killed, so there is an end.
-pub const WHOLE_HOLD: Duration = Duration::from_secs(600);
-
 /// How the kernel is answered.
 #[derive(Debug, Clone, Copy)]
 pub struct Behaviour {
@@ -101,16 +74,22 @@ pub struct Behaviour {
     pub no_page_cache: bool,
 }
 
-enum Handle {
+struct Handle {
+    node: NodeId,
+    opener: Opener,
+    way: Way,
+}
+
+enum Way {
     /// `who`: only of files that the policy watches.
     Cold {
-        node: NodeId,
         file: Arc<OpenFile>,
         who: Option<Who>,
         walk: Mutex<Walk>,
     },
     Hot {
         object: Arc<CachedObject>,
+        generation: u64,
     },
 }
 
@@ -128,12 +107,25 @@ struct Inner {
     handles: Mutex<HashMap<u64, Arc<Handle>>>,
     next_handle: AtomicU64,
     notifier: OnceLock<Notifier>,
-    /// One backing registration a hot object; all passthrough opens of a node must share it.
-    backings: Mutex<HashMap<ObjectKey, Arc<BackingId>>>,
+    /// One backing registration for the memory of a hot object (its generation); all passthrough opens of a node must
+    /// share it.
+    backings: Mutex<HashMap<(ObjectKey, u64), Arc<BackingId>>>,
     /// The kernel offered passthrough and the arena's memory was accepted as backing.
     passthrough: AtomicBool,
     stale_answers: Mutex<LruCache<(u32, NodeId), ()>>,
     habits: Mutex<Habits>,
+    started: Instant,
+    /// When the mount was last used, counted from `started`.
+    used_ms: AtomicU64,
+    /// Cold nodes of which the page cache may hold something: those that were ever opened.
+    paged: Mutex<HashSet<NodeId>>,
+    rules: RwLock<Rules>,
+    /// So that a mount without rules does not look at them.
+    has_rules: AtomicBool,
+    /// Everybody is shut out.
+    closed: AtomicBool,
+    place: OnceLock<Place>,
+    access: Access,
 }
 
 impl ModelFs {
@@ -151,6 +143,14 @@ impl ModelFs {
                 passthrough: AtomicBool::new(false),
                 stale_answers: Mutex::new(LruCache::new(STALE_ANSWERS_MAX)),
                 habits: Mutex::default(),
+                started: Instant::now(),
+                used_ms: AtomicU64::new(0),
+                paged: Mutex::default(),
+                rules: RwLock::default(),
+                has_rules: AtomicBool::new(false),
+                closed: AtomicBool::new(false),
+                place: OnceLock::new(),
+                access: Access::default(),
             }),
         }
     }
@@ -186,7 +186,23 @@ impl ModelFs {
     pub fn drop_backings(&self, unmounted: bool) {
         self.inner.backings.lock().expect("a thread died holding the backings").clear();
         if unmounted {
-            self.inner.handles.lock().expect("a thread died holding the handles").clear();
+            let mut handles = self.inner.handles.lock().expect("a thread died holding the handles");
+            for (_, handle) in handles.drain() {
+                // Other mounts may show the same object: what this one held of it must not count any more.
+                if let Way::Hot { object, generation } = &handle.way {
+                    object.hot_release(*generation);
+                }
+            }
+        }
+    }
+
+    /// Has the kernel drop a name and every unused name below it; what programs hold goes on. From a thread that holds
+    /// nothing, never from one that answers the kernel.
+    pub fn drop_name(&self, folder: NodeId, name: &str) {
+        let Some(notifier) = self.inner.notifier.get() else { return };
+        // Not known to the kernel, or the kernel is gone: then there is nothing to drop.
+        if let Err(error) = notifier.inval_entry(INodeNo(folder.0), OsStr::new(name)) {
+            tracing::debug!("invalidating {name}: {error}");
         }
     }
 
@@ -217,6 +233,7 @@ impl Inner {
             kind: match attributes.kind {
                 Kind::Directory => FileType::Directory,
                 Kind::File => FileType::RegularFile,
+                Kind::Link => FileType::Symlink,
             },
             perm: attributes.mode,
             nlink: attributes.links,
@@ -227,6 +244,11 @@ impl Inner {
             blksize: READ_MAX as u32,
             flags: 0,
         }
+    }
+
+    /// What `stat` shows; under a policy nothing that tells of what an asker may not see.
+    fn attributes(&self, node: NodeId, of_some: bool) -> Option<Attributes> {
+        if of_some { self.vfs.attributes_of_some(node) } else { self.vfs.attributes(node) }
     }
 
     /// The object behind a file whose memory readers may get, when this mount can do that at all.
@@ -263,31 +285,139 @@ impl Inner {
         reply.error(Errno::ESTALE);
     }
 
-    fn open_hot(&self, node: NodeId, reply: ReplyOpen) {
+    /// Answers an open that nothing stands against any more but a lock.
+    fn open_now(self: &Arc<Self>, ino: INodeNo, opener: Opener, reply: ReplyOpen) {
+        let (node, thread) = (node_of(ino), opener.thread);
+        if let Some(generation) = generation_of(ino) {
+            return self.open_hot(node, generation, opener, reply);
+        }
+        let Some(file) = self.vfs.open(node) else { return reply.error(Errno::EISDIR) };
+        if file.model.is_locked() {
+            // Before it is held or sent round: the answer is no.
+            return self.opened_plain(node, file, None, opener, reply);
+        }
+        let object = self.hot_object(node);
+        let who = self.who(thread, node, object.is_some());
+        let Some(object) = object else { return self.opened_plain(node, file, who, opener, reply) };
+        let whole = object.is_whole();
+        let hold = if whole { None } else { self.hold(node, &object, who) };
+        if (!whole && hold.is_none()) || !self.may_answer_stale(thread, node) {
+            return self.opened_plain(node, file, who, opener, reply);
+        }
+        let Some(hold) = hold else {
+            self.vfs.release(node);
+            return self.stale(reply);
+        };
+        self.reader.cache().telemetry().opens_held.inc();
+        self.note_whole(node);
+        let inner = self.clone();
+        inner.runtime.clone().spawn(async move {
+            let whole = tokio::select! {
+                biased;
+                () = file.model.until_locked() => false,
+                whole = inner.wait_whole(&object, hold) => whole,
+            };
+            if whole {
+                inner.vfs.release(node);
+                inner.stale(reply);
+            } else {
+                inner.reader.cache().telemetry().opens_held_in_vain.inc();
+                inner.opened_plain(node, file, who, opener, reply);
+            }
+        });
+    }
+
+    /// Answers a read that nothing stands against any more but a lock.
+    fn read_now(self: &Arc<Self>, handle: &Handle, offset: u64, size: u32, reply: ReplyData) {
+        let Way::Cold { file, who, walk } = &handle.way else {
+            // The kernel reads hot files by itself; it asks us only if something is badly wrong.
+            return reply.error(Errno::EIO);
+        };
+        let admission = match file.model.admit() {
+            Ok(admission) => admission,
+            Err(error) => return reply.error(errno(&error)),
+        };
+        let telemetry = self.reader.cache().telemetry();
+        telemetry.reads.inc();
+        let size = size as usize;
+        if let Some(buckets) = handle.opener.buckets() {
+            buckets.given((size as u64).min(file.size.saturating_sub(offset)));
+        }
+        if let Some(who) = *who {
+            self.observe(handle.node, file, who, walk, offset, size);
+        }
+        if let Some(answer) = self.reader.try_read(file, offset, size) {
+            telemetry.read_bytes.add(answer.bytes().len() as u64);
+            reply.data(answer.bytes());
+            return;
+        }
+        drop(admission);
+        let (inner, file) = (self.clone(), file.clone());
+        inner.runtime.clone().spawn(async move {
+            let telemetry = inner.reader.cache().telemetry();
+            let outcome = tokio::select! {
+                biased;
+                () = file.model.until_locked() => Err(file.model.locked_error()),
+                outcome = inner.reader.read(&file, offset, size) => outcome,
+            };
+            match outcome.and_then(|answer| Ok((file.model.admit()?, answer))) {
+                Ok((_admission, answer)) => {
+                    telemetry.read_bytes.add(answer.bytes().len() as u64);
+                    reply.data(answer.bytes());
+                }
+                Err(error) => {
+                    telemetry.read_errors.inc();
+                    tracing::debug!("read refused: {}", error.chain());
+                    reply.error(errno(&error));
+                }
+            }
+        });
+    }
+
+    fn open_hot(&self, node: NodeId, generation: u64, opener: Opener, reply: ReplyOpen) {
         let Some(object) = self.hot_object(node) else { return self.stale(reply) };
+        let model = object.model.clone();
+        // Until the kernel has its answer: a lock that comes meanwhile takes the object away afterwards.
+        let _admission = match model.admit() {
+            Ok(admission) => admission,
+            Err(error) => {
+                self.tell_not_opened(node, &opener, &error);
+                return reply.error(errno(&error));
+            }
+        };
         // Counted before the kernel hears of it: from here on the object cannot be evicted.
-        let Some(file) = object.hot_open() else { return self.stale(reply) };
+        let Some(file) = object.hot_open(generation) else { return self.stale(reply) };
         let backing = {
             let mut backings = self.backings.lock().expect("a thread died holding the backings");
-            match backings.get(&object.key) {
+            match backings.get(&(object.key, generation)) {
                 Some(backing) => Ok(backing.clone()),
                 None => reply.open_backing(file.backing()).map(|id| {
                     let id = Arc::new(id);
-                    backings.insert(object.key, id.clone());
+                    backings.insert((object.key, generation), id.clone());
                     id
                 }),
             }
         };
         match backing {
             Ok(backing) => {
+                if let Err(error) = self.tell_opened(node, &opener) {
+                    object.hot_release(generation);
+                    return reply.error(errno(&error));
+                }
                 let telemetry = self.reader.cache().telemetry();
                 telemetry.opens_passthrough.inc();
                 self.note_whole(node);
-                let handle = self.add_handle(Handle::Hot { object });
+                self.vfs.begin_use(node);
+                if let Some(buckets) = opener.buckets() {
+                    buckets.opened();
+                    // What the kernel serves is not seen again: the whole file counts now.
+                    buckets.given(object.layout().plain_len());
+                }
+                let handle = self.add_handle(Handle { node, opener, way: Way::Hot { object, generation } });
                 reply.opened_passthrough(handle, FopenFlags::FOPEN_NOFLUSH, &backing);
             }
             Err(error) => {
-                object.hot_release();
+                object.hot_release(generation);
                 self.reader.cache().telemetry().passthrough_refused.inc();
                 tracing::warn!("the kernel refused passthrough, serving through the daemon from now on: {error}");
                 self.passthrough.store(false, Ordering::Relaxed);
@@ -296,7 +426,24 @@ impl Inner {
         }
     }
 
-    fn opened_plain(&self, node: NodeId, file: Arc<OpenFile>, who: Option<Who>, reply: ReplyOpen) {
+    fn opened_plain(&self, node: NodeId, file: Arc<OpenFile>, who: Option<Who>, opener: Opener, reply: ReplyOpen) {
+        let model = file.model.clone();
+        let _admission = match model.admit() {
+            Ok(admission) => admission,
+            Err(error) => {
+                self.tell_not_opened(node, &opener, &error);
+                self.vfs.release(node);
+                return reply.error(errno(&error));
+            }
+        };
+        if let Err(error) = self.tell_opened(node, &opener) {
+            self.vfs.release(node);
+            return reply.error(errno(&error));
+        }
+        if let Some(buckets) = opener.buckets() {
+            buckets.opened();
+        }
+        self.paged.lock().expect("a thread died holding the nodes with pages").insert(node);
         self.reader.cache().telemetry().opens_plain.inc();
         let mut flags = FopenFlags::FOPEN_NOFLUSH;
         if self.behaviour.no_page_cache {
@@ -306,135 +453,9 @@ impl Inner {
             // second copy on the way to the hot node: let it go.
             flags |= FopenFlags::FOPEN_KEEP_CACHE;
         }
-        let handle = self.add_handle(Handle::Cold { node, file, who, walk: Mutex::default() });
+        let handle = self.add_handle(Handle { node, opener, way: Way::Cold { file, who, walk: Mutex::default() } });
         reply.opened(handle, flags);
     }
-
-    /// How long an open of this cold object may wait for the whole of it, by policy; `None`: not at all.
-    fn hold(&self, node: NodeId, object: &Arc<CachedObject>, who: Option<Who>) -> Option<Duration> {
-        let cache = self.reader.cache();
-        match self.behaviour.open {
-            OpenPolicy::Lazy => None,
-            OpenPolicy::Whole => cache.fits_whole(object).then_some(WHOLE_HOLD),
-            OpenPolicy::Auto => {
-                let who = who?;
-                let reason = self.reason(node, who)?;
-                if !cache.has_room_to_keep(object) {
-                    return None;
-                }
-                tracing::debug!(node = node.0, process = who.process, "expected to be read whole: {reason:?}");
-                Some(AUTO_HOLD)
-            }
-        }
-    }
-
-    fn habits(&self) -> MutexGuard<'_, Habits> {
-        self.habits.lock().expect("a thread died holding the habits")
-    }
-
-    /// Why this open's file will be read from end to end, as far as its process has shown.
-    fn reason(&self, node: NodeId, who: Who) -> Option<Reason> {
-        let (model, file, folder) = self.vfs.file(node)?;
-        if self.reader.is_expected_whole(model.serial, file) {
-            return Some(Reason::Profile);
-        }
-        self.habits().reason(who, folder.0, node.0)
-    }
-
-    /// Who opens, if the policy watches files such as this; somebody that the mount cannot see is nobody in particular.
-    fn who(&self, thread: u32, node: NodeId, is_large: bool) -> Option<Who> {
-        if self.behaviour.open != OpenPolicy::Auto {
-            return None;
-        }
-        let configuration = self.vfs.file_name(node).is_some_and(is_configuration);
-        if !is_large && !configuration {
-            return None;
-        }
-        let who = process_of(thread);
-        if configuration && let Some((_, _, folder)) = self.vfs.file(node) {
-            self.habits().on_configuration(who, folder.0);
-        }
-        is_large.then_some(who)
-    }
-
-    /// Takes a read through the daemon as evidence.
-    fn observe(&self, node: NodeId, file: &OpenFile, who: Who, walk: &Mutex<Walk>, offset: u64, len: usize) {
-        let end = offset.saturating_add(len as u64).min(file.size);
-        let step =
-            walk.lock().expect("a thread died holding a walk").on_read(offset, end, file.size, file.data_start());
-        match step {
-            Step::On => {}
-            Step::First => self.habits().on_read(who, node.0),
-            Step::Whole => {
-                if let Some((_, _, folder)) = self.vfs.file(node) {
-                    self.habits().on_walk(who, folder.0);
-                }
-                self.fill_rest(node);
-            }
-        }
-    }
-
-    /// Fetches the rest of a file that is being read through the daemon, so that the pipe stays full and later opens need
-    /// it no more.
-    fn fill_rest(&self, node: NodeId) {
-        let cache = self.reader.cache();
-        let Some(object) = self.hot_object(node).filter(|object| !object.is_whole()) else { return };
-        if !cache.has_room_to_keep(&object) {
-            return;
-        }
-        cache.telemetry().fills_foreseen.inc();
-        let cache = cache.clone();
-        self.runtime.spawn(async move {
-            // Reported where a chunk was refused; whoever reads it hears of it as well.
-            if let Err(error) = cache.fill_whole(&object).await {
-                tracing::debug!("a file was not made whole: {}", error.chain());
-            }
-        });
-    }
-
-    fn note_whole(&self, node: NodeId) {
-        if let Some((model, file, _)) = self.vfs.file(node) {
-            self.reader.note_whole(model, file);
-        }
-    }
-
-    /// Waits until the object is whole, for `hold` at most, and with `auto` no longer than it looks as if that were enough.
-    /// The fill goes on either way.
-    async fn wait_whole(&self, object: &Arc<CachedObject>, hold: Duration) -> bool {
-        let cache = self.reader.cache();
-        let had = object.resident_bytes();
-        let started = Instant::now();
-        let mut fill = std::pin::pin!(cache.fill_whole(object));
-        loop {
-            let left = hold.saturating_sub(started.elapsed());
-            if let Ok(filled) = tokio::time::timeout(left.min(HOLD_LOOK), &mut fill).await {
-                return filled.is_ok();
-            }
-            let bytes = object.resident_bytes();
-            let missing = object.layout().plain_len() - bytes;
-            // The first chunks of a far store share its link, and all come late: as many as are on their way count as here.
-            let on_their_way = cache.prefetches_max() as u64 * object.layout().chunk_len();
-            let brought = bytes.saturating_sub(had) + on_their_way;
-            let hopeless =
-                self.behaviour.open == OpenPolicy::Auto && is_hopeless(brought, missing, started.elapsed(), hold);
-            if hopeless || started.elapsed() >= hold {
-                return false;
-            }
-        }
-    }
-}
-
-/// Whether `missing` bytes will not come within `hold`, when `brought` bytes came in `elapsed` of it.
-fn is_hopeless(brought: u64, missing: u64, elapsed: Duration, hold: Duration) -> bool {
-    let needed = elapsed.as_secs_f64() * missing as f64 / brought.max(1) as f64;
-    elapsed >= RATE_KNOWN_AFTER && elapsed.as_secs_f64() + needed > hold.as_secs_f64()
-}
-
-/// The process that a thread belongs to, and its parent; nobody if the thread is of another pid namespace, or gone.
-fn process_of(thread: u32) -> Who {
-    let status = std::fs::read_to_string(format!("/proc/{thread}/status")).unwrap_or_default();
-    let field = |name| status.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok()).unwrap_or(0);
-    Who { process: field("Tgid:"), parent: field("PPid:") }
 }
 
 impl HotGate for Inner {
@@ -444,7 +465,7 @@ impl HotGate for Inner {
         }
         if let (Some((_, parent, name)), Some(notifier)) = (self.vfs.name_of_object(key), self.notifier.get()) {
             // The next walk asks again and is answered the hot node. An error means that the kernel is gone.
-            if let Err(error) = notifier.inval_entry(INodeNo(parent.0), OsStr::from_bytes(name)) {
+            if let Err(error) = notifier.inval_entry(INodeNo(parent.0), OsStr::from_bytes(&name)) {
                 tracing::debug!("invalidating a name: {error}");
             }
         }
@@ -452,8 +473,26 @@ impl HotGate for Inner {
 
     fn retire(&self, key: ObjectKey) {
         self.published(key);
-        self.backings.lock().expect("a thread died holding the backings").remove(&key);
+        self.backings.lock().expect("a thread died holding the backings").retain(|(of, _), _| *of != key);
     }
+
+    fn drop_pages(&self, model: u32) {
+        self.drop_pages(|node| self.vfs.file(node).is_some_and(|(of, _, _)| of.serial == model));
+    }
+}
+
+fn hot_number(node: NodeId, generation: u64) -> u64 {
+    HOT | generation << GENERATION_SHIFT | node.0
+}
+
+/// The node whose number `stat` shows.
+fn node_of(ino: INodeNo) -> NodeId {
+    NodeId(ino.0 & NODE_MASK)
+}
+
+/// Of a hot node: which memory of its object.
+fn generation_of(ino: INodeNo) -> Option<u64> {
+    (ino.0 & HOT != 0).then_some(ino.0 >> GENERATION_SHIFT & (GENERATIONS - 1))
 }
 
 fn errno(error: &Error) -> Errno {
@@ -492,26 +531,69 @@ impl Filesystem for ModelFs {
         if name.len() > NAME_BYTES_MAX {
             return reply.error(Errno::ENAMETOOLONG);
         }
-        let Some(node) = inner.vfs.lookup(NodeId(parent.0), name.as_bytes()) else {
+        let access = inner.access();
+        if let Some(active) = &access {
+            // Judged before it is entered: what an asker may not see the kernel is never told of.
+            let Some(node) = inner.vfs.lookup(NodeId(parent.0), name.as_bytes()) else {
+                return reply.error(Errno::ENOENT);
+            };
+            if let Err(refused) = inner.look(active, &Opener::of(request), node) {
+                return reply.error(refused);
+            }
+        }
+        let Some(node) = inner.vfs.enter(NodeId(parent.0), name.as_bytes()) else {
             return reply.error(Errno::ENOENT);
         };
-        let attributes = inner.vfs.attributes(node).expect("lookup names nodes that exist");
+        let attributes = inner.attributes(node, access.is_some()).expect("lookup names nodes that exist");
         inner.forget_stale(request.pid(), node);
-        let hot = inner.hot_object(node).is_some_and(|object| object.promise_hot());
-        if hot {
+        let hot = inner.hot_object(node).and_then(|object| object.promise_hot());
+        if access.is_some() {
+            // The next asker may be another: he is asked about, name by name.
+            let number = hot.map_or(node.0, |generation| hot_number(node, generation));
+            let attr = inner.attr_of(&attributes, number);
+            reply.entry_with_ttls(&Duration::ZERO, &Duration::ZERO, &attr, Generation(0));
+        } else if let Some(generation) = hot {
             // fuser takes the entry's number for the node's; the stable one is told by getattr, so nothing is kept.
-            let attr = inner.attr_of(&attributes, node.0 | HOT);
+            let attr = inner.attr_of(&attributes, hot_number(node, generation));
             reply.entry_with_ttls(&Duration::ZERO, &KEEP, &attr, Generation(0));
+        } else if attributes.kind == Kind::Link {
+            // Which version is current is asked at every walk: none that begins after a switch misses it.
+            reply.entry_with_ttls(&KEEP, &Duration::ZERO, &inner.attr_of(&attributes, node.0), Generation(0));
+        } else if inner.vfs.changes(node) {
+            reply.entry_with_ttls(&Duration::ZERO, &KEEP, &inner.attr_of(&attributes, node.0), Generation(0));
         } else {
             reply.entry(&KEEP, &inner.attr_of(&attributes, node.0), Generation(0));
         }
     }
 
-    fn getattr(&self, _request: &Request, ino: INodeNo, _handle: Option<FileHandle>, reply: ReplyAttr) {
-        let node = NodeId(ino.0 & !HOT);
-        match self.inner.vfs.attributes(node) {
+    fn forget(&self, _request: &Request, ino: INodeNo, times: u64) {
+        self.inner.vfs.forget(NodeId(ino.0 & !HOT), times);
+    }
+
+    fn readlink(&self, request: &Request, ino: INodeNo, reply: ReplyData) {
+        if let Some(active) = self.inner.access()
+            && let Err(refused) = self.inner.look(&active, &Opener::of(request), NodeId(ino.0))
+        {
+            return reply.error(refused);
+        }
+        match self.inner.vfs.link_target(NodeId(ino.0)) {
+            Some(target) => reply.data(target.as_bytes()),
+            None => reply.error(Errno::EINVAL),
+        }
+    }
+
+    fn getattr(&self, request: &Request, ino: INodeNo, _handle: Option<FileHandle>, reply: ReplyAttr) {
+        let node = node_of(ino);
+        let access = self.inner.access();
+        if let Some(active) = &access
+            && let Err(refused) = self.inner.look(active, &Opener::of(request), node)
+        {
+            return reply.error(refused);
+        }
+        match self.inner.attributes(node, access.is_some()) {
             Some(attributes) => {
-                let keep = if ino.0 & HOT == 0 { KEEP } else { Duration::ZERO };
+                let fixed = access.is_none() && ino.0 & HOT == 0 && !self.inner.vfs.changes(node);
+                let keep = if fixed { KEEP } else { Duration::ZERO };
                 reply.attr(&keep, &self.inner.attr_of(&attributes, node.0));
             }
             None => reply.error(Errno::ENOENT),
@@ -523,40 +605,47 @@ impl Filesystem for ModelFs {
             return reply.error(Errno::EROFS);
         }
         let inner = &self.inner;
-        let node = NodeId(ino.0 & !HOT);
-        if ino.0 & HOT != 0 {
-            return inner.open_hot(node, reply);
+        inner.note_use();
+        let mut opener = Opener::of(request);
+        let node = node_of(ino);
+        if inner.refuses(opener.thread, opener.uid) {
+            let error = Error::new(Code::Locked, "shut out by the operator, or the mount refuses everybody");
+            inner.tell_not_opened(node, &opener, &error);
+            return reply.error(Errno::EACCES);
         }
-        let Some(file) = inner.vfs.open(node) else { return reply.error(Errno::EISDIR) };
-        let object = inner.hot_object(node);
-        let who = inner.who(request.pid(), node, object.is_some());
-        let Some(object) = object else { return inner.opened_plain(node, file, who, reply) };
-        let whole = object.is_whole();
-        let hold = if whole { None } else { inner.hold(node, &object, who) };
-        if (!whole && hold.is_none()) || !inner.may_answer_stale(request.pid(), node) {
-            return inner.opened_plain(node, file, who, reply);
+        if let Err(refused) = inner.judge_open(&mut opener, node) {
+            return reply.error(refused);
         }
-        let Some(hold) = hold else {
-            inner.vfs.release(node);
-            return inner.stale(reply);
-        };
-        inner.reader.cache().telemetry().opens_held.inc();
-        inner.note_whole(node);
+        let is_hot = generation_of(ino).is_some();
+        let turn_comes = opener.buckets().is_none_or(|buckets| buckets.may_open(is_hot).is_ok());
+        if turn_comes && !inner.must_look_inside(node) {
+            return inner.open_now(ino, opener, reply);
+        }
         let inner = inner.clone();
         inner.runtime.clone().spawn(async move {
-            if inner.wait_whole(&object, hold).await {
-                inner.vfs.release(node);
-                inner.stale(reply);
-            } else {
-                inner.reader.cache().telemetry().opens_held_in_vain.inc();
-                inner.opened_plain(node, file, who, reply);
+            if let Some(buckets) = opener.buckets()
+                && let Err(error) =
+                    inner.turn(&opener, node, buckets, buckets.wait(), |buckets| buckets.may_open(is_hot)).await
+            {
+                return reply.error(errno(&error));
             }
+            if inner.must_look_inside(node)
+                && let Err(error) = inner.look_inside(node).await
+            {
+                inner.tell_not_opened(node, &opener, &error);
+                return reply.error(errno(&error));
+            }
+            // The policy may be another by now.
+            if let Err(refused) = inner.judge_open(&mut opener, node) {
+                return reply.error(refused);
+            }
+            inner.open_now(ino, opener, reply);
         });
     }
 
     fn read(
         &self,
-        _request: &Request,
+        request: &Request,
         _ino: INodeNo,
         handle: FileHandle,
         offset: u64,
@@ -567,36 +656,30 @@ impl Filesystem for ModelFs {
     ) {
         let inner = &self.inner;
         let Some(handle) = inner.handle(handle) else { return reply.error(Errno::EBADF) };
-        let Handle::Cold { node, file, who, walk } = &*handle else {
-            // The kernel reads hot files by itself; it asks us only if something is badly wrong.
-            return reply.error(Errno::EIO);
-        };
-        let telemetry = inner.reader.cache().telemetry();
-        telemetry.reads.inc();
-        let size = size as usize;
-        if let Some(who) = *who {
-            inner.observe(*node, file, who, walk, offset, size);
+        inner.note_use();
+        // Whoever opened it and whoever reads it: a descriptor may have been handed on.
+        if inner.refuses(request.pid(), request.uid()) || inner.refuses(handle.opener.thread, handle.opener.uid) {
+            return reply.error(Errno::EACCES);
         }
-        if let Some(answer) = inner.reader.try_read(file, offset, size) {
-            telemetry.read_bytes.add(answer.bytes().len() as u64);
-            reply.data(answer.bytes());
-            return;
-        }
-        let (inner, file) = (inner.clone(), file.clone());
-        inner.runtime.clone().spawn(async move {
-            let telemetry = inner.reader.cache().telemetry();
-            match inner.reader.read(&file, offset, size).await {
-                Ok(answer) => {
-                    telemetry.read_bytes.add(answer.bytes().len() as u64);
-                    reply.data(answer.bytes());
-                }
-                Err(error) => {
-                    telemetry.read_errors.inc();
-                    tracing::debug!("read refused: {}", error.chain());
-                    reply.error(errno(&error));
-                }
+        if let Some(active) = inner.access() {
+            if !inner.may_read_on(&active, &handle, &Opener::of(request)) {
+                return reply.error(Errno::EACCES);
             }
-        });
+            if let Some(buckets) = handle.opener.buckets()
+                && buckets.may_read().is_err()
+            {
+                let (inner, buckets) = (inner.clone(), buckets.clone());
+                inner.runtime.clone().spawn(async move {
+                    let most = Inner::read_wait();
+                    match inner.turn(&handle.opener, handle.node, &buckets, most, Buckets::may_read).await {
+                        Ok(()) => inner.read_now(&handle, offset, size, reply),
+                        Err(error) => reply.error(errno(&error)),
+                    }
+                });
+                return;
+            }
+        }
+        inner.read_now(&handle, offset, size, reply);
     }
 
     fn release(
@@ -612,50 +695,89 @@ impl Filesystem for ModelFs {
         let inner = &self.inner;
         let handle = inner.handles.lock().expect("a thread died holding the handles").remove(&handle.0);
         reply.ok();
-        match handle.as_deref() {
-            Some(Handle::Hot { object }) => object.hot_release(),
-            Some(Handle::Cold { node, .. }) => {
-                let last = inner.vfs.release(*node);
-                let whole = inner.hot_object(*node).is_some_and(|object| object.is_whole());
+        inner.note_use();
+        let Some(handle) = handle else { return };
+        match &handle.way {
+            Way::Hot { object, generation } => {
+                object.hot_release(*generation);
+                inner.vfs.end_use(handle.node);
+            }
+            Way::Cold { .. } => {
+                let node = handle.node;
+                let last = inner.vfs.release(node);
+                let whole = inner.hot_object(node).is_some_and(|object| object.is_whole());
                 if last
                     && whole
                     && let Some(notifier) = inner.notifier.get()
                 {
                     // Nobody reads the cold node any more: its page cache is a second copy that nobody needs. From a
                     // thread that holds nothing, since dropping pages waits for reads under way.
-                    let (notifier, node) = (notifier.clone(), *node);
+                    let notifier = notifier.clone();
                     inner.runtime.spawn_blocking(move || notifier.inval_inode(INodeNo(node.0), 0, 0));
                 }
             }
-            None => {}
         }
     }
 
-    fn opendir(&self, _request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+    fn opendir(&self, request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
         if !self.inner.vfs.is_directory(NodeId(ino.0)) {
             return reply.error(Errno::ENOTDIR);
         }
-        // Listings never change.
-        reply.opened(FileHandle(0), FopenFlags::FOPEN_CACHE_DIR | FopenFlags::FOPEN_KEEP_CACHE);
+        let access = self.inner.access();
+        if let Some(active) = &access
+            && let Err(refused) = self.inner.look(active, &Opener::of(request), NodeId(ino.0))
+        {
+            return reply.error(refused);
+        }
+        self.inner.vfs.begin_use(NodeId(ino.0));
+        // But for the folder of a model's versions, listings never change.
+        let fixed = FopenFlags::FOPEN_CACHE_DIR | FopenFlags::FOPEN_KEEP_CACHE;
+        let listed_anew = access.is_some() || self.inner.vfs.changes(NodeId(ino.0));
+        let flags = if listed_anew { FopenFlags::empty() } else { fixed };
+        reply.opened(FileHandle(0), flags);
     }
 
-    fn readdir(&self, _request: &Request, ino: INodeNo, _handle: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+    fn releasedir(&self, _request: &Request, ino: INodeNo, _handle: FileHandle, _flags: OpenFlags, reply: ReplyEmpty) {
+        self.inner.vfs.end_use(NodeId(ino.0));
+        reply.ok();
+    }
+
+    fn readdir(&self, request: &Request, ino: INodeNo, _handle: FileHandle, offset: u64, mut reply: ReplyDirectory) {
         let mut position = offset;
+        // By who reads it: the descriptor may have been handed on.
+        let mut sees = None;
+        if let Some(active) = self.inner.access() {
+            match self.inner.look(&active, &Opener::of(request), NodeId(ino.0)) {
+                Ok(asker) => sees = Some((active, asker)),
+                Err(refused) => return reply.error(refused),
+            }
+        }
         while let Some((node, kind, name)) = self.inner.vfs.entry(NodeId(ino.0), position) {
             let kind = match kind {
                 Kind::Directory => FileType::Directory,
                 Kind::File => FileType::RegularFile,
+                Kind::Link => FileType::Symlink,
             };
             position += 1;
-            if reply.add(INodeNo(node.0), position, kind, OsStr::from_bytes(name)) {
+            // `.` and `..` are always there.
+            if position > 2
+                && let Some((active, asker)) = &sees
+                && !self.inner.lists(active, asker, node)
+            {
+                continue;
+            }
+            if reply.add(INodeNo(node.0), position, kind, OsStr::from_bytes(&name)) {
                 break;
             }
         }
         reply.ok();
     }
 
-    fn statfs(&self, _request: &Request, _ino: INodeNo, reply: ReplyStatfs) {
-        let (nodes, bytes) = self.inner.vfs.totals();
+    fn statfs(&self, request: &Request, _ino: INodeNo, reply: ReplyStatfs) {
+        let (nodes, bytes) = match self.inner.access() {
+            Some(active) => self.inner.totals_seen(&active, &Opener::of(request)),
+            None => self.inner.vfs.totals(),
+        };
         reply.statfs(bytes.div_ceil(4096), 0, 0, nodes, 0, 4096, 255, 4096);
     }
 
@@ -665,30 +787,5 @@ impl Filesystem for ModelFs {
 
     fn listxattr(&self, _request: &Request, _ino: INodeNo, size: u32, reply: fuser::ReplyXattr) {
         if size == 0 { reply.size(0) } else { reply.data(&[]) }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_hold_ends_early_only_when_its_rate_says_that_it_is_in_vain() {
-        let s = Duration::from_secs;
-        assert!(!is_hopeless(0, 1 << 40, RATE_KNOWN_AFTER / 2, s(30)), "too early to tell");
-        assert!(!is_hopeless(100, 1300, s(2), s(30)));
-        assert!(is_hopeless(100, 1500, s(2), s(30)));
-        assert!(is_hopeless(0, 1000, s(2), s(30)), "a store that is silent");
-        assert!(!is_hopeless(0, 0, s(2), s(30)));
-    }
-
-    #[test]
-    fn a_thread_is_told_by_its_process_and_an_unknown_one_is_nobody() {
-        let own = std::thread::spawn(|| {
-            // SAFETY: the call only reads this thread's number.
-            process_of(unsafe { libc::gettid() } as u32)
-        });
-        assert_eq!(own.join().expect("a thread").process, std::process::id());
-        assert_eq!(process_of(0), Who::default());
     }
 }

@@ -1,18 +1,21 @@
 //! The anti-rollback floor: what was seen of a channel, so that an older or a forked history is refused.
 //!
 //! In: a ref whose signatures hold, what was remembered, local policy, the time. Out: yes with notes, or which rule is
-//! broken. The judging functions are pure; [`FloorStore`] remembers.
+//! broken. The judging functions are pure; [`FloorStore`] remembers, on this machine and, where one is given, in a
+//! [`FloorPin`] outside it.
 //! Promises: what is remembered only grows; a refused ref changes nothing; no arithmetic on the store's numbers overflows.
-//! What no floor can do: protect a machine without memory. There, pin a digest.
+//! What no local floor can do: protect a machine without memory. There, pin a digest or give a pin outside the machine.
 //! Spec: docs/FORMAT.md b.2. Held by: the tests below, THREAT_MODEL (f) rows 24 to 27, 35.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 use super::state::{self, Locked};
-use crate::error::{Code, Error, Result};
+use crate::error::{Class, Code, Error, Result};
 use crate::format::{ModelId, Ref, Vid};
 use crate::refuse;
 
@@ -185,28 +188,122 @@ impl RefFloor {
         }
         self
     }
+
+    /// The higher of both in everything: what two memories of one channel know together.
+    ///
+    /// # Errors
+    /// `FORK` if they saw different refs of one number.
+    pub fn merged(mut self, other: &RefFloor) -> Result<RefFloor> {
+        if self.max_ref_seq == other.max_ref_seq && self.ref_digest != other.ref_digest {
+            refuse!(
+                Fork,
+                "ref {} of tag {} was seen with two contents, {} and {}; ask the publisher",
+                self.max_ref_seq,
+                self.channel,
+                self.ref_digest,
+                other.ref_digest
+            );
+        }
+        if other.max_ref_seq > self.max_ref_seq {
+            self.max_ref_seq = other.max_ref_seq;
+            self.ref_digest.clone_from(&other.ref_digest);
+        }
+        self.max_version_seq = self.max_version_seq.max(other.max_version_seq);
+        self.min_version_seq = self.min_version_seq.max(other.min_version_seq);
+        self.max_issued_at = self.max_issued_at.max(other.max_issued_at);
+        for (vid, &generation) in &other.slots_generations {
+            let known = self.slots_generations.entry(vid.clone()).or_default();
+            *known = generation.max(*known);
+        }
+        while self.slots_generations.len() > SLOTS_REMEMBERED_MAX {
+            self.slots_generations.pop_first();
+        }
+        Ok(self)
+    }
 }
 
-/// Floors on disk: one file a store, model and channel.
+/// A floor kept outside this machine: the memory of those that have none, and a second one of those that have.
+///
+/// May ask a server and block. A channel is named by store, model and tag, as they are on this machine.
+pub trait FloorPin: Send + Sync + fmt::Debug {
+    /// What is pinned; `None` if nothing ever was.
+    ///
+    /// # Errors
+    /// Of class `Unreachable` if nobody can be asked now; anything else is refused, not passed over.
+    fn load(&self, at: FloorPlace<'_>) -> Result<Option<RefFloor>>;
+
+    /// Merges `floor` into what is pinned, whatever others write meanwhile.
+    fn advance(&self, at: FloorPlace<'_>, floor: &RefFloor) -> Result<()>;
+
+    /// Forgets what is pinned. For an operator who has looked.
+    fn reset(&self, at: FloorPlace<'_>) -> Result<()>;
+}
+
+/// What a floor is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FloorPlace<'a> {
+    pub store: &'a str,
+    pub model: ModelId,
+    pub channel: &'a str,
+}
+
+/// Floors on disk: one file a store, model and channel; with a pin beside them, the higher one of both counts.
 #[derive(Debug, Clone)]
 pub struct FloorStore {
     dir: PathBuf,
+    pin: Option<Arc<dyn FloorPin>>,
+    pin_required: bool,
 }
 
 impl FloorStore {
     /// Below `state` (see [`state::state_dir`]); nothing is made until something is remembered.
     pub fn new(state: &Path) -> FloorStore {
-        FloorStore { dir: state.join("floor") }
+        FloorStore { dir: state.join("floor"), pin: None, pin_required: false }
+    }
+
+    /// The same with a pin. `required`: when it cannot be asked, nothing is loaded; otherwise that is a warning.
+    pub fn pinned(self, pin: Arc<dyn FloorPin>, required: bool) -> FloorStore {
+        FloorStore { pin: Some(pin), pin_required: required, ..self }
     }
 
     /// # Errors
-    /// `STATE`: what cannot be read is not taken for nothing.
+    /// `STATE`: what cannot be read is not taken for nothing. `FORK` if this machine and the pin saw two refs of one
+    /// number. What the pin says, unless it is only away and not required.
     pub fn load(&self, store: &str, model: ModelId, channel: &str) -> Result<Option<RefFloor>> {
+        let local = self.load_local(store, model, channel)?;
+        let pinned = match self.load_pinned(store, model, channel) {
+            Ok(pinned) => pinned,
+            Err(away) if away.class() == Class::Unreachable && !self.pin_required => {
+                tracing::warn!(
+                    channel,
+                    "the floor kept elsewhere cannot be asked, the local one counts: {}",
+                    away.chain()
+                );
+                None
+            }
+            Err(err) => return Err(err.context(format!("cannot learn the floor of tag {channel}"))),
+        };
+        match (local, pinned) {
+            (Some(local), Some(pinned)) => local.merged(&pinned).map(Some),
+            (one, other) => Ok(one.or(other)),
+        }
+    }
+
+    /// What this machine alone remembers.
+    pub fn load_local(&self, store: &str, model: ModelId, channel: &str) -> Result<Option<RefFloor>> {
         state::read(&self.dir, &state::file_name(store, model, channel))
     }
 
-    /// Remembers an accepted ref and slots generation. Reads again under a lock, so that two mounts never lose what the
-    /// other one saw.
+    /// What the pin alone says; `None` without a pin.
+    pub fn load_pinned(&self, store: &str, model: ModelId, channel: &str) -> Result<Option<RefFloor>> {
+        match &self.pin {
+            Some(pin) => pin.load(FloorPlace { store, model, channel }),
+            None => Ok(None),
+        }
+    }
+
+    /// Remembers an accepted ref and slots generation on this machine. Reads again under a lock, so that two mounts never
+    /// lose what the other one saw.
     pub fn advance(
         &self,
         store: &str,
@@ -215,6 +312,45 @@ impl FloorStore {
         newest: &Ref,
         slots: (Vid, u32),
     ) -> Result<()> {
+        self.advance_local(store, model, channel, newest, slots).map(drop)
+    }
+
+    /// The same, and raises the pin: for whoever published the ref. Readers need no right to write there.
+    pub fn raise(
+        &self,
+        store: &str,
+        model: (ModelId, &str),
+        channel: &str,
+        newest: &Ref,
+        slots: (Vid, u32),
+    ) -> Result<()> {
+        let floor = self.advance_local(store, model, channel, newest, slots)?;
+        match &self.pin {
+            Some(pin) => pin.advance(FloorPlace { store, model: model.0, channel }, &floor),
+            None => Ok(()),
+        }
+    }
+
+    /// Raises the pin to what this machine remembers of a channel: after the pin itself went back. True: there is a pin, and
+    /// something was remembered.
+    pub fn raise_pin(&self, store: &str, model: ModelId, channel: &str) -> Result<bool> {
+        match (&self.pin, self.load_local(store, model, channel)?) {
+            (Some(pin), Some(floor)) => {
+                pin.advance(FloorPlace { store, model, channel }, &floor)?;
+                Ok(true)
+            }
+            (Some(_), None) | (None, _) => Ok(false),
+        }
+    }
+
+    fn advance_local(
+        &self,
+        store: &str,
+        model: (ModelId, &str),
+        channel: &str,
+        newest: &Ref,
+        slots: (Vid, u32),
+    ) -> Result<RefFloor> {
         let name = state::file_name(store, model.0, channel);
         let locked = Locked::new(&self.dir)?;
         let known: Option<RefFloor> = state::read(&self.dir, &name)?;
@@ -229,7 +365,47 @@ impl FloorStore {
             return Err(Error::new(Code::Fork, format!("two refs {} were seen at the same time", newest.ref_seq)));
         }
         let after = before.clone().advanced(newest, slots.0, slots.1);
-        if after != before { locked.replace(&name, &after) } else { Ok(()) }
+        if after != before {
+            locked.replace(&name, &after)?;
+        }
+        Ok(after)
+    }
+
+    /// The channels of a model that this machine remembers, sorted: a store that no longer shows one of them went back.
+    ///
+    /// # Errors
+    /// `STATE`: a file that cannot be read may be one of them.
+    pub fn channels(&self, store: &str, model: ModelId) -> Result<Vec<String>> {
+        let fault = |err| Error::new(Code::State, format!("cannot list {}", self.dir.display())).with_source(err);
+        let entries = match std::fs::read_dir(&self.dir) {
+            Ok(entries) => entries,
+            Err(err) if err.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(err) => return Err(fault(err)),
+        };
+        let mut channels = Vec::new();
+        for entry in entries {
+            let name = entry.map_err(fault)?.file_name();
+            let Some(name) = name.to_str().filter(|name| name.ends_with(".json")) else { continue };
+            // The file's own words must lead to its name: they are for people, and could have been edited.
+            if let Some(floor) = state::read::<RefFloor>(&self.dir, name)?
+                && floor.store == store
+                && state::file_name(store, model, &floor.channel) == name
+            {
+                channels.push(floor.channel);
+            }
+        }
+        channels.sort_unstable();
+        Ok(channels)
+    }
+
+    /// Forgets the floor of a channel, here and in the pin: the next reader believes what the store then shows. For an
+    /// operator who has looked why.
+    pub fn reset(&self, store: &str, model: ModelId, channel: &str) -> Result<()> {
+        Locked::new(&self.dir)?.remove(&state::file_name(store, model, channel))?;
+        match &self.pin {
+            Some(pin) => pin.reset(FloorPlace { store, model, channel }),
+            None => Ok(()),
+        }
     }
 }
 

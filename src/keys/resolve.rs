@@ -30,6 +30,8 @@ pub const DEFAULT_CHANNEL: &str = "latest";
 const PROBES_MAX: u32 = 16;
 /// How far back in a channel's refs a version number is looked for.
 const WALK_MAX: u32 = 4096;
+/// How often the newest slots are looked for again because a rotation deleted them just then.
+const SLOTS_READS_MAX: u32 = 16;
 /// Signers looked at when trusting on first use.
 const FIRST_USE_SIGNERS_MAX: usize = 8;
 /// `name` objects read at once when a whole store is listed.
@@ -68,6 +70,14 @@ impl Resolved {
     pub fn open(&self, keyring: &Keyring<'_>) -> Result<(Manifest, ModelKeys)> {
         open_manifest(&self.manifest_bytes, self.unlock(keyring)?)
     }
+}
+
+/// A version that a tag leads to, not yet looked at: its ref, and the newest one of that tag.
+#[derive(Debug, Clone)]
+pub struct Candidate {
+    pub channel: String,
+    pub newest: Ref,
+    pub wanted: Ref,
 }
 
 /// Everything that decides which version is believed.
@@ -116,6 +126,8 @@ impl Resolver<'_> {
             (None, Wanted::Newest) => self.newest_of(&selector.name, DEFAULT_CHANNEL).await,
             (None, Wanted::Tag(tag)) => self.newest_of(&selector.name, tag).await,
             (None, Wanted::Version(seq)) => self.version_of(&selector.name, *seq).await,
+            // Metrics are encrypted: `versions::best` chooses among the candidates with the keys.
+            (None, Wanted::Best { .. }) => refuse!(Usage, "choosing a version by its metrics needs a key"),
         }
         .map_err(|err| err.context(format!("cannot resolve {selector} in {}", self.source.describe())))
     }
@@ -131,6 +143,67 @@ impl Resolver<'_> {
         let newest = self.newest(at, &believed, floor.as_ref()).await?;
         check_ref(floor.as_ref(), &FloorPolicy { freeze_warn: true, ..self.policy }, (self.now)(), &newest)?;
         Ok(newest)
+    }
+
+    /// The tags of a model that the store shows, sorted, `latest` first.
+    pub async fn channels(&self, name: &str) -> Result<Vec<String>> {
+        let dirs = self.source.list_dirs(&names::refs_dir(ModelId::of_name(name))).await?;
+        let mut channels: Vec<String> = dirs.iter().filter_map(|dir| names::channel(dir)).map(str::to_owned).collect();
+        channels.sort_by_key(|channel| (*channel != DEFAULT_CHANNEL, channel.clone()));
+        Ok(channels)
+    }
+
+    /// Every version that the tags of a model lead to and that was not withdrawn, the newest refs first, each once; at
+    /// most `versions_max`. A version withdrawn under one tag is withdrawn under all. A tag that has expired leads nowhere.
+    ///
+    /// # Errors
+    /// As [`Resolver::resolve`]; `NOT_FOUND`, or `REF_EXPIRED` if that is why there is none.
+    pub async fn candidates(&self, name: &str, versions_max: usize) -> Result<Vec<Candidate>> {
+        let model = ModelId::of_name(name);
+        let (mut found, mut lowest, mut expired): (Vec<Candidate>, u64, Option<Error>) = (Vec::new(), 0, None);
+        for channel in self.channels(name).await? {
+            let at = Channel { model, name, channel: &channel };
+            let believed = self.believed(at).await?;
+            let floor = self.floor(at)?;
+            let newest = self.newest(at, &believed, floor.as_ref()).await?;
+            lowest = lowest.max(newest.min_version_seq).max(floor.as_ref().map_or(0, |floor| floor.min_version_seq));
+            match check_ref(floor.as_ref(), &self.policy, (self.now)(), &newest) {
+                Ok(_) => {}
+                Err(old) if old.code() == Code::RefExpired => {
+                    tracing::warn!(channel, "{}", old.chain());
+                    expired = Some(old);
+                    continue;
+                }
+                Err(err) => return Err(err),
+            }
+            self.walk_back(at, newest, |wanted| {
+                let known = found.iter().any(|other| other.wanted.manifest_digest == wanted.manifest_digest);
+                if !known && found.len() < versions_max {
+                    found.push(Candidate { channel: channel.clone(), newest, wanted: *wanted });
+                }
+                found.len() == versions_max
+            })
+            .await?;
+        }
+        found.retain(|candidate| candidate.wanted.seq >= lowest.max(self.policy.min_version_seq));
+        match expired {
+            Some(expired) if found.is_empty() => Err(expired),
+            Some(_) | None if found.is_empty() => refuse!(NotFound, "the store has no version of {name}"),
+            Some(_) | None => Ok(found),
+        }
+    }
+
+    /// The version of a candidate, verified like any other.
+    ///
+    /// # Errors
+    /// As [`Resolver::resolve`].
+    pub async fn take(&self, name: &str, candidate: &Candidate) -> Result<Resolved> {
+        let at = Channel { model: ModelId::of_name(name), name, channel: &candidate.channel };
+        let believed = self.believed(at).await?;
+        let floor = self.floor(at)?;
+        self.finish(at, &believed, floor, candidate.newest, candidate.wanted).await.map_err(|err| {
+            err.context(format!("cannot resolve {name}@{} in {}", candidate.wanted.seq, self.source.describe()))
+        })
     }
 
     /// Names of the models of a store, sorted; those sealed with a hidden name are not among them.
@@ -170,18 +243,23 @@ impl Resolver<'_> {
             let believed = self.believed(at).await?;
             let floor = self.floor(at)?;
             let newest = self.newest(at, &believed, floor.as_ref()).await?;
-            if let Some(wanted) = self.walk_back(at, newest, seq).await? {
+            if let Some(wanted) = self.walk_back(at, newest, |here| here.seq == seq).await? {
                 return self.finish(at, &believed, floor, newest, wanted).await;
             }
         }
         refuse!(NotFound, "no tag of {name} leads to a version {seq}")
     }
 
-    /// The newest ref that names version `seq`. Older refs are believed by the hash that the signed next one carries.
-    async fn walk_back(&self, at: Channel<'_>, newest: Ref, seq: u64) -> Result<Option<Ref>> {
+    /// The newest ref that `is_it` takes. Older refs are believed by the hash that the signed next one carries.
+    async fn walk_back(
+        &self,
+        at: Channel<'_>,
+        newest: Ref,
+        mut is_it: impl FnMut(&Ref) -> bool,
+    ) -> Result<Option<Ref>> {
         let mut here = newest;
         for _ in 0..WALK_MAX {
-            if here.seq == seq {
+            if is_it(&here) {
                 return Ok(Some(here));
             }
             if here.ref_seq == 1 {
@@ -284,6 +362,18 @@ impl Resolver<'_> {
             signed_by,
             notes: Vec::new(),
         })
+    }
+
+    /// The version with this digest, which somebody else's word named (a catalog's): a publisher whom we trust for `name`
+    /// must have signed it. No ref is consulted.
+    ///
+    /// # Errors
+    /// `NO_TRUST` if no key is trusted for `name`; `MAN_*`, `SLOTS_*`, `NOT_FOUND`; the store's own.
+    pub async fn signed_pin(&self, name: &str, digest: ManifestDigest) -> Result<Resolved> {
+        if !self.trust.covers(name) {
+            refuse!(NoTrust, "no key is trusted for {name}; give --trust KEY, or name one in the trust file");
+        }
+        self.pinned(name, &Wanted::Newest, digest).await
     }
 
     fn floor(&self, at: Channel<'_>) -> Result<Option<RefFloor>> {
@@ -476,7 +566,7 @@ impl Resolver<'_> {
         let (model, vid) = (header.model_id, header.vid);
         let mut vanished = None;
         // A rotation may delete the generation between the listing and the read: once more.
-        for _ in 0..2 {
+        for _ in 0..SLOTS_READS_MAX {
             let listed = self.source.list(&names::slots_dir(model, vid)).await?;
             let newest = listed.iter().filter_map(|object| names::slots_generation(&object.name)).max();
             let Some(generation) = newest else { refuse!(NotFound, "version {vid} has no key slots in the store") };
@@ -501,7 +591,7 @@ impl Resolver<'_> {
             }
             return Ok(slots);
         }
-        Err(vanished.expect("both rounds ended with a vanished object"))
+        Err(vanished.expect("every round ended with a vanished object"))
     }
 }
 

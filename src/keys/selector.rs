@@ -1,6 +1,7 @@
-//! Which version of which model: `NAME`, `NAME@VERSION`, `NAME@TAG`.
+//! Which version of which model: `NAME`, `NAME@VERSION`, `NAME@TAG`, `NAME@best:METRIC:min`.
 //!
-//! Promises: a number is always a version and never a tag, so that no tag can be taken for one.
+//! Promises: a number is always a version and never a tag, so that no tag can be taken for one; whether a metric is good
+//! when it is low or when it is high is never guessed.
 //! Held by: the test below.
 
 use std::fmt;
@@ -9,6 +10,9 @@ use std::str::FromStr;
 use crate::error::{Error, Result};
 use crate::format::{check_channel, check_model_name};
 use crate::refuse;
+
+/// Longest name of a metric.
+pub const METRIC_NAME_BYTES_MAX: usize = 256;
 
 /// Which version of a model.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -19,9 +23,35 @@ pub enum Wanted {
     Version(u64),
     /// `NAME@prod`.
     Tag(String),
+    /// `NAME@best:eval_loss:min`: of the versions that the model's tags lead to, the one with the best metric.
+    Best { metric: String, aim: Aim },
 }
 
-/// `NAME`, `NAME@VERSION` or `NAME@TAG`.
+/// Which end of a metric is the good one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Aim {
+    Min,
+    Max,
+}
+
+impl Aim {
+    pub const fn name(self) -> &'static str {
+        match self {
+            Aim::Min => "min",
+            Aim::Max => "max",
+        }
+    }
+
+    /// Whether `a` is better than `b`; neither is NaN.
+    pub fn better(self, a: f64, b: f64) -> bool {
+        match self {
+            Aim::Min => a < b,
+            Aim::Max => a > b,
+        }
+    }
+}
+
+/// `NAME`, `NAME@VERSION`, `NAME@TAG` or `NAME@best:METRIC:min|max`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct ModelSelector {
     pub name: String,
@@ -42,8 +72,19 @@ impl FromStr for ModelSelector {
 }
 
 fn parse_wanted(text: &str) -> Result<Wanted> {
-    if text.starts_with("best:") {
-        refuse!(Usage, "choosing a version by metric (@{text}) is not in this version; name a version or a tag");
+    if let Some(rest) = text.strip_prefix("best:") {
+        let (metric, aim) = match rest.rsplit_once(':') {
+            Some((metric, "min")) => (metric, Aim::Min),
+            Some((metric, "max")) => (metric, Aim::Max),
+            Some(_) | None => refuse!(
+                Usage,
+                "@{text} does not say which end of the metric is the good one; write @{text}:min or @{text}:max"
+            ),
+        };
+        if metric.is_empty() || metric.len() > METRIC_NAME_BYTES_MAX || metric.chars().any(char::is_control) {
+            refuse!(Usage, "@{text} names no metric; write @best:METRIC:min or @best:METRIC:max");
+        }
+        return Ok(Wanted::Best { metric: metric.into(), aim });
     }
     if !text.is_empty() && text.bytes().all(|c| c.is_ascii_digit()) {
         return match text.parse() {
@@ -61,6 +102,7 @@ impl fmt::Display for ModelSelector {
             Wanted::Newest => f.write_str(&self.name),
             Wanted::Version(seq) => write!(f, "{}@{seq}", self.name),
             Wanted::Tag(tag) => write!(f, "{}@{tag}", self.name),
+            Wanted::Best { metric, aim } => write!(f, "{}@best:{metric}:{}", self.name, aim.name()),
         }
     }
 }
@@ -76,13 +118,25 @@ mod tests {
             ("acme/m", "acme/m", Wanted::Newest),
             ("m@3", "m", Wanted::Version(3)),
             ("m@prod", "m", Wanted::Tag("prod".into())),
+            ("m@best:loss:min", "m", Wanted::Best { metric: "loss".into(), aim: Aim::Min }),
+            ("m@best:eval:acc:max", "m", Wanted::Best { metric: "eval:acc".into(), aim: Aim::Max }),
         ] {
             let selector: ModelSelector = text.parse().unwrap();
             assert_eq!(selector, ModelSelector { name: name.into(), wanted });
             assert_eq!(selector.to_string(), text);
         }
-        for text in ["", "@3", "m@", "m@0", "m@best:loss", "m@A", "m@a@b", "../m", "m@99999999999999999999"] {
+        let long = format!("m@best:{}:min", "x".repeat(METRIC_NAME_BYTES_MAX + 1));
+        for text in ["", "@3", "m@", "m@0", "m@A", "m@a@b", "../m", "m@99999999999999999999", "m@best::min", &long] {
             assert_eq!(text.parse::<ModelSelector>().unwrap_err().code(), Code::Usage, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn a_metric_without_its_good_end_is_refused_and_told_how_to_write_it() {
+        for text in ["m@best:loss", "m@best:loss:low", "m@best:"] {
+            let refused = text.parse::<ModelSelector>().unwrap_err();
+            assert_eq!(refused.code(), Code::Usage);
+            assert!(refused.message().contains(&format!("{}:min", &text[1..])), "{refused:?}");
         }
     }
 }

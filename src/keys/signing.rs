@@ -8,17 +8,86 @@ use std::io::Write;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use super::source::{decode_key, read_private_file};
-use crate::crypto::{PublicKey, SigningKey};
+use super::source::{RECIPIENT_SECRET_PREFIX, decode_key, read_private_file};
+use crate::crypto::{PublicKey, RecipientKey, RecipientSecret, SigningKey};
 use crate::error::{Code, Error, Result};
 use crate::mem::{LockedBuf, Secret};
+use crate::refuse;
+use crate::vault::{TransitKey, Vault};
+
+/// Whoever signs manifests and refs: a key file read here, or a key service from which the key never comes.
+pub trait Signer: Send + Sync + std::fmt::Debug {
+    fn public(&self) -> PublicKey;
+
+    /// The Ed25519 signature of a message of the format (at most 276 bytes). May ask a server: call it where blocking is
+    /// allowed.
+    ///
+    /// # Errors
+    /// What the service says; a signature that does not verify under [`Signer::public`] is never answered.
+    fn sign(&self, message: &[u8]) -> Result<[u8; 64]>;
+}
+
+impl Signer for SigningKey {
+    fn public(&self) -> PublicKey {
+        SigningKey::public(self)
+    }
+
+    fn sign(&self, message: &[u8]) -> Result<[u8; 64]> {
+        Ok(SigningKey::sign(self, message))
+    }
+}
+
+/// An Ed25519 key of Vault's transit engine, which never leaves it.
+pub struct VaultSigner {
+    vault: Vault,
+    at: TransitKey,
+    public: PublicKey,
+}
+
+impl VaultSigner {
+    /// Asks Vault for the public half, once.
+    ///
+    /// # Errors
+    /// Vault's; `KEY_FORMAT` if what it holds there is no Ed25519 key anyone should trust.
+    pub fn open(vault: &Vault, at: TransitKey) -> Result<VaultSigner> {
+        let public = PublicKey::from_bytes(vault.transit_public_key(&at)?)
+            .map_err(|e| e.context(format!("the public half of {at} in Vault is not usable")))?;
+        Ok(VaultSigner { vault: vault.clone(), at, public })
+    }
+}
+
+impl std::fmt::Debug for VaultSigner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "VaultSigner({}, public {})", self.at, self.public)
+    }
+}
+
+impl Signer for VaultSigner {
+    fn public(&self) -> PublicKey {
+        self.public
+    }
+
+    fn sign(&self, message: &[u8]) -> Result<[u8; 64]> {
+        let signature = self.vault.transit_sign(&self.at, message)?;
+        // A key that was rotated since, or an answer that is not Vault's: either way nobody could verify it.
+        if !self.public.verify_strict(message, &signature) {
+            refuse!(
+                VaultAnswer,
+                "what {} of Vault signed does not verify under {}; if the key was rotated just now, run again",
+                self.at,
+                self.public
+            );
+        }
+        Ok(signature)
+    }
+}
 
 /// A new random key in hex at `path`, for `--key file:PATH`.
 ///
 /// # Errors
 /// `USAGE` if something is there already: a key is never overwritten.
 pub fn generate_key_file(path: &Path) -> Result<()> {
-    write_secret(path, Secret::<32>::random().expose())
+    write_secret(path, "", Secret::<32>::random().expose())
 }
 
 /// A new signing key: the seed at `path`, the public half at `path.pub`.
@@ -26,7 +95,19 @@ pub fn generate_signing_pair(path: &Path) -> Result<PublicKey> {
     let key = SigningKey::generate();
     // The public half first: a crash between the two leaves no secret whose public half nobody has.
     write_new(&public_path(path), format!("{}\n", key.public()).as_bytes(), 0o644)?;
-    if let Err(err) = write_secret(path, key.seed()) {
+    if let Err(err) = write_secret(path, "", key.seed()) {
+        let _ = std::fs::remove_file(public_path(path));
+        return Err(err);
+    }
+    Ok(key.public())
+}
+
+/// A new X25519 pair: the secret half at `path` for `--key x25519:PATH`, the public half at `path.pub` for
+/// `--key recipient:PATH.pub`.
+pub fn generate_recipient_pair(path: &Path) -> Result<RecipientKey> {
+    let key = RecipientSecret::generate();
+    write_new(&public_path(path), format!("{}\n", key.public()).as_bytes(), 0o644)?;
+    if let Err(err) = write_secret(path, RECIPIENT_SECRET_PREFIX, key.seed()) {
         let _ = std::fs::remove_file(public_path(path));
         return Err(err);
     }
@@ -75,10 +156,12 @@ pub fn public_path(path: &Path) -> PathBuf {
     name.into()
 }
 
-fn write_secret(path: &Path, key: &[u8; 32]) -> Result<()> {
-    let mut text = LockedBuf::new(65)?;
-    hex::encode_to_slice(key, &mut text[..64]).expect("64 digits for 32 bytes");
-    text[64] = b'\n';
+fn write_secret(path: &Path, prefix: &str, key: &[u8; 32]) -> Result<()> {
+    let mut text = LockedBuf::new(prefix.len() + 65)?;
+    let (head, digits) = text.split_at_mut(prefix.len());
+    head.copy_from_slice(prefix.as_bytes());
+    hex::encode_to_slice(key, &mut digits[..64]).expect("64 digits for 32 bytes");
+    digits[64] = b'\n';
     write_new(path, &text, 0o600)
 }
 
@@ -119,6 +202,20 @@ mod tests {
         assert!(matches!(loaded, KeyMaterial::Key(_)));
         assert_eq!(generate_key_file(&path).unwrap_err().code(), Code::Usage);
         assert_eq!(std::fs::read(&path).unwrap(), before);
+    }
+
+    #[test]
+    fn a_recipient_pair_is_private_and_its_halves_belong_together() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("server");
+        let public = generate_recipient_pair(&path).unwrap();
+        assert_eq!(path.metadata().unwrap().mode() & 0o7777, 0o600);
+        let load = |source: KeySource| source.load(&|_| unreachable!()).unwrap();
+        assert!(matches!(load(KeySource::X25519(path.clone())), KeyMaterial::Private(key) if key.public() == public));
+        let told = load(KeySource::RecipientFile(public_path(&path)));
+        assert!(matches!(told, KeyMaterial::Recipient(key) if key == public));
+        assert_eq!(generate_recipient_pair(&path).unwrap_err().code(), Code::Usage);
+        assert_eq!(load_signing_key(&path).unwrap_err().code(), Code::KeyFormat, "it signs nothing");
     }
 
     #[test]

@@ -6,8 +6,6 @@
 //! Spec: THREAT_MODEL e.2. Held by: the tests below, THREAT_MODEL (f) rows 42 and 43.
 
 use std::fmt;
-use std::io::Read;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -15,12 +13,22 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use zeroize::{Zeroize, Zeroizing};
 
+use super::trust::read_public_file;
+use crate::crypto::{RecipientKey, RecipientSecret};
 use crate::error::{Code, Error, Result};
+use crate::format::SlotKind;
 use crate::mem::{LockedBuf, Secret, take_env};
 use crate::refuse;
 
 /// The longest key file that is read: 32 bytes in base64 or hex are far below it, a passphrase file too.
-const FILE_BYTES_MAX: u64 = 4096;
+const FILE_BYTES_MAX: usize = 4096;
+
+/// The whole of a key file in locked memory, and how much of the buffer it fills.
+pub(super) fn read_private_file(path: &Path) -> Result<(LockedBuf, usize)> {
+    let bytes = crate::mem::read_private_file(path, FILE_BYTES_MAX)?;
+    let len = bytes.len();
+    Ok((bytes, len))
+}
 
 /// Where a key comes from, as `--key` says it. Holds names only, no secret.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -29,14 +37,28 @@ pub enum KeySource {
     Env(String),
     Passphrase,
     PassphraseFile(PathBuf),
-    VaultTransit { mount: String, key: String },
-    VaultKv { mount: String, path: String, field: String },
+    /// The secret half of a key pair: opens what is sealed to it, and seals to it.
+    X25519(PathBuf),
+    /// A public half: seals, and opens nothing.
+    Recipient(RecipientKey),
+    RecipientFile(PathBuf),
+    VaultTransit {
+        mount: String,
+        key: String,
+    },
+    VaultKv {
+        mount: String,
+        path: String,
+        field: String,
+    },
 }
 
 /// What a source gives.
 pub enum KeyMaterial {
     Key(Secret<32>),
     Passphrase(LockedBuf),
+    Private(RecipientSecret),
+    Recipient(RecipientKey),
 }
 
 /// Asks a person for a passphrase; the word is what is asked for.
@@ -56,9 +78,29 @@ impl KeySource {
             KeySource::File(_) => "key-file",
             KeySource::Env(_) => "env",
             KeySource::Passphrase | KeySource::PassphraseFile(_) => "passphrase",
+            KeySource::X25519(_) | KeySource::Recipient(_) | KeySource::RecipientFile(_) => "recipient",
             KeySource::VaultTransit { .. } => "vault-transit",
             KeySource::VaultKv { .. } => "vault-kv",
         }
+    }
+
+    /// Whether a slot of this kind may open with a key from here.
+    pub fn fits(&self, kind: SlotKind) -> bool {
+        match kind {
+            SlotKind::Raw => matches!(self, KeySource::File(_) | KeySource::Env(_)),
+            SlotKind::Scrypt | SlotKind::Argon2id | SlotKind::Pbkdf2Sha512 => {
+                matches!(self, KeySource::Passphrase | KeySource::PassphraseFile(_))
+            }
+            SlotKind::VaultKv => matches!(self, KeySource::VaultKv { .. }),
+            SlotKind::VaultTransit => matches!(self, KeySource::VaultTransit { .. }),
+            SlotKind::HpkeX25519 => matches!(self, KeySource::X25519(_)),
+            SlotKind::Unknown(_) => false,
+        }
+    }
+
+    /// Whether a key from here can open anything: not so for a recipient's public half.
+    pub fn opens(&self) -> bool {
+        !matches!(self, KeySource::Recipient(_) | KeySource::RecipientFile(_))
     }
 
     /// Reads the secret. An environment variable is gone afterwards: keep the result (`Keyring` does).
@@ -86,8 +128,11 @@ impl KeySource {
                 bytes.truncate(len);
                 passphrase(bytes, &format!("passphrase file {}", path.display()))
             }
+            KeySource::X25519(path) => Ok(KeyMaterial::Private(load_recipient_secret(path)?)),
+            KeySource::Recipient(recipient) => Ok(KeyMaterial::Recipient(*recipient)),
+            KeySource::RecipientFile(path) => Ok(KeyMaterial::Recipient(load_recipient(path)?)),
             KeySource::VaultTransit { .. } | KeySource::VaultKv { .. } => {
-                refuse!(Usage, "{self}: Vault is not in this version; give the key by file:, env: or passphrase")
+                refuse!(Usage, "{self} is asked of Vault, slot by slot, and never read here")
             }
         }
     }
@@ -97,8 +142,8 @@ impl FromStr for KeySource {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<KeySource> {
-        const FORMS: &str = "file:PATH, env:VAR, passphrase, passphrase-file:PATH, vault-transit:MOUNT/KEY or \
-                             vault-kv:MOUNT/PATH#FIELD";
+        const FORMS: &str = "file:PATH, env:VAR, passphrase, passphrase-file:PATH, x25519:PATH, \
+                             recipient:PUBKEY|PATH.pub, vault-transit:MOUNT/KEY or vault-kv:MOUNT/PATH#FIELD";
         // The word may be a key pasted by mistake: it is not repeated.
         let bad = |why: &str| Error::new(Code::Usage, format!("a key source {why}; write {FORMS}"));
         let (kind, rest) = text.split_once(':').unwrap_or((text, ""));
@@ -111,6 +156,9 @@ impl FromStr for KeySource {
             "env" => Ok(KeySource::Env(rest.into())),
             "passphrase" if text == "passphrase" => Ok(KeySource::Passphrase),
             "passphrase-file" => Ok(KeySource::PassphraseFile(rest.into())),
+            "x25519" => Ok(KeySource::X25519(rest.into())),
+            "recipient" if rest.ends_with(".pub") => Ok(KeySource::RecipientFile(rest.into())),
+            "recipient" => rest.parse().map(KeySource::Recipient),
             "vault-transit" => match rest.rsplit_once('/') {
                 Some((mount, key)) if !mount.is_empty() && !key.is_empty() => {
                     Ok(KeySource::VaultTransit { mount: mount.into(), key: key.into() })
@@ -138,6 +186,9 @@ impl fmt::Display for KeySource {
             KeySource::Env(name) => write!(f, "env:{name}"),
             KeySource::Passphrase => f.write_str("passphrase"),
             KeySource::PassphraseFile(path) => write!(f, "passphrase-file:{}", path.display()),
+            KeySource::X25519(path) => write!(f, "x25519:{}", path.display()),
+            KeySource::Recipient(recipient) => write!(f, "recipient:{recipient}"),
+            KeySource::RecipientFile(path) => write!(f, "recipient:{}", path.display()),
             KeySource::VaultTransit { mount, key } => write!(f, "vault-transit:{mount}/{key}"),
             KeySource::VaultKv { mount, path, field } => write!(f, "vault-kv:{mount}/{path}#{field}"),
         }
@@ -149,60 +200,10 @@ impl fmt::Debug for KeyMaterial {
         f.write_str(match self {
             KeyMaterial::Key(_) => "KeyMaterial::Key(..)",
             KeyMaterial::Passphrase(_) => "KeyMaterial::Passphrase(..)",
+            KeyMaterial::Private(_) => "KeyMaterial::Private(..)",
+            KeyMaterial::Recipient(_) => "KeyMaterial::Recipient(..)",
         })
     }
-}
-
-/// Opens a file that holds a secret: no symlink, no waiting on a FIFO, ours or root's, for nobody else.
-pub(super) fn open_private_file(path: &Path) -> Result<std::fs::File> {
-    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC;
-    let file = std::fs::OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(|err| {
-        let (code, why) = match err.raw_os_error() {
-            Some(libc::ELOOP) => (Code::KeyPerms, "is a symlink, name the file itself"),
-            Some(libc::EACCES | libc::EPERM) => (Code::KeyPerms, "cannot be opened"),
-            // A socket, or a device without a driver.
-            Some(libc::ENXIO | libc::ENODEV) => (Code::KeyPerms, "is not a regular file"),
-            _ => (Code::Usage, "cannot be opened"),
-        };
-        Error::new(code, format!("key file {} {why}", path.display())).with_source(err)
-    })?;
-    let meta = file.metadata().map_err(|err| {
-        Error::new(Code::Host, format!("cannot examine key file {}", path.display())).with_source(err)
-    })?;
-    if !meta.is_file() {
-        refuse!(KeyPerms, "key file {} is not a regular file", path.display());
-    }
-    // SAFETY: reads this process's credentials only.
-    let own = unsafe { libc::geteuid() };
-    if meta.uid() != own && meta.uid() != 0 {
-        refuse!(KeyPerms, "key file {} belongs to uid {}, not to us ({own}) or root", path.display(), meta.uid());
-    }
-    if meta.mode() & 0o077 != 0 {
-        let mode = meta.mode() & 0o7777;
-        refuse!(KeyPerms, "key file {} has mode {mode:04o}, others may use it; chmod 600", path.display());
-    }
-    if meta.len() > FILE_BYTES_MAX {
-        refuse!(KeyFormat, "key file {} is {} bytes long, at most {FILE_BYTES_MAX}", path.display(), meta.len());
-    }
-    Ok(file)
-}
-
-/// The whole of a secret file in locked memory, and how much of the buffer it fills.
-pub(super) fn read_private_file(path: &Path) -> Result<(LockedBuf, usize)> {
-    let mut file = open_private_file(path)?;
-    let mut buffer = LockedBuf::new(FILE_BYTES_MAX as usize + 1)?;
-    let mut len = 0;
-    while len < buffer.len() {
-        match file.read(&mut buffer[len..]) {
-            Ok(0) => return Ok((buffer, len)),
-            Ok(more) => len += more,
-            Err(err) if err.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(err) => {
-                return Err(Error::new(Code::Host, format!("cannot read {}", path.display())).with_source(err));
-            }
-        }
-    }
-    refuse!(KeyFormat, "key file {} grew beyond {FILE_BYTES_MAX} bytes while it was read", path.display())
 }
 
 /// 32 bytes as they are (where `raw` is allowed), 64 hex digits, or 44 characters of padded base64; one newline after text.
@@ -233,6 +234,35 @@ pub(super) fn decode_key(bytes: &[u8], raw: bool, what: &str) -> Result<Secret<3
         refuse!(KeyFormat, "{what} is all zeros, which is no key; make one with modelfs keygen");
     }
     Ok(Secret::from_bytes(&mut key))
+}
+
+/// How the secret half of a key pair is written: so that it is taken for no signing key and no key of a `file:` source,
+/// which are 64 hex digits alone, and none of those for it.
+pub(super) const RECIPIENT_SECRET_PREFIX: &str = "modelfs-x25519-secret:";
+
+/// # Errors
+/// `KEY_PERMS`, `KEY_FORMAT`, `USAGE` if it is not there.
+fn load_recipient_secret(path: &Path) -> Result<RecipientSecret> {
+    let (bytes, len) = read_private_file(path)?;
+    match bytes[..len].strip_prefix(RECIPIENT_SECRET_PREFIX.as_bytes()) {
+        Some(digits) => {
+            Ok(RecipientSecret::from_seed(decode_key(digits, false, &format!("recipient key {}", path.display()))?))
+        }
+        None => refuse!(
+            KeyFormat,
+            "{} is not the secret half of a key pair: it does not start with {RECIPIENT_SECRET_PREFIX}; make one with \
+             modelfs keygen --recipient",
+            path.display()
+        ),
+    }
+}
+
+/// # Errors
+/// `KEY_PERMS` if others could have written it, `KEY_FORMAT`, `USAGE` if it cannot be read.
+fn load_recipient(path: &Path) -> Result<RecipientKey> {
+    let text = read_public_file(path, FILE_BYTES_MAX as u64)?;
+    let text = text.strip_suffix('\n').unwrap_or(&text);
+    text.parse().map_err(|err: Error| err.context(format!("recipient file {}", path.display())))
 }
 
 fn passphrase(mut text: LockedBuf, what: &str) -> Result<KeyMaterial> {
@@ -285,7 +315,7 @@ mod tests {
     fn key_of(material: KeyMaterial) -> [u8; 32] {
         match material {
             KeyMaterial::Key(key) => *key.expose(),
-            KeyMaterial::Passphrase(_) => panic!("a passphrase"),
+            other => panic!("{other:?}"),
         }
     }
 
@@ -297,6 +327,9 @@ mod tests {
             "env:MODELFS_KEY",
             "passphrase",
             "passphrase-file:./p",
+            "x25519:/etc/modelfs/server.key",
+            "recipient:server.pub",
+            "recipient:modelfs-x25519:269f9fe1ada5f027dbd2e82b3b04f3932d0df62b30a6a1336e6fbb69d6fb194b",
             "vault-transit:transit/models",
             "vault-transit:a/b/models",
             "vault-kv:secret/models/llama#kek",
@@ -307,6 +340,12 @@ mod tests {
             let err = text.parse::<KeySource>().unwrap_err();
             assert_eq!(err.code(), Code::Usage, "{text:?}");
             assert!(text.is_empty() || text.len() < 20 || !err.message().contains(text), "a key pasted by mistake");
+        }
+        // A signing key, or a secret, where a recipient belongs.
+        for text in [&format!("recipient:{HEX}"), "recipient:server.key", "recipient:modelfs-x25519-secret:00"] {
+            let err = text.parse::<KeySource>().unwrap_err();
+            assert_eq!(err.code(), Code::KeyFormat, "{text:?}");
+            assert!(!err.message().contains(&text[10..]), "{err:?}");
         }
         let vault: KeySource = "vault-transit:t/k".parse().unwrap();
         assert_eq!(vault.load(&no_prompt).unwrap_err().code(), Code::Usage);
@@ -327,6 +366,45 @@ mod tests {
             let path = file(dir.path(), name, bytes, 0o600);
             assert_eq!(key_of(load(&path).unwrap()), raw, "{name}");
         }
+    }
+
+    #[test]
+    fn no_key_file_is_taken_for_one_of_another_kind() {
+        let dir = tempfile::tempdir().unwrap();
+        let secret = format!("modelfs-x25519-secret:{HEX}\n");
+        let path = file(dir.path(), "pair", secret.as_bytes(), 0o600);
+        let seed: [u8; 32] = std::array::from_fn(|i| i as u8);
+        let public = match KeySource::X25519(path.clone()).load(&no_prompt).unwrap() {
+            KeyMaterial::Private(secret) => {
+                assert_eq!(secret.seed(), &seed);
+                secret.public()
+            }
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(load(&path).unwrap_err().code(), Code::KeyFormat, "a key pair is no key");
+        for (name, bytes) in [
+            ("a signing or raw key", HEX.as_bytes()),
+            ("raw bytes", &seed),
+            ("cut", &secret.as_bytes()[..80]),
+            ("two lines", format!("{secret}\n").as_bytes()),
+            ("zeros", format!("modelfs-x25519-secret:{}", "0".repeat(64)).as_bytes()),
+            ("its public half", format!("{public}\n").as_bytes()),
+        ] {
+            let path = file(dir.path(), name, bytes, 0o600);
+            assert_eq!(KeySource::X25519(path).load(&no_prompt).unwrap_err().code(), Code::KeyFormat, "{name}");
+        }
+        let open = file(dir.path(), "open", secret.as_bytes(), 0o644);
+        assert_eq!(KeySource::X25519(open).load(&no_prompt).unwrap_err().code(), Code::KeyPerms);
+
+        let load = |path| KeySource::RecipientFile(path).load(&no_prompt);
+        let good = file(dir.path(), "good.pub", format!("{public}\n").as_bytes(), 0o644);
+        assert!(matches!(load(good.clone()).unwrap(), KeyMaterial::Recipient(key) if key == public));
+        let signing = file(dir.path(), "signing.pub", HEX.as_bytes(), 0o644);
+        assert_eq!(load(signing).unwrap_err().code(), Code::KeyFormat);
+        let writable = file(dir.path(), "writable.pub", format!("{public}\n").as_bytes(), 0o666);
+        assert_eq!(load(writable).unwrap_err().code(), Code::KeyPerms, "others could have put their own key there");
+        let err = crate::keys::load_public_key(good.to_str().unwrap()).unwrap_err();
+        assert_eq!(err.code(), Code::KeyFormat, "a recipient is no signer");
     }
 
     /// THREAT_MODEL (f) row 42.
@@ -407,7 +485,7 @@ mod tests {
         let path = file(dir.path(), "p", " correct horse \n".as_bytes(), 0o600);
         match KeySource::PassphraseFile(path).load(&no_prompt).unwrap() {
             KeyMaterial::Passphrase(text) => assert_eq!(&text[..], b" correct horse "),
-            KeyMaterial::Key(_) => panic!("a key"),
+            other => panic!("{other:?}"),
         }
     }
 }

@@ -43,13 +43,13 @@ pub fn state_dir() -> Result<PathBuf> {
 }
 
 /// A file name for what is remembered of a model at a store: nothing of the names can lead elsewhere.
-pub(super) fn file_name(store: &str, model: ModelId, rest: &str) -> String {
+pub(crate) fn file_name(store: &str, model: ModelId, rest: &str) -> String {
     let digest = sha256(&[store.as_bytes(), b"\0", &model.0, rest.as_bytes()]);
     format!("{}.json", hex::encode(&digest[..16]))
 }
 
 /// Keeps other processes out of one folder of state while something is read, judged and replaced.
-pub(super) struct Locked {
+pub(crate) struct Locked {
     dir: PathBuf,
     _lock: File,
 }
@@ -87,13 +87,29 @@ impl Locked {
         };
         write().map_err(|err| Error::new(Code::State, format!("cannot write {}", path.display())).with_source(err))
     }
+
+    /// Forgets; what is not there is forgotten already.
+    pub fn remove(&self, name: &str) -> Result<()> {
+        let path = self.dir.join(name);
+        let fault = |err| Error::new(Code::State, format!("cannot remove {}", path.display())).with_source(err);
+        match std::fs::remove_file(&path) {
+            Ok(()) => File::open(&self.dir).and_then(|dir| dir.sync_all()).map_err(fault),
+            Err(err) if err.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            Err(err) => Err(fault(err)),
+        }
+    }
 }
 
 /// What is remembered, or `None` if nothing ever was.
 ///
 /// # Errors
 /// `STATE` for a file that cannot be read, that others could have written, or that is not ours.
-pub(super) fn read<T: DeserializeOwned>(dir: &Path, name: &str) -> Result<Option<T>> {
+pub(crate) fn read<T: DeserializeOwned>(dir: &Path, name: &str) -> Result<Option<T>> {
+    read_up_to(dir, name, FILE_BYTES_MAX)
+}
+
+/// The same for a file of at most `bytes_max` bytes; a longer one is damaged.
+pub(crate) fn read_up_to<T: DeserializeOwned>(dir: &Path, name: &str, bytes_max: u64) -> Result<Option<T>> {
     let path = dir.join(name);
     let fault = |err| Error::new(Code::State, format!("cannot read {}", path.display())).with_source(err);
     let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC;
@@ -109,7 +125,7 @@ pub(super) fn read<T: DeserializeOwned>(dir: &Path, name: &str) -> Result<Option
         refuse!(State, "{} is not a file that only we can write; look into it, then remove it", path.display());
     }
     let mut text = Vec::new();
-    file.take(FILE_BYTES_MAX).read_to_end(&mut text).map_err(fault)?;
+    file.take(bytes_max).read_to_end(&mut text).map_err(fault)?;
     match serde_json::from_slice(&text) {
         Ok(value) => Ok(Some(value)),
         Err(err) => Err(Error::new(Code::State, format!("{} is damaged; what it guarded is unknown", path.display()))

@@ -178,6 +178,15 @@ impl Trust {
         of.map(|(_, count, _)| *count).max().unwrap_or(1)
     }
 
+    /// The same keys, where one publisher is enough: for whoever adds the missing signatures.
+    pub fn with_one_publisher(&self) -> Trust {
+        let mut trust = self.clone();
+        for (_, _, roles) in &mut trust.thresholds {
+            roles.publisher = false;
+        }
+        trust
+    }
+
     /// Whether anyone is trusted for this model at all.
     pub fn covers(&self, name: &str) -> bool {
         self.keys.iter().any(|(glob, _, _)| glob.matches(name))
@@ -201,7 +210,7 @@ pub fn load_public_key(word: &str) -> Result<PublicKey> {
 }
 
 /// A file that may be read by all, but written by us and root only.
-fn read_public_file(path: &Path, max: u64) -> Result<String> {
+pub(super) fn read_public_file(path: &Path, max: u64) -> Result<String> {
     use std::io::Read;
     use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
     let fault = |err| Error::new(Code::Usage, format!("cannot read {}", path.display())).with_source(err);

@@ -185,14 +185,14 @@ fn shmem_setting() -> Option<String> {
     Some(rest.split_once(']')?.0.to_owned())
 }
 
-struct Mounted {
-    fd: OwnedFd,
+pub(super) struct Mounted {
+    pub(super) fd: OwnedFd,
     /// The kernel took the `huge=` option.
     sized_pages: bool,
 }
 
 /// A tmpfs of our own that is never attached to the tree, and whether its pages are barred from swap.
-fn mount_tmpfs(huge: &CStr, size: u64, interleave: bool) -> io::Result<(Mounted, bool)> {
+pub(super) fn mount_tmpfs(huge: &CStr, size: u64, interleave: bool) -> io::Result<(Mounted, bool)> {
     // SAFETY: the name is a C string; the answer is a new descriptor.
     let context = unsafe { libc::syscall(libc::SYS_fsopen, c"tmpfs".as_ptr(), libc::FSOPEN_CLOEXEC) };
     let context = owned(context)?;
@@ -212,6 +212,11 @@ fn mount_tmpfs(huge: &CStr, size: u64, interleave: bool) -> io::Result<(Mounted,
     // SAFETY: takes a descriptor and integers, answers a new descriptor.
     let mount = unsafe { libc::syscall(libc::SYS_fsmount, context.as_raw_fd(), libc::FSMOUNT_CLOEXEC, attributes) };
     Ok((Mounted { fd: owned(mount)?, sized_pages }, noswap))
+}
+
+/// Whether this kernel's tmpfs can be told never to swap; `None`: we may not mount one.
+pub fn tmpfs_refuses_swap() -> Option<bool> {
+    mount_tmpfs(c"never", SMALL_PAGE_BYTES, false).ok().map(|(_, noswap)| noswap)
 }
 
 fn set(context: &OwnedFd, key: &CStr, value: Option<&CStr>) -> io::Result<()> {

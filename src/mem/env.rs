@@ -44,6 +44,30 @@ pub fn take_env(name: &str) -> Result<Option<LockedBuf>> {
     Ok(taken)
 }
 
+/// The names that are set. No value is copied: some of them are secrets.
+///
+/// To be called at start, before other threads change the environment.
+pub fn env_names() -> Vec<String> {
+    unsafe extern "C" {
+        static environ: *const *const libc::c_char;
+    }
+    let mut names = Vec::new();
+    // SAFETY: the C library's own list; nobody changes it while this process has one thread.
+    let mut entry = unsafe { environ };
+    // SAFETY: a list of C strings that ends with a null pointer, as environ(7) has it.
+    while !entry.is_null() && unsafe { !(*entry).is_null() } {
+        // SAFETY: not null, as was asked on the line before.
+        let text = unsafe { std::ffi::CStr::from_ptr(*entry) }.to_bytes();
+        let name = text.split(|byte| *byte == b'=').next().unwrap_or_default();
+        if !name.is_empty() {
+            names.push(String::from_utf8_lossy(name).into_owned());
+        }
+        // SAFETY: the list goes on until its null pointer.
+        entry = unsafe { entry.add(1) };
+    }
+    names
+}
+
 /// Addresses of the entries `NAME=value` (without their NUL) of `name` in the block.
 fn entries(block: Range<usize>, name: &str) -> Vec<Range<usize>> {
     // SAFETY: the block is mapped for the process's life, and this slice ends before anyone writes to it.
@@ -74,6 +98,16 @@ fn environment_block() -> Option<Range<usize>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_name_that_is_set_is_told_and_no_value() {
+        let names = env_names();
+        for (name, value) in std::env::vars() {
+            assert!(names.contains(&name), "{name}");
+            assert!(value.len() < 16 || !names.contains(&value), "a value of {name}");
+        }
+        assert_eq!(names.len(), std::env::vars_os().count());
+    }
 
     #[test]
     fn the_environment_block_is_where_the_kernel_says() {

@@ -16,10 +16,12 @@ use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, RwLock, RwLockReadGuard};
+use std::time::{Duration, Instant};
 
 use super::arena::Pages;
 use super::huge;
 use super::map::{Access, Map, check, wipe_raw};
+use super::pins::Pins;
 use super::process::{count_locked, count_unlocked};
 use super::{HUGE_PAGE_BYTES, SMALL_PAGE_BYTES};
 use crate::error::{Code, Error, Result};
@@ -44,8 +46,37 @@ const GONE: u8 = 2;
 pub enum Wiped {
     /// Every page was overwritten before it went back to the kernel.
     Overwritten,
-    /// Someone had the file open or mapped: it was cut off at once, and its pages went back as they were.
+    /// Someone may have had the file open or mapped and its pages could not be pinned: it was cut off at once, and they
+    /// went back as they were.
     CutOff,
+}
+
+/// How long a `read` that was already copying when its file was cut off has until the pages turn to zeros. A copy of one
+/// huge page takes 0.2 ms; this leaves room for a reader that lost its processor meanwhile. Nobody can be asked: the kernel
+/// tells no one who holds a page.
+pub const IN_FLIGHT_GRACE: Duration = Duration::from_millis(250);
+
+/// A file that is cut off: nobody reaches its pages any more, and they wait to be overwritten.
+#[must_use = "pages go back unwiped if this is dropped"]
+pub struct Cut {
+    since: Instant,
+    pins: Option<Pins>,
+    how: Wiped,
+}
+
+impl Cut {
+    /// Overwrites the pages and gives them back. Waits for what is left of [`IN_FLIGHT_GRACE`].
+    pub fn wipe(self) -> Wiped {
+        let Some(mut pins) = self.pins else { return self.how };
+        std::thread::sleep(IN_FLIGHT_GRACE.saturating_sub(self.since.elapsed()));
+        match pins.overwrite() {
+            Ok(()) => Wiped::Overwritten,
+            Err(error) => {
+                tracing::error!("pages of a revoked file go back as they are: {error}");
+                Wiped::CutOff
+            }
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -383,7 +414,7 @@ impl LockedFile {
     }
 
     /// Ends the file: every page overwritten, then freed. A holder would see zeros for a moment: ask `others_hold`
-    /// first, or use [`LockedFile::revoke`]. Nobody in this process has a slice of it.
+    /// first, or use [`LockedFile::cut_off`]. Nobody in this process has a slice of it.
     ///
     /// # Errors
     /// `Code::Host` if it cannot be opened for writing again; it then stays as it is.
@@ -391,14 +422,79 @@ impl LockedFile {
         self.end(Wiped::Overwritten)
     }
 
-    /// Ends the file although others may hold it: their reads end (0 bytes), their maps get SIGBUS, at once.
+    /// Ends the file although others may hold it: their reads end (0 bytes), their maps get SIGBUS, at once. Nobody in
+    /// this process has a slice of it.
     ///
-    /// If nobody holds it its pages are overwritten as always. If someone does, it is truncated first, since zeros
-    /// before that would be read as data; the pages then go back unwiped, which only `init_on_free=1` mends.
+    /// Zeros before that would be read as data, so the pages are pinned, the file is truncated, and [`Cut::wipe`] writes
+    /// the zeros through the pins. Where pages cannot be pinned (no io_uring, or RLIMIT_MEMLOCK without CAP_IPC_LOCK):
+    /// overwritten in place if nobody can hold the file, else only truncated; its pages then go back as they are, which
+    /// `init_on_free=1` mends.
+    ///
+    /// `opens_pending`: an open was answered whose descriptor the kernel may not have made yet; asking who holds the file
+    /// is then no answer.
+    ///
+    /// # Errors
+    /// `Code::Host` if it cannot be opened for writing again or truncated; it then stays as it is.
+    pub fn cut_off(&self, opens_pending: bool) -> Result<Cut> {
+        let ended = |how| Cut { since: Instant::now(), pins: None, how };
+        if !self.is_frozen() {
+            // Still filling: nobody else ever had it.
+            return self.thaw_and_wipe().map(|()| ended(Wiped::Overwritten));
+        }
+        match self.end_pinned()? {
+            Ok(pins) => Ok(Cut { since: Instant::now(), pins: Some(pins), how: Wiped::CutOff }),
+            Err(why) => {
+                let held = opens_pending || self.others_hold()?;
+                let how = if held { Wiped::CutOff } else { Wiped::Overwritten };
+                if held {
+                    tracing::warn!("pages of a revoked file go back as they are, they cannot be pinned: {why}");
+                }
+                self.end(how)?;
+                Ok(ended(how))
+            }
+        }
+    }
+
+    /// Both halves of [`LockedFile::cut_off`].
     pub fn revoke(&self) -> Result<Wiped> {
-        let how = if self.others_hold()? { Wiped::CutOff } else { Wiped::Overwritten };
-        self.end(how)?;
-        Ok(how)
+        Ok(self.cut_off(false)?.wipe())
+    }
+
+    /// Pins every page, then truncates. The inner error: nothing was pinned, and the file is as it was.
+    fn end_pinned(&self) -> Result<io::Result<Pins>> {
+        let mut writable = self.writable.write().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let failed = |errno| Error::new(Code::Host, "cannot revoke a cached file").with_source(errno);
+        let read_only = self.read_only.get().expect("a frozen file has one");
+        let reopened = match self.backing {
+            Backing::Tmpfs => Some(reopen(read_only.as_fd(), libc::O_RDWR).map_err(failed)?),
+            Backing::Memfd => None,
+        };
+        let fd = reopened.as_ref().or(writable.as_ref()).expect("a frozen memfd keeps its writable descriptor").as_fd();
+        let pinned = self.pin(fd);
+        let Ok(pins) = pinned else {
+            if self.backing == Backing::Tmpfs {
+                // No writer may stay, or `others_hold` would count it.
+                self.place(read_only.as_fd(), Access::Read).map_err(failed)?;
+            }
+            return Ok(pinned);
+        };
+        self.gone(fd).map_err(failed)?;
+        *writable = None;
+        Ok(Ok(pins))
+    }
+
+    fn pin(&self, fd: BorrowedFd<'_>) -> io::Result<Pins> {
+        if self.backing == Backing::Tmpfs {
+            self.place(fd, Access::ReadWrite)?;
+        }
+        let mut ranges = Vec::new();
+        let mut at = 0;
+        while let Some(data) = next_data(fd, at..self.len) {
+            let start = data.start / SMALL_PAGE_BYTES * SMALL_PAGE_BYTES;
+            ranges.push(start as usize..self.past_end(data.end.next_multiple_of(SMALL_PAGE_BYTES)));
+            at = data.end;
+        }
+        Pins::new(&self.map, &ranges)
     }
 
     fn end(&self, how: Wiped) -> Result<()> {
@@ -424,11 +520,16 @@ impl LockedFile {
                 write_zeros(fd.as_fd(), self.len).map_err(failed)?;
             }
         }
+        self.gone(fd.as_fd()).map_err(failed)
+    }
+
+    /// Cuts the file short: its pages leave it, and whoever has it open or mapped.
+    fn gone(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
         self.phase.store(GONE, Ordering::Release);
         self.forget_short(&(0..u64::MAX));
         // SAFETY: changes the size of our own file.
-        check(unsafe { libc::ftruncate(fd.as_raw_fd(), 0) }).map_err(failed)?;
-        self.map.place_nothing().map_err(failed)?;
+        check(unsafe { libc::ftruncate(fd.as_raw_fd(), 0) })?;
+        self.map.place_nothing()?;
         self.count_unlocked(u64::MAX);
         Ok(())
     }
@@ -550,6 +651,9 @@ fn reopen(fd: BorrowedFd<'_>, access: libc::c_int) -> io::Result<OwnedFd> {
 
 impl Drop for LockedFile {
     fn drop(&mut self) {
+        if self.phase.load(Ordering::Acquire) == GONE {
+            return;
+        }
         // Whoever still holds a frozen file keeps it: wiping would show them zeros. The last of them frees the pages.
         let wiped = match self.others_hold() {
             Ok(false) => self.thaw_and_wipe(),

@@ -11,22 +11,31 @@
 mod arena;
 mod budget;
 mod env;
+mod folder;
+mod heap;
 mod huge;
 mod locked_file;
 mod map;
 mod numa;
+mod pins;
+mod private;
 mod process;
 mod secret;
 
-pub use arena::{Arena, ArenaKind, ArenaPlan, Pages};
+pub use arena::{Arena, ArenaKind, ArenaPlan, Pages, tmpfs_refuses_swap};
 pub use budget::{Budget, Grant};
-pub use env::take_env;
+pub use env::{env_names, take_env};
+pub use folder::PrivateFolder;
+pub use heap::{WIPED_BYTES_MAX, WipingHeap};
 pub use huge::huge_page_short_bytes;
-pub use locked_file::{LockedFile, Wiped};
+pub use locked_file::{Cut, IN_FLIGHT_GRACE, LockedFile, Wiped};
 pub use map::wipe;
 pub use numa::memory_nodes;
+pub use pins::can_pin;
+pub use private::read_private_file;
 pub use process::{
-    Hardening, harden, has_cap_sys_admin, lock_thread_stack, locked_bytes, memlock_limit, memory_ceiling, scrub_stack,
+    Hardening, end_by, harden, has_cap_sys_admin, lock_thread_stack, locked_bytes, memlock_limit, memory_ceiling,
+    scrub_stack, use_right_to_lock,
 };
 pub use secret::{LockedBuf, Secret, SecretMemory, reserve_secrets, secret_memory};
 

@@ -17,7 +17,9 @@ use crate::refuse;
 const PR_SET_MEMORY_MERGE: libc::c_int = 67;
 const PR_GET_MEMORY_MERGE: libc::c_int = 68;
 /// linux/capability.h.
+const CAP_IPC_LOCK: u32 = 14;
 const CAP_SYS_ADMIN: u32 = 21;
+const CAPABILITY_VERSION_3: u32 = 0x2008_0522;
 
 /// What [`harden`] reached, for the log and for `doctor`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,9 +41,16 @@ pub struct Hardening {
 /// `Code::Host` if the kernel refuses one of the first three; `Code::Memlock` if not even the first page of keys can
 /// be locked.
 pub fn harden() -> Result<Hardening> {
-    let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: `none` is a valid rlimit that outlives the call.
-    check(unsafe { libc::setrlimit(libc::RLIMIT_CORE, &none) })
+    use_right_to_lock();
+    let mut core = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // The hard limit stays: what it is lowered to, no program that we start could raise again.
+    // SAFETY: `core` is a valid rlimit that outlives the calls.
+    check(unsafe { libc::getrlimit(libc::RLIMIT_CORE, &mut core) })
+        .and_then(|_| {
+            core.rlim_cur = 0;
+            // SAFETY: as above.
+            check(unsafe { libc::setrlimit(libc::RLIMIT_CORE, &core) })
+        })
         .map_err(|errno| Error::new(Code::Host, "cannot set the core file limit to 0").with_source(errno))?;
     // A core_pattern that pipes to a handler ignores that limit; only a process that is not dumpable has no core then.
     set_dumpable(false)?;
@@ -55,6 +64,43 @@ pub fn harden() -> Result<Hardening> {
         memlock_limit: memlock_limit(),
         cap_sys_admin: has_cap_sys_admin(),
     })
+}
+
+/// Ends the process as `signal` does by itself: whoever waits for it sees the signal, not a failure of ours.
+pub fn end_by(signal: libc::c_int) -> ! {
+    // SAFETY: two calls on numbers; the handler that is replaced has nothing left to do, for neither call returns to it.
+    unsafe {
+        libc::signal(signal, libc::SIG_DFL);
+        libc::raise(signal);
+    }
+    // Only a signal that this thread blocks comes here.
+    std::process::exit(128 + signal)
+}
+
+/// Takes CAP_IPC_LOCK into use where the program's file permits it (`setcap cap_ipc_lock=p`): no limit of locked memory then
+/// counts. Where a container's bounding set lacks it, nothing happens; with the effective bit set in the file, the program
+/// could not even be started there.
+pub fn use_right_to_lock() {
+    #[repr(C)]
+    #[derive(Clone, Copy, Default)]
+    struct Set {
+        effective: u32,
+        permitted: u32,
+        inheritable: u32,
+    }
+    let header = [CAPABILITY_VERSION_3, 0];
+    let mut sets = [Set::default(); 2];
+    let lock = 1 << CAP_IPC_LOCK;
+    // SAFETY: version 3 reads a header of two words and reads or fills two sets of three; all of them outlive the calls.
+    unsafe {
+        if libc::syscall(libc::SYS_capget, &header, &mut sets) == 0
+            && sets[0].permitted & lock != 0
+            && sets[0].effective & lock == 0
+        {
+            sets[0].effective |= lock;
+            libc::syscall(libc::SYS_capset, &header, &sets);
+        }
+    }
 }
 
 fn set_dumpable(on: bool) -> Result<()> {

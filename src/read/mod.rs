@@ -228,13 +228,27 @@ impl Drop for GatherGuard<'_> {
     }
 }
 
+/// Locked memory in which reads are put together that no single chunk answers. One a process: mounts share it.
+pub struct GatherBuffers {
+    permits: Semaphore,
+    buffers: Mutex<Vec<LockedBuf>>,
+}
+
+impl GatherBuffers {
+    /// # Errors
+    /// `MEMLOCK` if they cannot be locked.
+    pub fn new() -> Result<Arc<GatherBuffers>> {
+        let buffers = (0..GATHER_BUFFERS).map(|_| LockedBuf::new(READ_MAX)).collect::<Result<Vec<_>>>()?;
+        Ok(Arc::new(GatherBuffers { permits: Semaphore::new(GATHER_BUFFERS), buffers: Mutex::new(buffers) }))
+    }
+}
+
 /// Answers reads of every open file of a mount.
 pub struct Reader {
     cache: Cache,
     /// The longest any read waits.
     deadline: Duration,
-    gather_permits: Semaphore,
-    gather_buffers: Mutex<Vec<LockedBuf>>,
+    gather: Arc<GatherBuffers>,
     recorder: OnceLock<Arc<Recorder>>,
     /// Files (model number, file) that an earlier load read from end to end.
     expected_whole: OnceLock<HashSet<(u32, u32)>>,
@@ -244,15 +258,12 @@ impl Reader {
     /// # Errors
     /// `MEMLOCK` if the gather buffers cannot be locked.
     pub fn new(cache: Cache, deadline: Duration) -> Result<Self> {
-        let buffers = (0..GATHER_BUFFERS).map(|_| LockedBuf::new(READ_MAX)).collect::<Result<Vec<_>>>()?;
-        Ok(Reader {
-            cache,
-            deadline,
-            gather_permits: Semaphore::new(GATHER_BUFFERS),
-            gather_buffers: Mutex::new(buffers),
-            recorder: OnceLock::new(),
-            expected_whole: OnceLock::new(),
-        })
+        Ok(Reader::sharing(cache, deadline, GatherBuffers::new()?))
+    }
+
+    /// The same with buffers that other mounts use too.
+    pub fn sharing(cache: Cache, deadline: Duration, gather: Arc<GatherBuffers>) -> Self {
+        Reader { cache, deadline, gather, recorder: OnceLock::new(), expected_whole: OnceLock::new() }
     }
 
     /// From now on first touches are written down. Called at most once.
@@ -390,10 +401,10 @@ impl Reader {
     }
 
     async fn gather(&self) -> GatherGuard<'_> {
-        let permit = self.gather_permits.acquire().await.expect("the semaphore is never closed");
-        let mut buffers = self.gather_buffers.lock().expect("a thread died holding the gather buffers");
+        let permit = self.gather.permits.acquire().await.expect("the semaphore is never closed");
+        let mut buffers = self.gather.buffers.lock().expect("a thread died holding the gather buffers");
         let buffer = buffers.pop().expect("as many buffers as permits");
-        GatherGuard { buffer: Some(buffer), len: 0, pool: &self.gather_buffers, _permit: permit }
+        GatherGuard { buffer: Some(buffer), len: 0, pool: &self.gather.buffers, _permit: permit }
     }
 
     /// Tells the prefetcher of a read and starts what it asks for.

@@ -27,6 +27,8 @@ use crate::store::ChunkSink;
 const REFS_PER_CHANNEL_MAX: usize = 1024;
 /// Small objects read at a time.
 const READS_IN_FLIGHT: usize = 16;
+/// How often the newest slots are looked for again because a rotation deleted them just then.
+const SLOTS_READS_MAX: usize = 16;
 
 /// A model on a store, as its publisher sees it.
 #[derive(Clone)]
@@ -34,7 +36,10 @@ pub struct Chain {
     pub store: Arc<dyn ChunkSink>,
     pub model_id: ModelId,
     pub model_name: Arc<str>,
+    /// Whose refs are believed.
     pub trusted: Arc<Vec<PublicKey>>,
+    /// Whose manifests are: a release key alone makes no version.
+    pub publishers: Arc<Vec<PublicKey>>,
     pub floors: Option<FloorStore>,
 }
 
@@ -45,6 +50,8 @@ pub struct Survey {
     pub highest_seq: u64,
     /// The newest ref of each channel that is to be continued.
     pub newest: BTreeMap<String, Ref>,
+    /// The newest ref of each channel, but for those whose newest ref is somebody else's.
+    pub heads: BTreeMap<String, Ref>,
 }
 
 /// An earlier version, opened.
@@ -79,6 +86,9 @@ impl Chain {
                 match reference {
                     Ok(reference) => {
                         survey.highest_seq = survey.highest_seq.max(reference.seq);
+                        if position == 0 {
+                            survey.heads.insert(channel.clone(), reference);
+                        }
                         if position == 0 && continued {
                             survey.newest.insert(channel.clone(), reference);
                         }
@@ -121,11 +131,12 @@ impl Chain {
         Ok(())
     }
 
-    /// Remembers a ref that we wrote.
+    /// Remembers a ref that we wrote, here and where the floor is kept outside this machine.
     pub fn remember(&self, channel: &str, reference: &Ref) -> Result<()> {
         let Some(floors) = &self.floors else { return Ok(()) };
         let model = (self.model_id, &*self.model_name);
-        floors.advance(&self.store.describe(), model, channel, reference, (reference.vid, 1))
+        let slots = (reference.vid, reference.min_slots_generation.max(1));
+        floors.raise(&self.store.describe(), model, channel, reference, slots)
     }
 
     async fn read_ref(&self, channel: &str, ref_seq: u64) -> Result<Ref> {
@@ -187,10 +198,10 @@ impl Chain {
         Ok(bytes)
     }
 
-    /// One trusted key must have signed the manifest.
+    /// One trusted publisher must have signed the manifest.
     pub async fn check_signed(&self, digest: ManifestDigest, seq: u64) -> Result<()> {
         let message = manifest_message(digest, self.model_id, seq);
-        for key in self.trusted.iter() {
+        for key in self.publishers.iter() {
             let name = names::signature(self.model_id, digest, key.key_id());
             match self.store.read_small(&name, SIGNATURE_LEN as u64).await {
                 Ok(bytes) => {
@@ -205,15 +216,31 @@ impl Chain {
                 Err(other) => return Err(other),
             }
         }
-        refuse!(ManSig, "manifest {digest} is signed by none of the keys trusted here");
+        refuse!(ManSig, "manifest {digest} is signed by none of the publishers trusted here");
     }
 
     pub async fn newest_slots(&self, vid: Vid) -> Result<Slots> {
+        let mut vanished = None;
+        // A rotation may delete the generation between the listing and the read.
+        for _ in 0..SLOTS_READS_MAX {
+            let Some(generation) = self.slots_generations(vid).await?.pop() else {
+                refuse!(NotFound, "version {vid} has no key slots");
+            };
+            match self.read_slots(vid, generation).await {
+                Err(gone) if gone.code() == Code::NotFound => vanished = Some(gone),
+                read => return read,
+            }
+        }
+        Err(vanished.expect("every round ended with a vanished object"))
+    }
+
+    /// The generations of a version's slots that the store shows, ascending.
+    pub async fn slots_generations(&self, vid: Vid) -> Result<Vec<u32>> {
         let listed = self.store.list(&names::slots_dir(self.model_id, vid)).await?;
-        let Some(generation) = listed.iter().filter_map(|listed| names::slots_generation(&listed.name)).max() else {
-            refuse!(NotFound, "version {vid} has no key slots");
-        };
-        self.read_slots(vid, generation).await
+        let mut generations: Vec<u32> =
+            listed.iter().filter_map(|listed| names::slots_generation(&listed.name)).collect();
+        generations.sort_unstable();
+        Ok(generations)
     }
 
     pub async fn read_slots(&self, vid: Vid, generation: u32) -> Result<Slots> {

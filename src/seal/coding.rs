@@ -76,6 +76,11 @@ impl Coding {
         Ok(wins.then_some(Coding { tensors, file_offset: piece.file_offset }))
     }
 
+    /// For bytes of which nothing is known but that something among them is worth coding: every chunk is sampled.
+    pub fn by_samples() -> Coding {
+        Coding { tensors: None, file_offset: 0 }
+    }
+
     /// Puts the coded stream of `plain`, the object's bytes from `start` on, into `out` if that is worth it.
     pub fn code(&self, start: u64, plain: &[u8], out: &mut Vec<u8>) -> bool {
         let worth = |coded_len: usize| coded_len as u64 * 100 <= plain.len() as u64 * LEFT_MAX_PERCENT;

@@ -15,4 +15,10 @@ pub trait SlotKeys: Send + Sync {
     /// # Errors
     /// `NO_KEY` if none of the slots opens.
     fn unlock(&self, slots: &Slots, header: &ManifestHeader) -> Result<Dek>;
+
+    /// Whether `unlock` opens what `wrap` makes. A publisher that has only the public halves of its readers' keys says no:
+    /// what it wrote is then compared byte for byte instead, and the rest is read back with the key it was sealed with.
+    fn opens(&self) -> bool {
+        true
+    }
 }

@@ -16,6 +16,7 @@ mod keys;
 mod plan;
 mod progress;
 mod publish;
+mod release;
 mod source;
 mod upload;
 
@@ -24,25 +25,32 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use chain::{Chain, Earlier, Survey};
+pub use chain::{Chain, Earlier, Survey};
 pub use coding::CodecChoice;
+pub(crate) use coding::Coding;
 pub use keys::{SlotKeys, SlotTarget};
 pub use plan::{Cuts, PACK_BYTES_MAX, SMALL_FILE_BYTES};
-use progress::Meter;
+pub(crate) use progress::Meter;
 pub use progress::{Phase, Progress, ProgressFn};
-use publish::{Published, Publisher};
+pub use publish::create;
+pub(crate) use publish::{Published, Publisher, Terms};
+pub use release::{RefTarget, Releaser};
 use source::{SourceFile, SourceTree};
 use upload::{JobDone, Pipeline};
 
-use crate::crypto::{Dek, FileHasher, PublicKey, SigningKey};
+use crate::crypto::{Dek, FileHasher, PublicKey};
 use crate::error::{Class, Code, Error, Result};
-use crate::format::limits::{ANNOTATIONS_BYTES_MAX, BLOCK_LOG2_DEFAULT, CHUNK_LOG2_DEFAULT, HASHES_MAX};
-use crate::format::{
-    Extent, HashAlg, Lease, ManifestBuilder, ManifestDigest, ModelId, NewFile, NewHeader, NewObject, ObjectEntry,
-    ObjectLayout, Oid, Suite, Vid, check_channel, check_model_name, names,
+use crate::format::limits::{
+    ANNOTATIONS_BYTES_MAX, BLOCK_LOG2_DEFAULT, CHUNK_LOG2_DEFAULT, HASHES_MAX, REF_SIGNATURES_MAX,
 };
-use crate::keys::FloorStore;
+use crate::format::{
+    Extent, HashAlg, Lease, Manifest, ManifestBuilder, ManifestDigest, ModelId, NewFile, NewHeader, NewObject,
+    ObjectEntry, ObjectLayout, Oid, Suite, Vid, check_channel, check_model_name, names,
+};
+use crate::keys::{FloorStore, Signer};
 use crate::mem::Secret;
+use crate::oms::{Endorsement, SealedFile, Vouched};
+use crate::policy::types::{self, Admits};
 use crate::refuse;
 use crate::store::ChunkSink;
 
@@ -59,10 +67,16 @@ pub struct SealOptions {
     pub cuts: Cuts,
     /// Wraps the new data key, and opens the earlier version so that it can be inherited from.
     pub keys: Arc<dyn SlotKeys>,
-    /// Signs the manifest and the refs.
-    pub signing: Arc<SigningKey>,
-    /// Publishers whose refs may be continued and whose versions may be inherited from, beside ourselves.
+    /// The publisher key: signs the manifest, and the refs where there is no release key.
+    pub signing: Arc<dyn Signer>,
+    /// Publisher keys beside it, each of which signs the manifest too.
+    pub cosigning: Vec<Arc<dyn Signer>>,
+    /// The release keys, up to 4. Empty: `signing` signs the refs.
+    pub releasing: Vec<Arc<dyn Signer>>,
+    /// Release keys whose refs may be continued, beside ours.
     pub trusted: Vec<PublicKey>,
+    /// Publishers whose versions may be inherited from, beside ourselves.
+    pub trusted_publishers: Vec<PublicKey>,
     /// Channels beside `latest`.
     pub tags: Vec<String>,
     /// Unix seconds; `None`: the ref never expires.
@@ -75,13 +89,17 @@ pub struct SealOptions {
     pub metrics: BTreeMap<String, f64>,
     /// JSON for people, kept inside the encrypted manifest.
     pub annotations: serde_json::Map<String, serde_json::Value>,
+    /// How large a model may be, and which types of files it may hold: refused before anything is stored.
+    pub admits: Admits,
+    /// A bundle that must vouch for exactly what was sealed; else nothing is published.
+    pub oms: Option<Endorsement>,
     pub threads: usize,
     pub progress: ProgressFn,
 }
 
 impl SealOptions {
     /// AES-256-GCM, BLAKE3, 64 KiB blocks, 8 MiB chunks coded where it wins, `latest`, all cores.
-    pub fn new(keys: Arc<dyn SlotKeys>, signing: Arc<SigningKey>) -> SealOptions {
+    pub fn new(keys: Arc<dyn SlotKeys>, signing: Arc<dyn Signer>) -> SealOptions {
         SealOptions {
             suite: Suite::Aes256Gcm,
             hash_alg: HashAlg::Blake3,
@@ -91,13 +109,18 @@ impl SealOptions {
             cuts: Cuts::default(),
             keys,
             signing,
+            cosigning: Vec::new(),
+            releasing: Vec::new(),
             trusted: Vec::new(),
+            trusted_publishers: Vec::new(),
             tags: Vec::new(),
             expires_at: None,
             floors: None,
             hide_name: false,
             metrics: BTreeMap::new(),
             annotations: serde_json::Map::new(),
+            admits: Admits::default(),
+            oms: None,
             threads: std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 16),
             progress: ProgressFn::silent(),
         }
@@ -132,6 +155,9 @@ pub struct SealSummary {
     pub seconds: f64,
     /// Whoever mounts this names it as trusted: 64 hex digits.
     pub public_key: String,
+    /// What an OpenSSF model-signing bundle said of it, where one was given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub oms: Option<Vouched>,
     pub warnings: Vec<String>,
 }
 
@@ -154,16 +180,25 @@ pub async fn seal(source: &Path, store: Arc<dyn ChunkSink>, model: &str, options
     let walked = Arc::clone(&tree);
     let files = Arc::new(blocking(move || walked.walk()).await?);
     let mut warnings = source::name_warnings(&files);
+    let (looked, listed, admits) = (Arc::clone(&tree), Arc::clone(&files), options.admits.clone());
+    let name = model.to_owned();
+    blocking(move || check_admitted(&name, &looked, &listed, &admits)).await?;
 
     store.check_create_only().await?;
     let model_id = ModelId::of_name(model);
-    let mut trusted = vec![options.signing.public()];
-    trusted.extend(options.trusted.iter().copied().filter(|key| *key != options.signing.public()));
+    let publishers = [&[Arc::clone(&options.signing)][..], &options.cosigning].concat();
+    let releasers =
+        if options.releasing.is_empty() { vec![Arc::clone(&options.signing)] } else { options.releasing.clone() };
+    if releasers.len() > REF_SIGNATURES_MAX {
+        refuse!(Usage, "{} release keys, at most {REF_SIGNATURES_MAX} can sign a ref", releasers.len());
+    }
     let chain = Chain {
         store: Arc::clone(&store),
         model_id,
         model_name: Arc::from(model),
-        trusted: Arc::new(trusted),
+        // A publisher may have written refs before there were release keys.
+        trusted: Arc::new(union([&publishers[..], &releasers], &options.trusted)),
+        publishers: Arc::new(union([&publishers[..], &[]], &options.trusted_publishers)),
         floors: options.floors.clone(),
     };
     let survey = chain.survey(&channels).await?;
@@ -186,14 +221,13 @@ pub async fn seal(source: &Path, store: Arc<dyn ChunkSink>, model: &str, options
     });
     let now = unix_now();
     let publisher = Publisher {
-        chain: chain.clone(),
+        releaser: Releaser { chain: chain.clone(), signers: releasers, now },
         hide_name: options.hide_name,
         channels,
-        signing: Arc::clone(&options.signing),
+        signers: publishers,
         keys: Arc::clone(&options.keys),
         dek,
-        now,
-        expires_at: options.expires_at.unwrap_or(i64::MAX),
+        terms: Terms::New { expires_at: options.expires_at.unwrap_or(i64::MAX) },
         progress: options.progress.clone(),
     };
 
@@ -218,7 +252,12 @@ pub async fn seal(source: &Path, store: Arc<dyn ChunkSink>, model: &str, options
             previous: None,
         };
         let manifest = draft.builder.finish(head)?;
+        let oms = match &options.oms {
+            Some(endorsement) => Some(endorse(endorsement, &pipeline, &manifest).await?),
+            None => None,
+        };
         let summary = SealSummary {
+            oms,
             objects: manifest.objects().len() as u64,
             stored_bytes: manifest.objects().iter().map(ObjectEntry::stored_len).sum(),
             uncoded_bytes: manifest.objects().iter().map(|object| object.layout.stored_len()).sum(),
@@ -267,9 +306,26 @@ impl SealSummary {
             inherited_objects: 0,
             seconds: 0.0,
             public_key: options.signing.public().to_string(),
+            oms: None,
             warnings: Vec::new(),
         }
     }
+}
+
+/// The public keys of ours and of others, each once.
+fn union(ours: [&[Arc<dyn Signer>]; 2], others: &[PublicKey]) -> Vec<PublicKey> {
+    let mut keys: Vec<PublicKey> = Vec::new();
+    for key in ours.concat().iter().map(|signer| signer.public()).chain(others.iter().copied()) {
+        if !keys.contains(&key) {
+            keys.push(key);
+        }
+    }
+    keys
+}
+
+/// The number after `number`: of a version, of a ref.
+fn next(number: u64) -> Result<u64> {
+    number.checked_add(1).ok_or_else(|| Error::new(Code::FastForward, "the highest number there is has been used"))
 }
 
 /// Also says which channels are to be written, `latest` first.
@@ -294,6 +350,25 @@ fn check_options(model: &str, options: &SealOptions) -> Result<Vec<String>> {
         }
     }
     Ok(channels)
+}
+
+/// The operator's rules for what may be a model, over names and, for pickles, over content.
+fn check_admitted(model: &str, tree: &SourceTree, files: &[SourceFile], admits: &Admits) -> Result<()> {
+    admits.check_size(model, files.iter().map(|file| u128::from(file.size)).sum())?;
+    for file in files {
+        admits.check_name(&file.path)?;
+        if admits.no_pickles() && file.size > 0 {
+            let opened = tree.open_file(file)?;
+            if types::is_pickle(file.size, |offset, room| opened.read_exact_at(file, room, offset))? {
+                refuse!(
+                    Policy,
+                    "{} is a pickle by its content, which deny-types=pickle refuses; convert it to safetensors",
+                    file.path
+                );
+            }
+        }
+    }
+    Ok(())
 }
 
 /// A store inside the folder would be sealed into itself, more of it each time.
@@ -431,7 +506,7 @@ impl Candidates {
 }
 
 /// Tells collectors which objects are about to be inherited, before anybody looks whether they are there.
-async fn write_lease(chain: &Chain, lease: &Lease) -> Result<Option<String>> {
+pub(crate) async fn write_lease(chain: &Chain, lease: &Lease) -> Result<Option<String>> {
     if lease.oids.is_empty() {
         return Ok(None);
     }
@@ -532,15 +607,35 @@ fn assemble(
     Ok(draft)
 }
 
+/// Whether the bundle vouches for what is about to be published: for the digests of the bytes that were encrypted.
+async fn endorse(endorsement: &Endorsement, pipeline: &Pipeline, manifest: &Manifest) -> Result<Vouched> {
+    let sealed = |file| SealedFile { path: manifest.path(file), size: file.size, sha256: file.sha256 };
+    let files: Vec<SealedFile<'_>> = manifest.files().iter().map(sealed).collect();
+    let signed = &endorsement.signed;
+    let mut shards = HashMap::new();
+    for number in signed.in_shards(&files) {
+        let path = files[number].path;
+        let index = pipeline.files.binary_search_by(|file| file.path.as_bytes().cmp(path.as_bytes()));
+        let index = index.expect("every file of the manifest comes from the folder");
+        let shard_bytes = signed.shard_bytes().expect("only bundles with shards have files in shards");
+        let (whole, digests) = pipeline.hash_shards(index, shard_bytes).await?;
+        if whole != files[number].sha256 {
+            refuse!(SourceChanged, "{path} was changed after it was sealed; nothing was published");
+        }
+        shards.insert(number, digests);
+    }
+    signed.check(&files, &endorsement.bundle_path, &shards).map_err(|e| e.context("nothing was published"))
+}
+
 /// Runs what blocks or computes on a thread of its own.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
     match tokio::task::spawn_blocking(work).await {
         Ok(done) => done,
         Err(stopped) => Err(Error::new(Code::Host, "a sealing thread stopped").with_source(stopped)),
     }
 }
 
-fn random<const N: usize>() -> Result<[u8; N]> {
+pub(crate) fn random<const N: usize>() -> Result<[u8; N]> {
     let mut bytes = [0; N];
     getrandom::fill(&mut bytes)
         .map_err(|e| Error::new(Code::Host, "no random numbers from the kernel").with_source(e))?;

@@ -49,7 +49,7 @@ impl fmt::Debug for ProgressFn {
 }
 
 /// Counts one phase.
-pub(super) struct Meter {
+pub(crate) struct Meter {
     phase: Phase,
     done_bytes: AtomicU64,
     total_bytes: u64,

@@ -9,16 +9,17 @@ use std::sync::Arc;
 use bytes::Bytes;
 use zeroize::Zeroizing;
 
-use super::chain::{Chain, Survey};
+use super::chain::Survey;
 use super::keys::{SlotKeys, SlotTarget};
 use super::progress::{Meter, Phase, ProgressFn};
-use super::{blocking, random};
-use crate::crypto::{Dek, ModelKeys, SigningKey, Verify, open_chunk, open_manifest, scratch_len, seal_manifest};
+use super::release::{RefTarget, Releaser};
+use super::{blocking, next, random};
+use crate::crypto::{Dek, ModelKeys, Verify, open_chunk, open_manifest, scratch_len, seal_manifest};
 use crate::error::{Class, Code, Error, Result};
 use crate::format::{
-    ChannelId, ChunkIndex, Manifest, ManifestDigest, ManifestHeader, Ref, RefSignature, SignatureObject, Slots,
-    manifest_message, names,
+    ChunkIndex, Manifest, ManifestDigest, ManifestHeader, Ref, SignatureObject, Slots, manifest_message, names,
 };
+use crate::keys::Signer;
 use crate::mem::Secret;
 use crate::refuse;
 use crate::store::{ChunkSink, fetch_chunk};
@@ -31,16 +32,40 @@ const CREATES_MAX: u32 = 3;
 const SAMPLE_CHUNKS: usize = 8;
 
 pub struct Publisher {
-    pub chain: Chain,
+    pub releaser: Releaser,
     pub hide_name: bool,
     /// The first one decides which version number is ours.
     pub channels: Vec<String>,
-    pub signing: Arc<SigningKey>,
+    /// The publisher keys: each signs the manifest.
+    pub signers: Vec<Arc<dyn Signer>>,
     pub keys: Arc<dyn SlotKeys>,
     pub dek: Arc<Dek>,
-    pub now: i64,
-    pub expires_at: i64,
+    pub terms: Terms,
     pub progress: ProgressFn,
+}
+
+/// What the refs say beside which version it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Terms {
+    /// New content: whatever a channel named before, it names this now, until then (Unix seconds).
+    New { expires_at: i64 },
+    /// The same content in the place of `of`: only channels that still name that one are moved, and their refs end when
+    /// they would have ended.
+    InPlaceOf {
+        of: ManifestDigest,
+        /// Readers refuse every older version from then on.
+        withdraw_older: bool,
+    },
+}
+
+impl Terms {
+    /// Whether a channel whose newest ref is `before` is to be moved.
+    fn moves(&self, before: Option<&Ref>) -> bool {
+        match self {
+            Terms::New { .. } => true,
+            Terms::InPlaceOf { of, .. } => before.is_some_and(|before| before.manifest_digest == *of),
+        }
+    }
 }
 
 /// A version that a channel names.
@@ -67,6 +92,9 @@ impl Publisher {
         for _ in 0..RACES_MAX {
             let first = &self.channels[0];
             let before = survey.newest.get(first);
+            if !self.terms.moves(before) {
+                refuse!(Exists, "tag {first} was moved to another version meanwhile; nothing was published, try again");
+            }
             let header = manifest.header_mut();
             header.seq = next(survey.highest_seq)?;
             header.msalt = random()?;
@@ -94,7 +122,7 @@ impl Publisher {
                 Err(lost) if lost.code() == Code::Exists => {
                     // Another publisher was first: this manifest has a number that is no longer ours.
                     self.forget(digest).await;
-                    survey = self.chain.survey(&self.channels).await?;
+                    survey = self.releaser.chain.survey(&self.channels).await?;
                 }
                 Err(other) => return Err(other),
             }
@@ -113,10 +141,14 @@ impl Publisher {
         for channel in &self.channels[1..] {
             let mut races = 0;
             let moved = loop {
-                match self.write_ref(channel, survey.newest.get(channel), version).await {
+                let before = survey.newest.get(channel);
+                if !self.terms.moves(before) {
+                    break Err(Error::new(Code::Exists, "it names another version meanwhile"));
+                }
+                match self.write_ref(channel, before, version).await {
                     Err(lost) if lost.code() == Code::Exists && races < RACES_MAX => {
                         races += 1;
-                        match self.chain.survey(&self.channels).await {
+                        match self.releaser.chain.survey(&self.channels).await {
                             Ok(again) => survey = again,
                             Err(failed) => break Err(failed),
                         }
@@ -149,8 +181,8 @@ impl Publisher {
         if self.hide_name {
             return Ok(Vec::new());
         }
-        let name = names::model_name(self.chain.model_id);
-        match self.create(&name, Bytes::copy_from_slice(self.chain.model_name.as_bytes())).await {
+        let name = names::model_name(self.releaser.chain.model_id);
+        match self.create(&name, Bytes::copy_from_slice(self.releaser.chain.model_name.as_bytes())).await {
             Ok(()) => Ok(Vec::new()),
             // Readers believe no name that does not hash to its model, so the one there does no harm.
             Err(taken) if taken.code() == Code::Exists => {
@@ -161,28 +193,49 @@ impl Publisher {
     }
 
     async fn write_manifest(&self, bytes: &Bytes, digest: ManifestDigest, seq: u64) -> Result<()> {
-        let model_id = self.chain.model_id;
-        let signature = self.signing.sign(&manifest_message(digest, model_id, seq));
-        let key_id = self.signing.public().key_id();
-        let object = SignatureObject { key_id, manifest_digest: digest, signature };
-        // For readers who were asked to trust on first use; nobody else looks at it.
-        let public = self.signing.public();
-        self.create(&names::public_key(model_id, key_id), Bytes::copy_from_slice(public.bytes())).await?;
+        let model_id = self.releaser.chain.model_id;
+        let signers = self.signers.clone();
+        let message = manifest_message(digest, model_id, seq);
+        let signed = blocking(move || {
+            let sign = |signer: &Arc<dyn Signer>| Ok((signer.public().key_id(), signer.sign(&message)?));
+            signers.iter().map(sign).collect::<Result<Vec<_>>>()
+        })
+        .await?;
+        for signer in &self.signers {
+            self.releaser.offer(&**signer).await?;
+        }
         self.create(&names::manifest(model_id, digest), bytes.clone()).await?;
-        self.create(&names::signature(model_id, digest, key_id), Bytes::copy_from_slice(&object.encode())).await
+        for (key_id, signature) in signed {
+            let object = SignatureObject { key_id, manifest_digest: digest, signature };
+            let name = names::signature(model_id, digest, key_id);
+            self.create(&name, Bytes::copy_from_slice(&object.encode())).await?;
+        }
+        Ok(())
     }
 
-    /// Reads back what a reader will read: slots, manifest, signature, the length of every object, some chunks.
+    /// Reads back what a reader will read: slots, manifest, signature, the length of every object, some chunks. Nobody but
+    /// the recipients can unwrap what is sealed to public keys: those slots are compared with the ones that were made, and
+    /// their commitment with the signed one.
     async fn check_as_reader(&self, sealed: &Manifest, digest: ManifestDigest, len: u64, made: &Slots) -> Result<()> {
-        let chain = &self.chain;
+        let chain = &self.releaser.chain;
         let unreadable = |e: Error| e.context("what was written cannot be read back; nothing was published");
         let slots = chain.read_slots(made.vid, made.generation).await.map_err(unreadable)?;
         let bytes = chain.read_manifest(digest, len).await.map_err(unreadable)?;
         chain.check_signed(digest, sealed.header().seq).await.map_err(unreadable)?;
-        let keys = Arc::clone(&self.keys);
+        if slots != *made {
+            refuse!(
+                SlotsFormat,
+                "the slots that were read back are not those that were written; nothing was published"
+            );
+        }
+        let (keys, dek) = (Arc::clone(&self.keys), Arc::clone(&self.dek));
         let (manifest, keys) = blocking(move || {
             let (header, _) = ManifestHeader::parse_object(&bytes)?;
-            open_manifest(&bytes, keys.unlock(&slots, &header)?)
+            if slots.dek_commit != header.dek_commit {
+                refuse!(DekCommit, "slots and manifest are of different keys");
+            }
+            let dek = if keys.opens() { keys.unlock(&slots, &header)? } else { dek.copy() };
+            open_manifest(&bytes, dek)
         })
         .await
         .map_err(unreadable)?;
@@ -212,7 +265,7 @@ impl Publisher {
         let (mut shared, mut slot) = (Arc::new((manifest, keys)), Zeroizing::new(Vec::new()));
         for (object, index) in sample {
             let entry = shared.0.objects()[object as usize];
-            let chunk = fetch_chunk(&*self.chain.store, &shared.0, object, index).await?;
+            let chunk = fetch_chunk(&*self.releaser.chain.store, &shared.0, object, index).await?;
             let len = chunk.stored_len();
             (shared, slot) = blocking(move || {
                 let plain_len =
@@ -232,51 +285,38 @@ impl Publisher {
 
     /// The commit point. Answers the number of the ref.
     async fn write_ref(&self, channel: &str, before: Option<&Ref>, version: &Version) -> Result<u64> {
-        let ref_seq = next(before.map_or(0, |reference| reference.ref_seq))?;
-        let ManifestHeader { model_id, vid, seq, .. } = version.header;
-        let reference = Ref {
-            n_sigs: 1,
-            model_id,
-            channel_id: ChannelId::of_name(channel),
-            ref_seq,
+        let seq = version.header.seq;
+        let (expires_at, min_version_seq) = match self.terms {
+            Terms::New { expires_at } => (expires_at, 0),
+            Terms::InPlaceOf { withdraw_older, .. } => {
+                (before.map_or(i64::MAX, |before| before.expires_at), if withdraw_older { seq } else { 0 })
+            }
+        };
+        let target = RefTarget {
             seq,
             manifest_digest: version.digest,
             manifest_len: version.manifest_len,
-            vid,
-            // Never older than the ref before: readers remember the highest they saw.
-            issued_at: before.map_or(self.now, |reference| reference.issued_at.max(self.now)),
-            expires_at: self.expires_at,
+            vid: version.header.vid,
             min_slots_generation: 1,
-            min_version_seq: before.map_or(0, |reference| reference.min_version_seq),
-            previous: before.map_or([0; 32], Ref::head_digest),
+            min_version_seq,
+            expires_at,
         };
-        let signature = self.signing.sign(&reference.message());
-        let bytes =
-            Bytes::from(reference.encode(&[RefSignature { key_id: self.signing.public().key_id(), signature }]));
-        self.create(&names::reference(model_id, channel, ref_seq), bytes.clone()).await?;
-        // A hint: readers look for the next number themselves.
-        if let Err(failed) = self.chain.store.replace_hint(&names::head(model_id, channel), bytes).await {
-            tracing::warn!(%failed, channel, "the hint at the newest ref was not written");
-        }
-        // Behind by one is harmless: a reader here will see the ref, and remember it.
-        if let Err(failed) = self.chain.remember(channel, &reference) {
-            tracing::warn!(%failed, channel, "the version published is not remembered here");
-        }
-        Ok(ref_seq)
+        Ok(self.releaser.append(channel, before, &target).await?.ref_seq)
     }
 
     /// The manifest of a lost race. It would only lie about, so it may stay if the store does not let us delete.
     async fn forget(&self, digest: ManifestDigest) {
-        let (model_id, key_id) = (self.chain.model_id, self.signing.public().key_id());
-        for name in [names::signature(model_id, digest, key_id), names::manifest(model_id, digest)] {
-            if let Err(failed) = self.chain.store.delete(&name).await {
+        let model_id = self.releaser.chain.model_id;
+        let signatures = self.signers.iter().map(|signer| names::signature(model_id, digest, signer.public().key_id()));
+        for name in signatures.chain([names::manifest(model_id, digest)]) {
+            if let Err(failed) = self.releaser.chain.store.delete(&name).await {
                 tracing::debug!(%failed, name, "an unnamed object stays behind");
             }
         }
     }
 
     async fn create(&self, name: &str, bytes: Bytes) -> Result<()> {
-        create(&*self.chain.store, name, bytes).await
+        create(&*self.releaser.chain.store, name, bytes).await
     }
 }
 
@@ -296,10 +336,6 @@ struct Version {
     header: ManifestHeader,
     digest: ManifestDigest,
     manifest_len: u64,
-}
-
-fn next(number: u64) -> Result<u64> {
-    number.checked_add(1).ok_or_else(|| Error::new(Code::FastForward, "the highest number there is has been used"))
 }
 
 /// Some chunks of some objects at random, the last chunk of the last object among them.

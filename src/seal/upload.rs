@@ -25,6 +25,7 @@ use super::{blocking, random};
 use crate::crypto::{Dek, FileHasher, ObjectSealer};
 use crate::error::{Class, Code, Error, Result};
 use crate::format::{ChunkIndex, HashAlg, ModelId, NewObject, ObjectLayout, Oid, Suite, Vid, names};
+use crate::oms::ShardHasher;
 use crate::refuse;
 use crate::store::{ChunkSink, ObjectWriter};
 
@@ -181,26 +182,43 @@ impl Pipeline {
     pub async fn hash_files(&self, files: Vec<usize>, meter: &Arc<Meter>) -> Result<Vec<(usize, [u8; 32])>> {
         let hashing = files.into_iter().map(|index| {
             let (tree, files, meter) = (Arc::clone(&self.tree), Arc::clone(&self.files), Arc::clone(meter));
-            async move { blocking(move || hash_file(&tree, &files[index], &meter)).await.map(|hash| (index, hash)) }
+            let hash = move || {
+                let mut hasher = FileHasher::new();
+                read_file(&tree, &files[index], |bytes| {
+                    hasher.update(bytes);
+                    meter.add(bytes.len() as u64);
+                })?;
+                Ok(hasher.finish())
+            };
+            async move { blocking(hash).await.map(|hash| (index, hash)) }
         });
         stream::iter(hashing).buffer_unordered(self.threads).try_collect().await
     }
+
+    /// SHA-256 of a file and of its shards of `shard_bytes`.
+    pub async fn hash_shards(&self, index: usize, shard_bytes: u64) -> Result<([u8; 32], Vec<[u8; 32]>)> {
+        let (tree, files) = (Arc::clone(&self.tree), Arc::clone(&self.files));
+        blocking(move || {
+            let mut hasher = ShardHasher::new(shard_bytes);
+            read_file(&tree, &files[index], |bytes| hasher.update(bytes))?;
+            Ok(hasher.finish())
+        })
+        .await
+    }
 }
 
-fn hash_file(tree: &SourceTree, file: &SourceFile, meter: &Meter) -> Result<[u8; 32]> {
+/// Gives every byte of the file to `take`, in order.
+fn read_file(tree: &SourceTree, file: &SourceFile, mut take: impl FnMut(&[u8])) -> Result<()> {
     let opened = tree.open_file(file)?;
     let mut buffer = Zeroizing::new(vec![0u8; HASH_BUFFER_BYTES]);
-    let mut hasher = FileHasher::new();
     let mut offset = 0;
     while offset < file.size {
         let len = usize::try_from(file.size - offset).map_or(HASH_BUFFER_BYTES, |rest| rest.min(HASH_BUFFER_BYTES));
         opened.read_exact_at(file, &mut buffer[..len], offset)?;
-        hasher.update(&buffer[..len]);
+        take(&buffer[..len]);
         offset += len as u64;
-        meter.add(len as u64);
     }
-    tree.check_read(file, &opened)?;
-    Ok(hasher.finish())
+    tree.check_read(file, &opened)
 }
 
 /// What all objects under way share.

@@ -11,7 +11,7 @@ use std::mem;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 /// Opens `path` below `dir`; the kernel refuses symlinks in any component and every way out.
-pub(super) fn open_beneath(dir: &OwnedFd, path: &CStr, flags: i32, mode: u32) -> io::Result<OwnedFd> {
+pub(crate) fn open_beneath(dir: &OwnedFd, path: &CStr, flags: i32, mode: u32) -> io::Result<OwnedFd> {
     // SAFETY: open_how is plain integers; all zero is a valid value of it.
     let mut how: libc::open_how = unsafe { mem::zeroed() };
     // No O_NOFOLLOW: it would turn a symlink in the last component from ELOOP into ENOTDIR, which is another story.
@@ -35,7 +35,7 @@ pub(super) fn open_beneath(dir: &OwnedFd, path: &CStr, flags: i32, mode: u32) ->
     }
 }
 
-pub(super) fn fstat(fd: &OwnedFd) -> io::Result<libc::stat> {
+pub(crate) fn fstat(fd: &OwnedFd) -> io::Result<libc::stat> {
     // SAFETY: stat is plain integers; fstat fills it.
     let mut stat: libc::stat = unsafe { mem::zeroed() };
     // SAFETY: the descriptor is open and `stat` outlives the call.
@@ -46,7 +46,7 @@ pub(super) fn fstat(fd: &OwnedFd) -> io::Result<libc::stat> {
 }
 
 /// The entries of the folder behind the descriptor itself, not of whatever now has its path.
-pub(super) fn read_fd_dir(dir: &OwnedFd) -> io::Result<std::fs::ReadDir> {
+pub(crate) fn read_fd_dir(dir: &OwnedFd) -> io::Result<std::fs::ReadDir> {
     std::fs::read_dir(format!("/proc/self/fd/{}", dir.as_raw_fd()))
 }
 

@@ -7,14 +7,18 @@
 //! Spec: docs/FORMAT.md a.1, a.3, b.1. Held by: tests/store_contract.rs (one suite over every store),
 //! tests/hostile_http.rs (THREAT_MODEL (f) rows 13 to 18).
 
-mod beneath;
+pub(crate) mod beneath;
+pub mod credentials;
 pub mod fault;
 pub mod hedge;
+pub mod limit;
 pub mod local;
 pub mod memory;
+mod openings;
 pub mod pace;
 pub mod patient;
 pub mod s3;
+pub mod vault_aws;
 mod wire;
 
 use std::fmt;
@@ -30,7 +34,10 @@ use crate::format::{self, ChunkIndex, Manifest, Oid};
 use crate::refuse;
 use crate::telemetry::Telemetry;
 
+pub use credentials::{IssueCredentials, Issued, LeasedCredentials};
 pub use hedge::{Hedged, Progress};
+pub use limit::{Limiter, OriginLimits};
+pub use openings::Openings;
 pub use patient::{Patience, Patient};
 
 /// Longest object name, in bytes. The longest the format makes is 64 + 3 + 64 + 21 bytes; S3 allows 1024 with the
@@ -204,6 +211,8 @@ pub enum StoreUrl {
     Local(PathBuf),
     /// A bucket and a prefix in it (empty, or components without a `/` at either end).
     S3 { bucket: String, prefix: String },
+    /// A Vault KV path whose records name models of buckets: to be mounted and listed, and no store by itself.
+    VaultKv { mount: String, path: String },
 }
 
 impl std::str::FromStr for StoreUrl {
@@ -211,6 +220,10 @@ impl std::str::FromStr for StoreUrl {
 
     fn from_str(text: &str) -> Result<Self> {
         const SUPPORTED: &str = "supported are a path, file:///path and s3://bucket/prefix";
+        if let Some(rest) = text.strip_prefix(VAULT_KV) {
+            let (mount, path) = check_kv_path(rest)?;
+            return Ok(StoreUrl::VaultKv { mount: mount.to_owned(), path: path.to_owned() });
+        }
         if text.is_empty() || text.contains('\0') {
             refuse!(Usage, "the store is an empty word; {SUPPORTED}");
         }
@@ -256,7 +269,26 @@ impl fmt::Display for StoreUrl {
             StoreUrl::Local(path) => write!(f, "{}", path.display()),
             StoreUrl::S3 { bucket, prefix } if prefix.is_empty() => write!(f, "s3://{bucket}"),
             StoreUrl::S3 { bucket, prefix } => write!(f, "s3://{bucket}/{prefix}"),
+            StoreUrl::VaultKv { mount, path } => write!(f, "{VAULT_KV}{mount}/{path}"),
         }
+    }
+}
+
+const VAULT_KV: &str = "vault-kv://";
+
+/// Mount and path of a catalog, without anything that a URL would read as something else than a word of the path.
+fn check_kv_path(rest: &str) -> Result<(&str, &str)> {
+    let plain = |part: &str| {
+        !matches!(part, "" | "." | "..")
+            && part.len() <= 255
+            && part.bytes().all(|c| c.is_ascii_alphanumeric() || b"-_.+=,~".contains(&c))
+    };
+    match rest.trim_end_matches('/').split_once('/') {
+        Some((mount, path)) if plain(mount) && path.len() <= 512 && path.split('/').all(plain) => Ok((mount, path)),
+        _ => refuse!(
+            Usage,
+            "a catalog is {VAULT_KV}MOUNT/PATH, as in {VAULT_KV}secret/models, in words of letters, digits and -_.+=,~"
+        ),
     }
 }
 
@@ -293,6 +325,10 @@ pub struct StoreOptions {
     pub ignore_environment: bool,
     /// Where hedged requests are counted.
     pub telemetry: Arc<Telemetry>,
+    /// Sign with these; they win over all else that says who we are.
+    pub credentials: Option<Arc<LeasedCredentials>>,
+    /// What the origin is asked for at most, shared by all stores of these options.
+    pub limiter: Option<Arc<Limiter>>,
 }
 
 impl fmt::Debug for StoreOptions {
@@ -303,23 +339,38 @@ impl fmt::Debug for StoreOptions {
             .field("patience", &self.patience)
             .field("aws", &names)
             .field("ignore_environment", &self.ignore_environment)
+            .field("credentials", &self.credentials)
+            .field("limits", &self.limiter.as_ref().map(|limiter| limiter.limits()))
             .finish_non_exhaustive()
     }
 }
 
-/// The store at `url`, with patience around it, and hedging where there is a network. Asks nothing of the store yet.
+/// The store at `url`, with patience around it, hedging where there is a network, and limits around all. Asks nothing of
+/// the store yet.
 ///
 /// # Errors
 /// `Code::Usage` for settings that cannot work, `Code::StorePerms` for a local root that is a symlink.
 pub fn open(url: &StoreUrl, opts: &StoreOptions) -> Result<Arc<dyn ChunkSink>> {
     let patience = opts.patience.clone();
     Ok(match url {
-        StoreUrl::Local(path) => Arc::new(Patient::new(local::LocalStore::open(path)?, patience)),
+        StoreUrl::Local(path) => limited(Patient::new(local::LocalStore::open(path)?, patience), false, opts),
         StoreUrl::S3 { bucket, prefix } => {
             let store = s3::S3Store::open(bucket, prefix, opts)?;
-            Arc::new(Patient::new(Hedged::new(store, opts.telemetry.clone()), patience))
+            limited(Patient::new(Hedged::new(store, opts.telemetry.clone()), patience), true, opts)
         }
+        StoreUrl::VaultKv { .. } => refuse!(
+            Usage,
+            "{url} is a catalog, not a store: `mount` and `ls` take it; for all else name the store that its record names"
+        ),
     })
+}
+
+/// `metered`: the wire below says what was really sent.
+fn limited(store: impl ChunkSink + 'static, metered: bool, opts: &StoreOptions) -> Arc<dyn ChunkSink> {
+    match &opts.limiter {
+        Some(limiter) => Arc::new(limit::Limited::new(store, limiter.clone(), metered, opts.telemetry.clone())),
+        None => Arc::new(store),
+    }
 }
 
 /// Whether `name` can be an object's name in every store there is; `Code::Usage` says why not.
@@ -456,6 +507,7 @@ mod tests {
             ("s3://bucket", "s3://bucket"),
             ("s3://bucket/", "s3://bucket"),
             ("s3://my-bucket/team/models/", "s3://my-bucket/team/models"),
+            ("vault-kv://secret/team/models/", "vault-kv://secret/team/models"),
         ] {
             let url: StoreUrl = text.parse().expect(text);
             assert_eq!(url.to_string(), shown);
@@ -482,6 +534,16 @@ mod tests {
             "s3://key:secret@bucket/x",
             "s3://bucket/x?endpoint=http://evil",
             "s3://bucket/.hidden",
+            "vault-kv://",
+            "vault-kv://secret",
+            "vault-kv://secret/",
+            "vault-kv:///x",
+            "vault-kv://s/a//b",
+            "vault-kv://s/../b",
+            "vault-kv://s/a?version=1",
+            "vault-kv://s/a#f",
+            "vault-kv://s/a%2fb",
+            "vault-kv://user:pw@host/x",
         ] {
             let err = text.parse::<StoreUrl>().expect_err(text);
             assert_eq!(err.code(), Code::Usage, "{text}: {err:?}");

@@ -68,13 +68,7 @@ impl fmt::Debug for S3Store {
 impl S3Store {
     /// Checks the settings; asks nothing of the store.
     pub fn open(bucket: &str, prefix: &str, opts: &StoreOptions) -> Result<Self> {
-        let mut builder = if opts.ignore_environment { AmazonS3Builder::new() } else { AmazonS3Builder::from_env() };
-        for (name, value) in &opts.aws {
-            let Ok(key) = AmazonS3ConfigKey::from_str(&name.to_ascii_lowercase()) else {
-                refuse!(Usage, "{name} is no S3 setting");
-            };
-            builder = builder.with_config(key, value);
-        }
+        let mut builder = settings(opts)?;
         let setting = |key: AmazonS3ConfigKey| builder.get_config_value(&key).filter(|value| !value.is_empty());
         if setting(AmazonS3ConfigKey::S3Express).is_some_and(|v| v == "true") {
             refuse!(Usage, "S3 Express buckets (AWS_S3_EXPRESS) are not supported by this version");
@@ -89,6 +83,10 @@ impl S3Store {
                 (vec![(format!("{bucket}.{home}"), 443), (home, 443)], false)
             }
         };
+        if let Some(credentials) = &opts.credentials {
+            // Asked for by name: what else the environment says of credentials, or of none, does not count.
+            builder = builder.with_credentials(credentials.clone()).with_skip_signature(false);
+        }
         let s3 = builder
             .with_bucket_name(bucket)
             .with_allow_http(plain_http)
@@ -96,7 +94,12 @@ impl S3Store {
             .with_disable_bulk_delete(true)
             // `patient` tries again, with one budget for all; here every answer is told as it is.
             .with_retry(RetryConfig { max_retries: 0, retry_timeout: Duration::ZERO, ..RetryConfig::default() })
-            .with_http_connector(Wire { store_hosts, stall: opts.patience.stall })
+            .with_http_connector(Wire {
+                store_hosts,
+                stall: opts.patience.stall,
+                credentials: opts.credentials.clone(),
+                limiter: opts.limiter.clone(),
+            })
             .build()
             .map_err(|e| Error::new(Code::Usage, format!("store s3://{bucket} cannot be set up: {e}")))?;
         let prefix = if prefix.is_empty() { String::new() } else { format!("{prefix}/") };
@@ -155,6 +158,31 @@ impl S3Store {
             }
         }
         refuse!(Limit, "listing {prefix:?} of {} has more than {LIST_PAGES_MAX} pages", self.describe())
+    }
+}
+
+/// The settings of the environment, and above them those of `opts`.
+fn settings(opts: &StoreOptions) -> Result<AmazonS3Builder> {
+    let mut builder = if opts.ignore_environment { AmazonS3Builder::new() } else { AmazonS3Builder::from_env() };
+    for (name, value) in &opts.aws {
+        let Ok(key) = AmazonS3ConfigKey::from_str(&name.to_ascii_lowercase()) else {
+            refuse!(Usage, "{name} is no S3 setting");
+        };
+        builder = builder.with_config(key, value);
+    }
+    Ok(builder)
+}
+
+/// Where the store answers, as a URL without anything secret in it; what [`S3Store::open`] refuses is `None`.
+pub fn endpoint(opts: &StoreOptions) -> Option<String> {
+    let builder = settings(opts).ok()?;
+    let setting = |key: AmazonS3ConfigKey| builder.get_config_value(&key).filter(|value| !value.is_empty());
+    match setting(AmazonS3ConfigKey::S3Endpoint).or_else(|| setting(AmazonS3ConfigKey::Endpoint)) {
+        Some(endpoint) => endpoint_host(&endpoint, true).ok().map(|_| endpoint),
+        None => {
+            let region = setting(AmazonS3ConfigKey::Region).unwrap_or_else(|| "us-east-1".to_owned());
+            Some(format!("https://s3.{region}.amazonaws.com"))
+        }
     }
 }
 

@@ -11,13 +11,14 @@
 
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::StreamExt;
-use http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, HeaderMap, RANGE};
+use http::header::{AUTHORIZATION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, HeaderMap, RANGE};
 use http::{Method, StatusCode, Uri};
 use http_body::{Body, Frame};
 use object_store::ClientConfigKey;
@@ -26,6 +27,8 @@ use object_store::client::{
     HttpClient, HttpConnector, HttpError, HttpErrorKind, HttpRequest, HttpResponse, HttpResponseBody, HttpService,
 };
 
+use super::credentials::LeasedCredentials;
+use super::limit::{self, Limiter};
 use crate::error::{Code, Error, Result};
 
 /// One page of a listing: S3 sends 1,000 names of at most 1,024 bytes and some XML around each.
@@ -47,6 +50,10 @@ pub(super) struct Wire {
     pub(super) store_hosts: Vec<(String, u16)>,
     /// The longest silence within a body.
     pub(super) stall: Duration,
+    /// Told which credentials the store takes and which it refuses, where there are others to be had.
+    pub(super) credentials: Option<Arc<LeasedCredentials>>,
+    /// Told of every request that goes out.
+    pub(super) limiter: Option<Arc<Limiter>>,
 }
 
 impl HttpConnector for Wire {
@@ -77,7 +84,9 @@ impl HttpConnector for Wire {
             builder = builder.proxy(proxy.no_proxy(reqwest::NoProxy::from_string(&excludes)));
         }
         let client = builder.build().map_err(client_error)?;
-        Ok(HttpClient::new(Guard { client, store_hosts: self.store_hosts.clone(), stall: self.stall }))
+        let (credentials, limiter) = (self.credentials.clone(), self.limiter.clone());
+        let (store_hosts, stall) = (self.store_hosts.clone(), self.stall);
+        Ok(HttpClient::new(Guard { client, store_hosts, stall, credentials, limiter }))
     }
 }
 
@@ -90,6 +99,8 @@ struct Guard {
     client: reqwest::Client,
     store_hosts: Vec<(String, u16)>,
     stall: Duration,
+    credentials: Option<Arc<LeasedCredentials>>,
+    limiter: Option<Arc<Limiter>>,
 }
 
 #[async_trait]
@@ -99,18 +110,25 @@ impl HttpService for Guard {
         if !self.is_store(request.uri()) {
             // Whoever hands out credentials: object_store knows these answers; only their size is ours to bound.
             let answer = self.client.call(request).await?;
-            return Ok(capped(answer, TEXT_BYTES_MAX, self.stall, Code::Limit));
+            return Ok(capped(answer, TEXT_BYTES_MAX, self.stall, Code::Limit, None));
         }
+        let account = self.limiter.as_deref().and_then(limit::sent);
+        let key_id = self.credentials.as_ref().and_then(|_| signed_by(&request));
         let mut answer = self.client.call(request).await.map_err(|e| boxed(transport(&e)))?;
+        // Whoever is told that something is not there, or there already, was let in.
+        let let_in = answer.status().is_success() || matches!(answer.status().as_u16(), 404 | 412 | 416);
+        if let (true, Some(credentials), Some(key_id)) = (let_in, &self.credentials, &key_id) {
+            credentials.accepted(key_id);
+        }
         if answer.status().is_success() {
             let cap = asked.check(&answer).map_err(boxed)?;
             if asked.range.is_some() && !answer.headers().contains_key(CONTENT_LENGTH) {
                 // A proxy may send a range in chunks. object_store insists on a length; here it is known.
                 answer.headers_mut().insert(CONTENT_LENGTH, cap.into());
             }
-            return Ok(capped(answer, cap, self.stall, Code::Length));
+            return Ok(capped(answer, cap, self.stall, Code::Length, account));
         }
-        Err(boxed(self.refusal(&asked, answer).await))
+        Err(boxed(self.refusal(&asked, answer, key_id.as_deref()).await))
     }
 }
 
@@ -123,10 +141,10 @@ impl Guard {
     }
 
     /// What a status other than success means.
-    async fn refusal(&self, asked: &Asked, answer: HttpResponse) -> Error {
+    async fn refusal(&self, asked: &Asked, answer: HttpResponse, key_id: Option<&str>) -> Error {
         let status = answer.status();
         let region = word(answer.headers().get("x-amz-bucket-region").and_then(|value| value.to_str().ok()));
-        let page = capped(answer, ERROR_PAGE_BYTES_MAX, self.stall.min(Duration::from_secs(2)), Code::Limit);
+        let page = capped(answer, ERROR_PAGE_BYTES_MAX, self.stall.min(Duration::from_secs(2)), Code::Limit, None);
         let mut text = Vec::new();
         let mut pieces = page.into_body().bytes_stream();
         while let Some(Ok(piece)) = pieces.next().await {
@@ -137,6 +155,13 @@ impl Guard {
             Some(reason) => format!("store answered {} {reason}", status.as_u16()),
             None => format!("store answered {}", status.as_u16()),
         };
+        if let (Some(credentials), Some(key_id)) = (&self.credentials, key_id)
+            && refuses_credentials(asked, status, reason.as_deref())
+            && credentials.refused(key_id, reason.as_deref())
+        {
+            // Patience asks again, and then it is signed with what is there by then.
+            return Error::new(Code::Unreachable, format!("{said}: asking again with new credentials"));
+        }
         let (code, message) = match (status.as_u16(), reason.as_deref().unwrap_or("")) {
             (404, "NoSuchBucket") => (Code::NotFound, format!("{said}: no such bucket")),
             (404, _) => (Code::NotFound, said),
@@ -162,6 +187,26 @@ impl Guard {
         };
         Error::new(code, message)
     }
+}
+
+/// Whether new credentials may change this answer.
+fn refuses_credentials(asked: &Asked, status: StatusCode, reason: Option<&str>) -> bool {
+    match (status.as_u16(), reason) {
+        (401 | 403, _) => true,
+        (400, Some(reason)) => {
+            matches!(reason, "ExpiredToken" | "InvalidToken" | "TokenRefreshRequired" | "InvalidAccessKeyId")
+        }
+        // The answer to a HEAD has no page that could say why.
+        (400, None) => asked.method == Method::HEAD,
+        _ => false,
+    }
+}
+
+/// The key id a request was signed with: `AWS4-HMAC-SHA256 Credential=KEYID/...`.
+fn signed_by(request: &HttpRequest) -> Option<String> {
+    let text = request.headers().get(AUTHORIZATION)?.to_str().ok()?;
+    let (_, rest) = text.split_once("Credential=")?;
+    Some(rest.split_once('/')?.0.to_owned())
 }
 
 /// What was asked, as far as the answer must match it.
@@ -326,10 +371,16 @@ fn redact(text: &str) -> String {
     line.chars().filter(|c| !c.is_control()).take(300).collect()
 }
 
-fn capped(answer: HttpResponse, cap: u64, stall: Duration, over: Code) -> HttpResponse {
+fn capped(
+    answer: HttpResponse,
+    cap: u64,
+    stall: Duration,
+    over: Code,
+    account: Option<Arc<limit::Account>>,
+) -> HttpResponse {
     let (parts, inner) = answer.into_parts();
     let silence = Box::pin(tokio::time::sleep(stall));
-    HttpResponse::from_parts(parts, HttpResponseBody::new(Capped { inner, left: cap, stall, silence, over }))
+    HttpResponse::from_parts(parts, HttpResponseBody::new(Capped { inner, left: cap, stall, silence, over, account }))
 }
 
 /// A body that ends with an error at its cap, or after a silence.
@@ -339,6 +390,7 @@ struct Capped {
     stall: Duration,
     silence: Pin<Box<tokio::time::Sleep>>,
     over: Code,
+    account: Option<Arc<limit::Account>>,
 }
 
 impl Body for Capped {
@@ -359,6 +411,9 @@ impl Body for Capped {
                     )))));
                 };
                 self.left = left;
+                if let Some(account) = &self.account {
+                    account.received(len);
+                }
                 let until = tokio::time::Instant::now() + self.stall;
                 self.silence.as_mut().reset(until);
                 Poll::Ready(Some(Ok(frame)))

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use modelfs::cache::Model;
 use modelfs::codec;
-use modelfs::crypto::{self, Dek, FileHasher, ObjectSealer, Verify};
+use modelfs::crypto::{self, Dek, FileHasher, ModelKeys, ObjectSealer, Verify};
 use modelfs::format::{
     Extent, HashAlg, ManifestBuilder, ManifestDigest, ModelId, NewFile, NewHeader, NewObject, ObjectLayout, Oid, Suite,
     Vid, names,
@@ -185,6 +185,11 @@ impl Fixture {
     pub fn model(&self, source: Arc<dyn ChunkSource>, verify: Verify) -> Arc<Model> {
         let opened = crypto::open_manifest(&self.manifest, dek_of(&self.dek_bytes)).expect("opens");
         Arc::new(Model::new(0, NAME.into(), ManifestDigest::of(&self.manifest), opened, source, verify))
+    }
+
+    /// The keys of that model, as an unlock brings them.
+    pub fn keys(&self) -> ModelKeys {
+        crypto::open_manifest(&self.manifest, dek_of(&self.dek_bytes)).expect("opens").1
     }
 
     pub fn dek(&self) -> Dek {

@@ -20,6 +20,10 @@ pub enum Part {
     Slots,
     /// It is not.
     SlotsRaw,
+    /// Slots of a public key and of PBKDF2; the checksum is made again, then the recipient's secret half opens.
+    SlotsHpke,
+    /// The same; then the passphrase opens.
+    SlotsPbkdf2,
     Ref,
     Signature,
     /// Stored chunk 0 of object 0, strict.
@@ -28,7 +32,7 @@ pub enum Part {
     ChunkAead,
 }
 
-const PARTS: [(&str, Part); 11] = [
+const PARTS: [(&str, Part); 13] = [
     ("object-header", Part::ObjectHeader),
     ("manifest", Part::Manifest),
     ("manifest-header", Part::Header),
@@ -36,6 +40,8 @@ const PARTS: [(&str, Part); 11] = [
     ("manifest-body+chunk", Part::BodyThenChunk),
     ("slots", Part::Slots),
     ("slots-raw", Part::SlotsRaw),
+    ("slots-hpke", Part::SlotsHpke),
+    ("slots-pbkdf2", Part::SlotsPbkdf2),
     ("ref", Part::Ref),
     ("signature", Part::Signature),
     ("chunk", Part::Chunk),
@@ -142,6 +148,8 @@ pub fn all() -> Vec<Hostile> {
         (Part::BodyThenChunk, chunks_of_other_manifests()),
         (Part::Slots, slots()),
         (Part::SlotsRaw, slots_raw()),
+        (Part::SlotsHpke, slots_hpke()),
+        (Part::SlotsPbkdf2, slots_pbkdf2()),
         (Part::Ref, refs()),
         (Part::Signature, signature()),
         (Part::Chunk, chunk()),
@@ -424,7 +432,7 @@ fn chunks_of_other_manifests() -> Cases {
 
 fn slots() -> Cases {
     vec![
-        ("ACCEPTED", "slots: of a later type", vec![put(128, u16(6))]),
+        ("ACCEPTED", "slots: of a later type", vec![put(128, u16(7))]),
         ("SLOTS_FORMAT", "slots: another magic", vec![put(0, *b"MFS1SL0T")]),
         ("UNSUPPORTED", "slots: version 2", vec![put(8, u16(2))]),
         ("SLOTS_LIMIT", "slots: none", vec![put(10, u16(0))]),
@@ -488,6 +496,60 @@ fn slots() -> Cases {
             "slot: transit that is none",
             vec![put(128, u16(5)), put(132, u16(0)), put(96, u32(101)), Edit::Remove(149, 32)],
         ),
+    ]
+}
+
+// Where the two slots of slots-kinds.hex lie: label 136, key id 147, enc 179, ciphertext 211, tag 243, 259 in all; then
+// label 267, iterations 281, salt 285, wrap 317, 397 in all.
+const HPKE_BODY: usize = 179;
+const PBKDF2_BODY: usize = 317;
+
+fn slots_hpke() -> Cases {
+    let mut one = [0; 32];
+    one[0] = 1;
+    // A point of order eight, and -1 (order four), as u-coordinates.
+    let eight = hex::decode("e0eb7a7c3b41b8ae1656e3faf19fc46ada098deb9c32b1fd866205165f49b800").unwrap();
+    let mut minus_one = [0xff; 32];
+    (minus_one[0], minus_one[31]) = (0xec, 0x7f);
+    vec![
+        ("ACCEPTED", "hpke: unchanged", vec![Edit::Pad(0)]),
+        ("ACCEPTED", "hpke: another generation", vec![put(12, u32(9))]),
+        ("NO_KEY", "hpke: another recipient", vec![put(147, [0; 32])]),
+        ("SLOT_COMMIT", "hpke: another label", vec![put(136, [b'r'])]),
+        ("SLOTS_MODEL", "hpke: another model", vec![put(16, [0; 32])]),
+        ("SLOTS_MODEL", "hpke: another version", vec![put(48, [0; 16])]),
+        ("DEK_COMMIT", "hpke: another commitment", vec![put(64, [0; 32])]),
+        ("SLOT_BODY", "hpke: enc of zeros", vec![put(HPKE_BODY, [0; 32])]),
+        ("SLOT_BODY", "hpke: enc of order one", vec![put(HPKE_BODY, one)]),
+        ("SLOT_BODY", "hpke: enc of order four", vec![put(HPKE_BODY, minus_one)]),
+        ("SLOT_BODY", "hpke: enc of order eight", vec![put(HPKE_BODY, eight)]),
+        ("SLOT_COMMIT", "hpke: the same enc with its top bit set", vec![put(HPKE_BODY + 31, [0xd0])]),
+        ("SLOT_COMMIT", "hpke: another enc", vec![put(HPKE_BODY, [9; 32])]),
+        ("SLOT_COMMIT", "hpke: ciphertext changed", vec![put(HPKE_BODY + 32, [0])]),
+        ("SLOT_COMMIT", "hpke: tag changed", vec![put(HPKE_BODY + 79, [0])]),
+        ("SLOT_COMMIT", "hpke: nothing but zeros sealed", vec![put(HPKE_BODY + 32, [0; 48])]),
+        ("SLOT_PARAMS", "hpke: key id too short", vec![put(132, u16(31)), put(134, u16(81))]),
+        ("SLOT_BODY", "hpke: body too short", vec![put(134, u16(79)), put(96, u32(268)), Edit::Remove(258, 1)]),
+        ("SLOT_BODY", "hpke: body too long", vec![put(134, u16(81)), put(96, u32(270)), Edit::Insert(259, vec![0])]),
+        ("NO_KEY", "hpke: told to be a raw key", vec![put(128, u16(1))]),
+    ]
+}
+
+fn slots_pbkdf2() -> Cases {
+    vec![
+        ("ACCEPTED", "pbkdf2: unchanged", vec![Edit::Pad(0)]),
+        ("SLOT_PARAMS", "pbkdf2: no iterations", vec![put(281, u32(0))]),
+        ("SLOT_PARAMS", "pbkdf2: 99,999 iterations", vec![put(281, u32(99_999))]),
+        ("SLOT_PARAMS", "pbkdf2: 10,000,001 iterations", vec![put(281, u32(10_000_001))]),
+        ("SLOT_PARAMS", "pbkdf2: 2^32-1 iterations", vec![put(281, [0xff; 4])]),
+        ("SLOT_COMMIT", "pbkdf2: another iteration count", vec![put(281, u32(100_001))]),
+        ("SLOT_COMMIT", "pbkdf2: another salt", vec![put(285, [0; 32])]),
+        ("SLOT_COMMIT", "pbkdf2: another label", vec![put(267, [b'0'])]),
+        ("SLOT_COMMIT", "pbkdf2: another commitment in the wrap", vec![put(PBKDF2_BODY, [0; 32])]),
+        ("SLOT_BODY", "pbkdf2: ciphertext changed", vec![put(PBKDF2_BODY + 32, [0])]),
+        ("SLOT_BODY", "pbkdf2: tag changed", vec![put(PBKDF2_BODY + 79, [0])]),
+        ("SLOT_PARAMS", "pbkdf2: parameters of raw", vec![put(263, u16(32)), put(265, u16(84))]),
+        ("SLOT_BODY", "pbkdf2: wrap too short", vec![put(265, u16(79)), put(96, u32(268)), Edit::Remove(396, 1)]),
     ]
 }
 

@@ -1,14 +1,16 @@
 //! What integration tests stand on: a real S3 server of their own, and a rule for parts that are not there.
 //!
 //! A test that needs a part calls [`part`] and goes on only with its path. Without the part it prints SKIPPED with the
-//! reason and returns; with `CI=true` or `MODELFS_REQUIRE_PARTS=1` that is a failure instead. tests/parts/install.sh
+//! reason and returns; with `CI=true` or `MODELFS_TEST_REQUIRE_PARTS=1` that is a failure instead. tests/parts/install.sh
 //! installs the parts.
 
 // Each test binary compiles this module and uses a part of it.
 #![allow(dead_code)]
 
 pub mod hostile;
+pub mod minio;
 pub mod slow;
+pub mod vault;
 
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::process::CommandExt;
@@ -30,7 +32,7 @@ pub fn parts_dir() -> PathBuf {
 /// Says that a test does not run and why; fails where everything is required to be there.
 pub fn skip(reason: &str) {
     let set = |name: &str, value: &str| std::env::var(name).is_ok_and(|seen| seen == value);
-    let required = set("CI", "true") || set("MODELFS_REQUIRE_PARTS", "1");
+    let required = set("CI", "true") || set("MODELFS_TEST_REQUIRE_PARTS", "1");
     let test = std::thread::current().name().unwrap_or("test").to_owned();
     assert!(!required, "{test} cannot run: {reason}");
     println!("SKIPPED {test}: {reason}");

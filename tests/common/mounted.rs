@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use modelfs::cache::{Cache, CacheLimits, Model};
 use modelfs::fuse::attach::{self, Attachment, MountLook};
 use modelfs::fuse::{Behaviour, ModelFs, OpenPolicy};
-use modelfs::mem::{Arena, ArenaPlan};
+use modelfs::mem::{Arena, ArenaKind, ArenaPlan};
 use modelfs::read::Reader;
 use modelfs::telemetry::Telemetry;
 use modelfs::vfs::{Ownership, Vfs};
@@ -32,6 +32,8 @@ pub struct How {
     pub limits: CacheLimits,
     pub allow_other: bool,
     pub ownership: Ownership,
+    /// `None`: the best that this machine gives.
+    pub arena: Option<ArenaKind>,
 }
 
 impl Default for How {
@@ -43,6 +45,7 @@ impl Default for How {
             limits: CacheLimits::default(),
             allow_other: false,
             ownership: Ownership { uid: 0, gid: 0, umask: 0o222 },
+            arena: None,
         }
     }
 }
@@ -109,13 +112,18 @@ impl Mounted {
 /// A filesystem that is mounted nowhere yet.
 pub fn filesystem(how: How, model: Arc<Model>) -> (ModelFs, Cache, tokio::runtime::Runtime) {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("runtime");
-    let arena = Arena::open(ArenaPlan { bytes: how.budget }).expect("arena");
+    let plan = ArenaPlan { bytes: how.budget };
+    let arena = match how.arena {
+        Some(kind) => Arena::open_kind(plan, kind),
+        None => Arena::open(plan),
+    };
+    let arena = arena.expect("arena");
     let telemetry = Arc::new(Telemetry::default());
     let cache = Cache::new(arena, how.budget, how.limits, runtime.handle().clone(), telemetry).expect("cache");
     let reader = Reader::new(cache.clone(), how.read_deadline).expect("reader");
     let vfs = Vfs::new(vec![model], how.ownership, cache.clone()).expect("tree");
     let fs = ModelFs::new(vfs, reader, how.behaviour, runtime.handle().clone());
-    cache.set_gate(fs.gate());
+    cache.add_gate(fs.gate());
     (fs, cache, runtime)
 }
 

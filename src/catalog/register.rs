@@ -1,0 +1,165 @@
+//! Writes the record of a version that was just published.
+//!
+//! In: where the record is, and what was sealed. Out: the record's new version number, or why it was not written.
+//! Promises: check-and-set: a record that changed since the seal began is not overwritten; a record of another model never
+//! is; fields of other names stay as they were; a version that was published stays published, whatever happens here.
+//! Held by: the tests below, tests/catalog.rs.
+
+use std::sync::Arc;
+
+use super::record::fill;
+use super::{CatalogAt, Records, wipe};
+use crate::error::{Code, Error, Result};
+use crate::format::{ManifestDigest, ModelId};
+use crate::refuse;
+use crate::store::StoreUrl;
+
+/// A record to be written once the version is published.
+pub struct Registration {
+    records: Arc<dyn Records>,
+    at: CatalogAt,
+    store: StoreUrl,
+    model_id: ModelId,
+    /// The record's version before the seal; 0: none.
+    before: u32,
+}
+
+/// What was sealed.
+#[derive(Clone, Copy)]
+pub struct SealedRecord<'a> {
+    pub manifest: ManifestDigest,
+    pub size_bytes: u64,
+    /// Base64 of a raw key, or a transit ciphertext.
+    pub encryption_key: &'a str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Registered {
+    pub record: String,
+    pub version: u32,
+}
+
+impl Registration {
+    /// Before anything is sealed: looks at what is there, so that what cannot work is refused now. Blocks.
+    ///
+    /// # Errors
+    /// `USAGE` for a store that is no bucket, or a record of another model; what Vault answers.
+    pub fn prepare(records: Arc<dyn Records>, at: CatalogAt, store: &StoreUrl, model: &str) -> Result<Registration> {
+        let model_id = ModelId::of_name(model);
+        if !matches!(store, StoreUrl::S3 { .. }) {
+            refuse!(Usage, "--register: a record names a bucket, and {store} is none; seal to an s3:// store");
+        }
+        let before = match records.read(&at.mount, &at.path)? {
+            None => 0,
+            Some((mut data, version)) => {
+                let other = data
+                    .get("s3_key")
+                    .and_then(|key| key.as_str())
+                    .is_some_and(|key| key.rsplit_once('/').map_or(key, |(_, id)| id) != model_id.to_string());
+                wipe(&mut data);
+                if other {
+                    refuse!(Usage, "--register: {at} is the record of another model than {model}; choose another name");
+                }
+                version
+            }
+        };
+        Ok(Registration { records, at, store: store.clone(), model_id, before })
+    }
+
+    pub fn at(&self) -> &CatalogAt {
+        &self.at
+    }
+
+    /// Blocks.
+    ///
+    /// # Errors
+    /// `EXISTS` if the record changed since [`Registration::prepare`]; what Vault answers. The version is published in any
+    /// case, and the error says so.
+    pub fn write(&self, sealed: SealedRecord<'_>) -> Result<Registered> {
+        self.try_write(sealed).map_err(|error| {
+            error.context(format!(
+                "the version is published, but its record {} was not written; look at it, then run the same command again \
+                 (unchanged files are not uploaded again)",
+                self.at
+            ))
+        })
+    }
+
+    fn try_write(&self, sealed: SealedRecord<'_>) -> Result<Registered> {
+        // Read again: what it holds beside the five fields is kept, and was not kept in memory meanwhile.
+        let (mut data, seen) = self.records.read(&self.at.mount, &self.at.path)?.unwrap_or_default();
+        let filled =
+            fill(&mut data, &self.store, self.model_id, sealed.manifest, sealed.size_bytes, sealed.encryption_key);
+        let written = filled.and_then(|()| {
+            if seen != self.before {
+                let message = format!("someone else wrote version {seen} of it, version {} was expected", self.before);
+                return Err(Error::new(Code::Exists, message));
+            }
+            self.records.write(&self.at.mount, &self.at.path, &data, self.before)
+        });
+        wipe(&mut data);
+        Ok(Registered { record: self.at.to_string(), version: written? })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Record;
+    use super::super::fake::FakeRecords;
+    use super::*;
+    use serde_json::json;
+
+    fn prepared(records: &Arc<FakeRecords>) -> Result<Registration> {
+        let at = "vault-kv://secret/models/llama".parse().expect("a record");
+        let store = "s3://models/prod".parse().expect("a URL");
+        Registration::prepare(records.clone(), at, &store, "acme/llama")
+    }
+
+    fn sealed(byte: u8) -> SealedRecord<'static> {
+        SealedRecord { manifest: ManifestDigest([byte; 32]), size_bytes: 42, encryption_key: "vault:v1:abc" }
+    }
+
+    #[test]
+    fn a_new_record_and_the_next_version_of_it_are_written() {
+        let records = Arc::new(FakeRecords::default());
+        for (version, byte) in [(1, 1), (2, 2)] {
+            let done = prepared(&records).expect("prepared").write(sealed(byte)).expect("written");
+            assert_eq!(done, Registered { record: "vault-kv://secret/models/llama".into(), version });
+            let (data, _) = records.read("secret", "models/llama").expect("read").expect("there");
+            assert_eq!(Record::parse("llama", data, version).expect("a record").manifest, ManifestDigest([byte; 32]));
+        }
+    }
+
+    #[test]
+    fn what_others_keep_in_a_record_stays() {
+        let records = Arc::new(FakeRecords::default());
+        records.put("secret/models/llama", json!({"owner": "team-x"}));
+        prepared(&records).expect("prepared").write(sealed(1)).expect("written");
+        assert_eq!(records.read("secret", "models/llama").expect("read").expect("there").0["owner"], "team-x");
+    }
+
+    #[test]
+    fn a_record_that_changed_meanwhile_is_not_overwritten() {
+        let records = Arc::new(FakeRecords::default());
+        let first = prepared(&records).expect("prepared");
+        let second = prepared(&records).expect("prepared");
+        second.write(sealed(2)).expect("written");
+        let error = first.write(sealed(1)).expect_err("the other was sooner");
+        assert_eq!(error.code(), Code::Exists);
+        let text = error.chain();
+        assert!(text.contains("is published") && text.contains("version 1") && text.contains("again"), "{text}");
+        let (data, version) = records.read("secret", "models/llama").expect("read").expect("there");
+        assert_eq!(Record::parse("llama", data, version).expect("whole").manifest, ManifestDigest([2; 32]));
+    }
+
+    #[test]
+    fn the_record_of_another_model_and_a_store_without_a_bucket_are_refused_before_sealing() {
+        let records = Arc::new(FakeRecords::default());
+        records.put("secret/models/llama", json!({"s3_key": format!("prod/{}", ModelId::of_name("other"))}));
+        assert_eq!(prepared(&records).err().expect("refused").code(), Code::Usage);
+        let at = "vault-kv://secret/models/x".parse().expect("a record");
+        let local = "/srv/models".parse().expect("a path");
+        let refused = Registration::prepare(records, at, &local, "m").err().expect("refused");
+        assert_eq!(refused.code(), Code::Usage);
+    }
+}

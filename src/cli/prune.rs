@@ -1,0 +1,179 @@
+//! `modelfs prune`: what nothing names any more, after a grace period.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::Args;
+use serde_json::json;
+
+use super::access::{LocalKeys, reading, runtime};
+use super::out::{printable, table};
+use super::{AccessArgs, Out};
+use crate::config::Layers;
+use crate::config::units::{parse_duration, show_size, show_time};
+use crate::error::{Error, Result};
+use crate::format::check_model_name;
+use crate::keys::{state_dir, unix_now};
+use crate::refuse;
+use crate::versions::{Kind, Look, PruneOptions, PruneReport, Pruner, Tally};
+
+/// Remove what no version needs any more. Without --yes: look, tell, and remember what is garbage.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct PruneArgs {
+    /// file:///srv/models, a plain path, or s3://bucket/prefix
+    store: String,
+    /// Only this model [default: every model that tells its name]
+    model: Option<String>,
+    /// How long garbage must have been known as garbage; longer than the longest seal
+    #[arg(long, value_name = "TIME", default_value = "7d")]
+    grace: String,
+    /// Of each tag, keep the newest so many different versions
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    keep: usize,
+    /// Least time between the two looks that must agree, should the grace period be shorter
+    #[arg(long, value_name = "TIME", default_value = "24h")]
+    second_look: String,
+    /// Only tell; remember nothing
+    #[arg(long, conflicts_with = "yes")]
+    dry_run: bool,
+    /// Delete what an earlier look has called garbage too
+    #[arg(long)]
+    yes: bool,
+    #[command(flatten)]
+    access: AccessArgs,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  modelfs prune s3://models/prod --key file:llama.key --trust signing.pub             look: what is garbage?
+  modelfs prune s3://models/prod --key file:llama.key --trust signing.pub --yes       once a day, from cron
+  modelfs prune /srv/models acme/llama --keep 3 --grace 30d --key file:k --trust signing.pub --yes
+
+Two looks of this machine, at least --grace apart, must both call a thing garbage before it is deleted: first the refs
+of versions beyond --keep, and a grace period after those the objects that only they named. Whatever cannot be read,
+verified or opened stops the prune of its model, so the keys of all versions kept are needed. What is garbage is
+remembered in the state folder; without it, the looks start anew. A mount of a version that is pruned loses its files.";
+
+pub fn run(args: &PruneArgs, mut layers: Layers, out: &Out) -> Result<()> {
+    args.access.lay(&mut layers);
+    if let Some(model) = &args.model {
+        check_model_name(model).map_err(|e| e.context("MODEL of prune is a bare name"))?;
+    }
+    let seconds = |text: &str, name: &str| Ok(parse_duration(text).map_err(|e| e.context(name.to_owned()))?.as_secs());
+    let options = PruneOptions {
+        versions_kept: args.keep,
+        grace_s: seconds(&args.grace, "--grace")?,
+        second_look_s: seconds(&args.second_look, "--second-look")?,
+        look: match (args.dry_run, args.yes) {
+            (true, _) => Look::DryRun,
+            (false, false) => Look::Note,
+            (false, true) => Look::Sweep,
+        },
+        now: unix_now(),
+    };
+    if args.keep == 0 {
+        refuse!(Usage, "--keep 0 would keep no version; a tag names at least one");
+    }
+    let reading = reading(&args.store, &layers)?;
+    reading.access.need_keys()?;
+    if reading.access.manifest.is_some() {
+        refuse!(Usage, "--manifest has no meaning for prune; drop it");
+    }
+    let pruner = Pruner {
+        resolver: reading.resolver(),
+        store: Arc::clone(&reading.store),
+        keys: Arc::new(LocalKeys::new(&reading.access.keys, reading.vault.clone())?),
+        state: state_dir()?,
+        options,
+    };
+    let runtime = runtime()?;
+    let models = match &args.model {
+        Some(model) => vec![model.clone()],
+        None => runtime.block_on(reading.model_names())?,
+    };
+    let (mut reports, mut stopped): (Vec<PruneReport>, Vec<(String, Error)>) = (Vec::new(), Vec::new());
+    for model in models {
+        let bar = out.progress(0, "prune");
+        let progress = |done: u64, total: u64| {
+            bar.set_length(total);
+            bar.set_position(done);
+        };
+        bar.set_message(printable(&model));
+        let report = runtime.block_on(pruner.prune(&model, &progress));
+        bar.finish_and_clear();
+        match report {
+            Ok(report) => reports.push(report),
+            // The other models are no worse for it.
+            Err(err) => stopped.push((model, err)),
+        }
+    }
+    for report in &reports {
+        for warning in &report.warnings {
+            out.hint(format!("warning: {}: {warning}", report.model));
+        }
+    }
+    if let [(_, _)] = stopped.as_slice()
+        && reports.is_empty()
+    {
+        let (_, err) = stopped.remove(0);
+        return Err(err);
+    }
+    let refused: Vec<_> = stopped
+        .iter()
+        .map(|(model, err)| json!({"model": model, "code": err.code().name(), "why": err.chain()}))
+        .collect();
+    let value = json!({
+        "store": reading.url.to_string(), "grace_seconds": options.grace_s, "keep": options.versions_kept,
+        "swept": options.look == Look::Sweep, "models": reports, "stopped": refused,
+    });
+    out.result(&value, || show(&reports, &options))?;
+    match stopped.into_iter().next() {
+        Some((model, err)) => Err(err.context(format!("{model} was not pruned"))),
+        None => Ok(()),
+    }
+}
+
+fn show(reports: &[PruneReport], options: &PruneOptions) -> String {
+    if reports.is_empty() {
+        return "no model to prune".into();
+    }
+    let mut rows = Vec::new();
+    let mut row = |model: &str, what: &str, tally: &Tally| {
+        rows.push(vec![printable(model), what.to_owned(), tally.objects.to_string(), show_size(tally.bytes)]);
+    };
+    let verb = if options.look == Look::Sweep { "deleted" } else { "to delete" };
+    let (mut due, mut next_at) = (0, None::<i64>);
+    for report in reports {
+        row(&report.model, &format!("needed by {} versions", report.versions), &report.needed);
+        let mut kinds = |what: &str, tallies: &BTreeMap<Kind, Tally>| {
+            for (kind, tally) in tallies {
+                row(&report.model, &format!("{what}: {}", kind.name()), tally);
+            }
+        };
+        kinds(verb, &report.due);
+        kinds("waiting", &report.waiting);
+        due += report.due.values().map(|tally| tally.objects).sum::<u64>();
+        next_at = match (next_at, report.next_at) {
+            (Some(a), Some(b)) => Some(a.min(b)),
+            (a, b) => a.or(b),
+        };
+        if report.strange > 0 {
+            let strange = Tally { objects: report.strange as u64, bytes: 0 };
+            row(&report.model, "not of this format, left alone", &strange);
+        }
+    }
+    let mut text = table(&["model", "what", "objects", "stored"], &[false, false, true, true], &rows);
+    if options.look != Look::Sweep && due > 0 {
+        text.push_str("add --yes to delete what may go\n");
+    }
+    if let Some(at) = next_at {
+        let apart = Duration::from_secs(options.grace_s.max(options.second_look_s));
+        text.push_str(&format!(
+            "what waits may go from {} on, {apart:?} after it was first called garbage\n",
+            show_time(at)
+        ));
+    }
+    text
+}

@@ -1,0 +1,235 @@
+//! The node service over a fake door.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use super::super::asked::tests::{request, rules};
+use super::*;
+
+const GOOD: &[(&str, &str)] = &[
+    ("model", "acme/llama"),
+    ("key", "vault-transit:transit/llama"),
+    ("vault-role", "llama"),
+    ("store", "/srv/models"),
+];
+
+#[derive(Default)]
+struct Stage {
+    mounted: AtomicBool,
+    refused: AtomicBool,
+    rechecks: AtomicUsize,
+    mounts: AtomicUsize,
+    /// What the next mount or recheck meets.
+    trouble: Mutex<Option<Code>>,
+    tokens: Mutex<Vec<Vec<u8>>>,
+}
+
+impl Stage {
+    fn meet(&self) -> Result<()> {
+        match *self.trouble.lock().expect("alone") {
+            Some(code) => Err(Error::new(code, "permission denied")),
+            None => Ok(()),
+        }
+    }
+}
+
+struct FakeDoor(Arc<Stage>);
+struct FakeMount(Arc<Stage>);
+
+impl Door for FakeDoor {
+    fn mount(&self, plan: MountPlan) -> Result<Arc<dyn Shown>> {
+        let crate::vault::AuthMethod::Kubernetes { jwt_file, role, .. } =
+            &plan.access.vault.as_ref().expect("a vault").auth
+        else {
+            panic!("not the pod's own login")
+        };
+        assert_eq!(role, "llama");
+        assert!(plan.allow_other && plan.umask == Some(0o222));
+        assert!(plan.service_account.as_deref().is_some_and(|account| account.contains('/')));
+        self.0.tokens.lock().expect("alone").push(std::fs::read(jwt_file).expect("the pod's token"));
+        self.0.meet()?;
+        self.0.mounts.fetch_add(1, Ordering::Relaxed);
+        self.0.mounted.store(true, Ordering::Relaxed);
+        Ok(Arc::new(FakeMount(self.0.clone())))
+    }
+}
+
+impl Shown for FakeMount {
+    fn is_mounted(&self) -> bool {
+        self.0.mounted.load(Ordering::Relaxed)
+    }
+    fn refuse(&self, why: Option<&str>) {
+        self.0.refused.store(why.is_some(), Ordering::Relaxed);
+    }
+    fn recheck(&self) -> Result<()> {
+        self.0.rechecks.fetch_add(1, Ordering::Relaxed);
+        self.0.meet()
+    }
+    fn unmount(&self, _: Duration) -> Result<()> {
+        self.0.mounted.store(false, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+struct Bench {
+    node: Node,
+    stage: Arc<Stage>,
+    folder: tempfile::TempDir,
+}
+
+/// `None` where the machine does not let us make a private folder.
+fn bench(recheck: Duration) -> Option<Bench> {
+    if !crate::mem::has_cap_sys_admin() {
+        return None;
+    }
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    std::fs::create_dir(folder.path().join("pod")).expect("made");
+    let mut layers = Layers::default();
+    let words = ["vault-addr=https://vault:8200", "vault-auth=kubernetes", "cache=64MiB"].map(str::to_owned);
+    layers.mount_options(&words, false).expect("words");
+    let settings = Settings {
+        name: "csi.modelfs".into(),
+        node_id: "node1".into(),
+        kubelet_dir: folder.path().canonicalize().expect("real"),
+        volumes_max: 2,
+        recheck,
+        layers,
+        rules: Rules { stores: vec!["/srv/models".into()], ..rules() },
+    };
+    let stage = Arc::new(Stage::default());
+    let node = Node::new(settings, Box::new(FakeDoor(stage.clone()))).expect("a node");
+    Some(Bench { node, stage, folder })
+}
+
+impl Bench {
+    fn target(&self, name: &str) -> String {
+        self.folder.path().canonicalize().expect("real").join("pod").join(name).to_str().expect("UTF-8").into()
+    }
+    fn asking(&self) -> NodePublishVolumeRequest {
+        NodePublishVolumeRequest { target_path: self.target("mount"), ..request(GOOD) }
+    }
+    fn publish(&self) -> Result<(), Refusal> {
+        self.node.publish(&self.asking())
+    }
+    fn unpublish(&self) -> Result<(), Refusal> {
+        self.node
+            .unpublish(&NodeUnpublishVolumeRequest { volume_id: "csi-1".into(), target_path: self.target("mount") })
+    }
+    fn trouble(&self, code: Option<Code>) {
+        *self.stage.trouble.lock().expect("alone") = code;
+    }
+    fn refused(&self) -> bool {
+        self.stage.refused.load(Ordering::Relaxed)
+    }
+}
+
+#[test]
+fn a_volume_is_published_with_its_pods_token_and_leaves_nothing() {
+    let Some(bench) = bench(Duration::ZERO) else { return };
+    bench.publish().expect("published");
+    assert_eq!(*bench.stage.tokens.lock().expect("alone"), [b"pod-jwt"]);
+    assert_eq!(bench.node.tokens(), 1);
+    bench.publish().expect("the same again");
+    assert_eq!(bench.stage.mounts.load(Ordering::Relaxed), 1);
+    bench.unpublish().expect("unpublished");
+    bench.unpublish().expect("and again");
+    assert!(!Path::new(&bench.target("mount")).exists());
+    assert_eq!(bench.node.tokens(), 0);
+}
+
+#[test]
+fn another_volume_at_the_same_target_is_refused() {
+    let Some(bench) = bench(Duration::ZERO) else { return };
+    bench.publish().expect("published");
+    let other = NodePublishVolumeRequest { volume_id: "csi-2".into(), ..bench.asking() };
+    assert_eq!(bench.node.publish(&other).expect_err("refused").code, GrpcCode::AlreadyExists);
+    let mut other = bench.asking();
+    other.volume_context.insert("model".into(), "acme/other".into());
+    assert_eq!(bench.node.publish(&other).expect_err("refused").code, GrpcCode::AlreadyExists);
+}
+
+#[test]
+fn what_vault_refuses_is_told_in_words_and_leaves_no_folder_and_no_token() {
+    let Some(bench) = bench(Duration::ZERO) else { return };
+    bench.trouble(Some(Code::VaultDenied));
+    let refusal = bench.publish().expect_err("refused");
+    assert_eq!(refusal.code, GrpcCode::PermissionDenied);
+    for word in ["model acme/llama", "service account chat/reader", "role llama", "permission denied", "VAULT_DENIED"] {
+        assert!(refusal.message.contains(word), "`{word}` is not in: {}", refusal.message);
+    }
+    assert!(!refusal.message.contains("pod-jwt"));
+    assert!(!Path::new(&bench.target("mount")).exists());
+    assert_eq!(bench.node.tokens(), 0);
+}
+
+#[test]
+fn a_volume_that_was_there_before_is_not_refused_for_good() {
+    let Some(bench) = bench(Duration::ZERO) else { return };
+    std::fs::create_dir(bench.target("mount")).expect("as an earlier driver left it");
+    bench.trouble(Some(Code::VaultDenied));
+    assert_eq!(bench.publish().expect_err("refused").code, GrpcCode::Unavailable);
+    assert!(Path::new(&bench.target("mount")).exists());
+}
+
+#[test]
+fn a_republish_shuts_whom_vault_refuses_and_lets_in_whom_it_allows_again() {
+    let Some(bench) = bench(Duration::ZERO) else { return };
+    bench.publish().expect("published");
+    bench.trouble(Some(Code::VaultDenied));
+    assert_eq!(bench.publish().expect_err("refused").code, GrpcCode::PermissionDenied);
+    assert!(bench.refused());
+    // An outage gives nothing back either.
+    bench.trouble(Some(Code::VaultUnreachable));
+    assert_eq!(bench.publish().expect_err("still refused").code, GrpcCode::PermissionDenied);
+    assert!(bench.refused());
+    bench.trouble(None);
+    bench.publish().expect("allowed again");
+    assert!(!bench.refused());
+}
+
+#[test]
+fn an_outage_at_a_republish_takes_nothing_from_a_pod() {
+    let Some(bench) = bench(Duration::ZERO) else { return };
+    bench.publish().expect("published");
+    for code in [Code::VaultUnreachable, Code::VaultSealed, Code::Unreachable, Code::Deadline, Code::StoreDenied] {
+        bench.trouble(Some(code));
+        bench.publish().expect("kept");
+        assert!(!bench.refused(), "{code}");
+    }
+}
+
+#[test]
+fn a_right_is_proved_once_a_period_but_the_token_is_always_the_newest() {
+    let Some(bench) = bench(Duration::from_secs(3600)) else { return };
+    bench.publish().expect("published");
+    let mut fresh = bench.asking();
+    let tokens = r#"{"vault":{"token":"newer-jwt"}}"#;
+    fresh.volume_context.insert("csi.storage.k8s.io/serviceAccount.tokens".into(), tokens.into());
+    bench.node.publish(&fresh).expect("republished");
+    assert_eq!(bench.stage.rechecks.load(Ordering::Relaxed), 0);
+    let path = bench.node.tokens.path(&token_name(Path::new(&bench.target("mount"))));
+    assert_eq!(std::fs::read(path).expect("a token"), b"newer-jwt");
+}
+
+#[test]
+fn one_that_was_unmounted_outside_is_mounted_anew() {
+    let Some(bench) = bench(Duration::ZERO) else { return };
+    bench.publish().expect("published");
+    bench.stage.mounted.store(false, Ordering::Relaxed);
+    bench.publish().expect("again");
+    assert_eq!(bench.stage.mounts.load(Ordering::Relaxed), 2);
+    assert_eq!(bench.node.tokens(), 1);
+}
+
+#[test]
+fn calls_for_one_target_do_not_overlap_and_volumes_are_bounded() {
+    let Some(bench) = bench(Duration::ZERO) else { return };
+    let target = PathBuf::from(bench.target("mount"));
+    let claim = bench.node.claim(&target).expect("claimed");
+    assert_eq!(bench.publish().expect_err("under way").code, GrpcCode::Aborted);
+    drop(claim);
+    bench.publish().expect("free again");
+    let second = NodePublishVolumeRequest { target_path: bench.target("second"), ..bench.asking() };
+    bench.node.publish(&second).expect("the second");
+    let third = NodePublishVolumeRequest { target_path: bench.target("third"), ..bench.asking() };
+    assert_eq!(bench.node.publish(&third).expect_err("too many").code, GrpcCode::ResourceExhausted);
+}

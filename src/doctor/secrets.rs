@@ -1,0 +1,135 @@
+//! Ways by which keys or plaintext leave the process that holds them, other than through a mount: disks, dumps, debuggers.
+//!
+//! What modelfs closes for itself (`mem`) stays open for the programs that read models, and those hold plaintext too.
+//! Held by: `doctor::tests`, tests/doctor.sh.
+
+use super::{Info, Machine, Said, Warning, fine, hint};
+
+pub(super) fn clock(machine: &Machine<'_>) -> Option<Said> {
+    const WANTED: &str = "a clock kept by a time service: expiry of versions is judged by it";
+    match machine.facts.clock_kept? {
+        true => fine("kept", WANTED),
+        false => hint(Info, "nobody keeps this clock", WANTED, "timedatectl set-ntp true, or run chrony"),
+    }
+}
+
+pub(super) fn secret_memory(machine: &Machine<'_>) -> Option<Said> {
+    const WANTED: &str = "memfd_secret: keys that root cannot read, and no hibernation image while mounted";
+    match machine.facts.secret_memory? {
+        true => fine("there", WANTED),
+        false => {
+            let fix = "boot with secretmem.enable=1 (Linux 5.14 and later; the default since 6.5)";
+            hint(Warning, "not there: keys lie in locked memory", WANTED, fix)
+        }
+    }
+}
+
+pub(super) fn swap(machine: &Machine<'_>) -> Option<Said> {
+    const WANTED: &str = "no swap: the cache is never swapped, but what readers copy of it may be";
+    let devices = machine.text("proc/swaps")?.lines().skip(1).count();
+    match devices {
+        0 => fine("none", WANTED),
+        some => {
+            let fix = "swapoff -a, or MemorySwapMax=0 for the programs that read models";
+            hint(Info, format!("{some} swap device(s) in use"), WANTED, fix)
+        }
+    }
+}
+
+pub(super) fn core_pattern(machine: &Machine<'_>) -> Option<Said> {
+    const WANTED: &str = "no crash handler: modelfs leaves no core, but a reader's may hold what it copied";
+    let pattern = machine.text("proc/sys/kernel/core_pattern")?;
+    match pattern.strip_prefix('|') {
+        None => fine(format!("`{pattern}`"), WANTED),
+        Some(handler) => {
+            let handler = handler.split_whitespace().next().unwrap_or_default();
+            let fix = "sysctl kernel.core_pattern=core, and ulimit -c 0 for the programs that read models";
+            hint(Info, format!("crashes are piped to {handler}"), WANTED, fix)
+        }
+    }
+}
+
+pub(super) fn hibernation(machine: &Machine<'_>) -> Option<Said> {
+    const WANTED: &str = "no image of the memory on a disk while keys are in it";
+    let states = machine.text("sys/power/state")?;
+    let off = machine.choice("sys/power/disk").is_some_and(|choice| choice == "disabled");
+    if off || !states.split_whitespace().any(|state| state == "disk") {
+        return fine("this machine cannot hibernate", WANTED);
+    }
+    match machine.facts.secret_memory? {
+        true => fine("the kernel refuses it while secret memory is in use", WANTED),
+        false => {
+            let fix = "systemctl mask hibernate.target hybrid-sleep.target suspend-then-hibernate.target";
+            hint(Warning, "allowed, and without secret memory nothing stops it", WANTED, fix)
+        }
+    }
+}
+
+pub(super) fn set_id_dumps(machine: &Machine<'_>) -> Option<Said> {
+    const WANTED: &str = "no core of a program that has changed its rights";
+    match machine.text("proc/sys/fs/suid_dumpable")?.as_str() {
+        "0" => fine("none", WANTED),
+        "2" => hint(Info, "written for root", WANTED, "sysctl fs.suid_dumpable=0"),
+        _ => hint(Warning, "written for whoever started it", WANTED, "sysctl fs.suid_dumpable=0"),
+    }
+}
+
+pub(super) fn ptrace_scope(machine: &Machine<'_>) -> Option<Said> {
+    const WANTED: &str = "no debugger on a program that reads models but its own parent (modelfs itself lets none in)";
+    match machine.text("proc/sys/kernel/yama/ptrace_scope")?.as_str() {
+        "0" => hint(
+            Info,
+            "every process of a user may debug every other of his",
+            WANTED,
+            "sysctl kernel.yama.ptrace_scope=1",
+        ),
+        scope => fine(format!("scope {scope}"), WANTED),
+    }
+}
+
+pub(super) fn init_on_free(machine: &Machine<'_>) -> Option<Said> {
+    const WANTED: &str = "memory of programs that read models zeroed when freed (modelfs wipes its own)";
+    let command_line = machine.text("proc/cmdline")?;
+    let said = command_line.split_whitespace().rev().find_map(|word| word.strip_prefix("init_on_free="));
+    let release = machine.text("proc/sys/kernel/osrelease").unwrap_or_default();
+    let built_in = || {
+        let config = machine.text(&format!("boot/config-{release}")).unwrap_or_default();
+        config.lines().any(|line| line == "CONFIG_INIT_ON_FREE_DEFAULT_ON=y")
+    };
+    match said.map_or_else(built_in, |word| word == "1" || word == "y" || word == "on") {
+        true => fine("on", WANTED),
+        false => hint(Info, "off", WANTED, "boot with init_on_free=1 (costs a few percent)"),
+    }
+}
+
+pub(super) fn lockdown(machine: &Machine<'_>) -> Option<Said> {
+    const WANTED: &str = "a kernel that not even root can read the memory of";
+    match machine.choice("sys/kernel/security/lockdown")?.as_str() {
+        "confidentiality" => fine("lockdown=confidentiality", WANTED),
+        level => hint(Info, format!("lockdown is {level}"), WANTED, "boot with lockdown=confidentiality"),
+    }
+}
+
+pub(super) fn privileges(machine: &Machine<'_>) -> Option<Said> {
+    const WANTED: &str = "known rights: root of the machine, or an ordinary user with fusermount3";
+    let status = machine.text("proc/self/status")?;
+    let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim);
+    let capabilities = u64::from_str_radix(field("CapEff").unwrap_or("0"), 16).unwrap_or(0).count_ones();
+    let filter = match field("Seccomp") {
+        Some("2") => "a seccomp filter",
+        Some("1") => "strict seccomp",
+        Some(_) | None => "no seccomp filter",
+    };
+    let label = machine.text("proc/self/attr/current").filter(|label| !label.is_empty());
+    let label = label.map_or("no profile".to_owned(), |label| format!("profile {}", label.trim_end_matches('\0')));
+    let seen = format!("{capabilities} capabilities, {filter}, {label}");
+    let initial = machine.in_initial_user_namespace();
+    match capabilities {
+        1.. if !initial => {
+            let fix =
+                "nothing where fusermount3 mounts or a descriptor is handed in; else run outside the user namespace";
+            hint(Info, format!("{seen}; in a user namespace, where none of them counts for the machine"), WANTED, fix)
+        }
+        _ => fine(seen, WANTED),
+    }
+}

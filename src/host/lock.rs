@@ -1,0 +1,304 @@
+//! Revocation as a mount does it: on request, when the keys' owner takes them back, or when nobody has read for long.
+//!
+//! In: requests of the control socket, the state of whoever lends the keys, the clock. Out: models locked and served again.
+//! Promises: a lock waits for no reader and for no unlock; an unlock that a lock overtakes is undone before it serves; keys
+//! are read again from their sources, never kept for later.
+//! Not here: how plaintext is taken back (`fuse::guard`, `cache`), what the socket looks like (`control`).
+//! Held by: tests/lock.rs.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tokio::sync::watch;
+
+use super::mounted::blocks_told;
+use crate::cache::Model;
+use crate::catalog::{self, Catalog, CatalogAt};
+use crate::config::Access;
+use crate::control::{self, AccessRequest, Taken};
+use crate::crypto::ModelKeys;
+use crate::error::{Code, Error, Result};
+use crate::fuse::{ModelFs, Session};
+use crate::reading::Reading;
+use crate::refuse;
+use crate::store::StoreUrl;
+use crate::telemetry::events::{Event, Kind, Severity, Subject};
+
+/// How often the idle limit is looked at: a twentieth of it, within these.
+const IDLE_LOOK: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(30));
+
+/// Why it is locked when somebody at the control socket said so.
+const ASKED: &str = "asked to";
+
+/// Reads the keys of one model again.
+type Opener<'r> = Box<dyn Fn(&Model) -> Result<ModelKeys> + 'r>;
+
+/// Locks and unlocks the models of one mount.
+pub struct Revoker {
+    fs: ModelFs,
+    store: StoreUrl,
+    access: Access,
+    runtime: tokio::runtime::Handle,
+    /// Held while models change between locked and served; never while anything is asked of store or key source.
+    change: Mutex<()>,
+    /// Locks so far: an unlock that began before the last of them does not count.
+    locks: AtomicU64,
+}
+
+impl Revoker {
+    pub fn new(fs: ModelFs, store: StoreUrl, access: Access, runtime: tokio::runtime::Handle) -> Arc<Revoker> {
+        Arc::new(Revoker { fs, store, access, runtime, change: Mutex::new(()), locks: AtomicU64::new(0) })
+    }
+
+    pub fn answer(&self, request: AccessRequest, mountpoint: &Path) -> Result<Value> {
+        match request {
+            AccessRequest::Lock { model } => self.lock(model.as_deref(), ASKED),
+            AccessRequest::Unlock { model } => self.unlock(model.as_deref()),
+            AccessRequest::Sessions => Ok(self.sessions(mountpoint)),
+            AccessRequest::ShutOut { session, seconds, hard } => {
+                self.shut_out(&session.parse()?, seconds.map(Duration::from_secs), hard, mountpoint)
+            }
+            AccessRequest::LetIn { session } => {
+                let session: Session = session.parse()?;
+                let was = self.fs.let_in(&session);
+                tracing::warn!("let in again: {session}");
+                Ok(json!({"session": session.to_string(), "was_shut_out": was}))
+            }
+        }
+    }
+
+    fn named(&self, name: Option<&str>) -> Result<Vec<Arc<Model>>> {
+        let models = self.fs.vfs().models();
+        let models: Vec<Arc<Model>> =
+            models.iter().filter(|model| name.is_none_or(|name| name == model.name)).cloned().collect();
+        match name {
+            Some(name) if models.is_empty() => {
+                Err(Error::new(Code::NotFound, format!("model {name} is not in this mount; see `modelfs status`")))
+            }
+            _ => Ok(models),
+        }
+    }
+
+    fn tell(&self, model: &Model, event: Event) {
+        let subject = Subject { store: Some(self.store.to_string()), ..model.subject() };
+        self.access.store.telemetry.events.tell(&event.subject(subject));
+    }
+
+    /// Locks one model or all. Blocking for as long as wiping takes; from its first moments on nothing is served.
+    pub fn lock(&self, name: Option<&str>, why: &str) -> Result<Value> {
+        let models = self.named(name)?;
+        let started = Instant::now();
+        // Before waiting for anyone: what is under way does not count from here on.
+        self.locks.fetch_add(1, Ordering::SeqCst);
+        for model in &models {
+            model.lock();
+        }
+        let _change = self.change.lock().expect("a thread died holding the change of locks");
+        let report = self.fs.lock(&models);
+        let names: Vec<&str> = models.iter().map(|model| model.name.as_str()).collect();
+        let seconds = started.elapsed().as_secs_f64();
+        tracing::warn!(
+            wiped_bytes = report.wiped_bytes,
+            unwiped_bytes = report.unwiped_bytes,
+            seconds,
+            "locked {}: {why}",
+            names.join(", ")
+        );
+        // Nobody asked: somebody should look why the keys are gone.
+        let severity = if why == ASKED { Severity::Medium } else { Severity::High };
+        for model in &models {
+            self.tell(model, Event::new(Kind::Lock).severity(severity).detail(why));
+        }
+        if report.unwiped_bytes > 0 {
+            tracing::warn!(
+                "{} bytes were cut off from readers but went back to the kernel unwiped; give the daemon io_uring and \
+                 CAP_IPC_LOCK (or a RLIMIT_MEMLOCK as large as the cache), or boot with init_on_free=1",
+                report.unwiped_bytes
+            );
+        }
+        if report.kept_bytes > 0 {
+            return Err(Error::new(
+                Code::Host,
+                format!("locked, but {} bytes of plaintext are still in memory; stop the mount", report.kept_bytes),
+            ));
+        }
+        Ok(json!({
+            "locked": names,
+            "wiped_bytes": report.wiped_bytes,
+            "unwiped_bytes": report.unwiped_bytes,
+            "seconds": seconds,
+        }))
+    }
+
+    /// What reads the keys of one of our models again by `access`, for the very version that is mounted.
+    pub(super) fn opener(&self, access: Access) -> Result<Opener<'_>> {
+        if matches!(self.store, StoreUrl::VaultKv { .. }) {
+            let records = catalog::records(access.connected.as_ref())?;
+            let catalog = Arc::new(Catalog::new(CatalogAt::try_from(&self.store)?, access, records)?);
+            return Ok(Box::new(move |model| {
+                let opened = self.runtime.block_on(catalog.open(&model.name))?;
+                if opened.digest != model.digest {
+                    refuse!(Stale, "record {} names another version now; mount again", model.name);
+                }
+                Ok(opened.opened.1)
+            }));
+        }
+        let reading = Reading::with_prompt(self.store.clone(), access, &nobody_to_ask)?;
+        Ok(Box::new(move |model| {
+            let resolved = self.runtime.block_on(reading.resolve_digest(&model.name, model.digest))?;
+            Ok(reading.unlock(&resolved)?.1)
+        }))
+    }
+
+    /// Reads the keys again and serves the very versions that were mounted, with an empty cache. All that are asked for, or
+    /// none.
+    fn unlock(&self, name: Option<&str>) -> Result<Value> {
+        let locked: Vec<Arc<Model>> = self.named(name)?.into_iter().filter(|model| model.is_locked()).collect();
+        let before = self.locks.load(Ordering::SeqCst);
+        let mut opened = Vec::with_capacity(locked.len());
+        if !locked.is_empty() {
+            if let Some(vault) = &self.access.connected {
+                // The operator says that we may ask again.
+                vault.forgive();
+            }
+            let opener = self.opener(self.access.clone())?;
+            for model in locked {
+                let keys = opener(&model).map_err(|error| {
+                    self.tell(&model, Event::new(Kind::Unlock).severity(Severity::Medium).error(&error));
+                    let rule = "an unlock reads keys again; those of the environment are gone once read";
+                    error.context(format!("model {} stays locked ({rule})", model.name))
+                })?;
+                opened.push((model, keys));
+            }
+        }
+        let _change = self.change.lock().expect("a thread died holding the change of locks");
+        if self.locks.load(Ordering::SeqCst) != before {
+            return Err(Error::new(Code::Locked, "locked again while the keys were being read; nothing was unlocked"));
+        }
+        let mut names = Vec::with_capacity(opened.len());
+        for (model, keys) in opened {
+            model.unlock(keys);
+            // A lock that came between the look above and here has wiped nothing yet that we just gave.
+            if self.locks.load(Ordering::SeqCst) != before {
+                model.lock();
+                return Err(Error::new(Code::Locked, "locked again at the same moment"));
+            }
+            names.push(model.name.clone());
+            self.tell(&model, Event::new(Kind::Rotation).detail("its keys were read anew"));
+            self.tell(&model, Event::new(Kind::Unlock));
+        }
+        if !names.is_empty() {
+            tracing::warn!("unlocked {}", names.join(", "));
+        }
+        Ok(json!({"unlocked": names}))
+    }
+
+    fn sessions(&self, mountpoint: &Path) -> Value {
+        let vfs = self.fs.vfs();
+        let taken: Vec<Taken> = self
+            .fs
+            .open_by()
+            .into_iter()
+            .filter_map(|open| {
+                let (model, file, _) = vfs.file(open.node)?;
+                let path = model.manifest.path(&model.manifest.files()[file as usize]);
+                let path = mountpoint.join(&model.name).join(path);
+                let passthrough = open.passthrough;
+                Some(Taken { pid: open.pid, uid: open.uid, since: open.since, path, passthrough })
+            })
+            .collect();
+        let sessions = control::sessions(mountpoint, &taken, |uid, process| self.fs.is_shut_out(uid, process));
+        let rules: Vec<Value> = self
+            .fs
+            .shut_out_now()
+            .into_iter()
+            .map(|(session, left)| json!({"session": session.to_string(), "seconds_left": left.map(|left| left.as_secs())}))
+            .collect();
+        json!({"mountpoint": mountpoint, "sessions": sessions, "shut_out": rules, "blocked": blocks_told(&self.fs)})
+    }
+
+    fn shut_out(&self, session: &Session, time: Option<Duration>, hard: bool, mountpoint: &Path) -> Result<Value> {
+        let done = self.fs.shut_out(session.clone(), time, hard)?;
+        tracing::warn!(hard, "shut out: {session}");
+        // After the fact, so that what it opened meanwhile is told too.
+        let told = self.sessions(mountpoint);
+        let still: Vec<&Value> = told["sessions"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter(|it| it["shut_out"] == true)
+            .filter(|it| {
+                let files = it["files"].as_array().into_iter().flatten();
+                !hard && files.into_iter().any(|file| file["mapped"] == true || file["passthrough"].as_u64() > Some(0))
+            })
+            .map(|it| &it["pid"])
+            .collect();
+        Ok(json!({
+            "session": session.to_string(),
+            "seconds": time.map(|time| time.as_secs()),
+            "plain_handles_refused": done.plain_handles,
+            "passthrough_handles": done.passthrough_handles,
+            "objects_retired": done.objects_retired,
+            "still_reading_pids": still,
+        }))
+    }
+
+    /// Locks everything as soon as `lost` says of a state why the keys are lost to us, and again whenever it says so anew.
+    pub fn lock_when_lost<T: Send + Sync + 'static>(
+        self: &Arc<Self>,
+        mut state: watch::Receiver<T>,
+        lost: impl Fn(&T) -> Option<String> + Send + 'static,
+    ) -> tokio::task::JoinHandle<()> {
+        let revoker = self.clone();
+        self.runtime.spawn(async move {
+            loop {
+                let why = lost(&state.borrow_and_update());
+                if let Some(why) = why {
+                    revoker.lock_in_background(format!("the keys were taken back: {why}")).await;
+                }
+                if state.changed().await.is_err() {
+                    return;
+                }
+            }
+        })
+    }
+
+    /// Locks everything once no file was open, mapped or read for `limit`.
+    pub fn lock_when_idle(self: &Arc<Self>, limit: Duration) -> tokio::task::JoinHandle<()> {
+        let revoker = self.clone();
+        self.runtime.spawn(async move {
+            loop {
+                tokio::time::sleep((limit / 20).clamp(IDLE_LOOK.0, IDLE_LOOK.1)).await;
+                let fs = revoker.fs.clone();
+                // Asks the kernel about every whole object.
+                let in_use = tokio::task::spawn_blocking(move || fs.is_in_use()).await.unwrap_or(true);
+                if in_use {
+                    revoker.fs.note_use();
+                } else if revoker.fs.last_used().elapsed() >= limit
+                    && revoker.fs.vfs().models().iter().any(|model| !model.is_locked())
+                {
+                    revoker.lock_in_background(format!("nobody read for {} s", limit.as_secs())).await;
+                }
+            }
+        })
+    }
+
+    async fn lock_in_background(self: &Arc<Self>, why: String) {
+        let revoker = self.clone();
+        let locked = tokio::task::spawn_blocking(move || revoker.lock(None, &why)).await;
+        if let Ok(Err(error)) = locked {
+            tracing::error!("{}", error.chain());
+        }
+    }
+}
+
+/// A daemon has no terminal, and whoever asks for an unlock is at another.
+fn nobody_to_ask(what: &str) -> Result<crate::mem::LockedBuf> {
+    Err(Error::new(
+        Code::Usage,
+        format!("the {what} typed at the mount is not kept; mount again, or give it by passphrase-file or Vault"),
+    ))
+}

@@ -1,0 +1,670 @@
+//! One mount of a process, from its start to its end.
+//!
+//! Promises: no partial mount; `umount`, `modelfs umount` and the end of the process all leave nothing readable that no
+//! other mount shows; when programs still hold files after the grace the mount is detached, everything that nobody holds is
+//! wiped, and the holders are named (`HELD`).
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use super::Host;
+use super::lock::Revoker;
+use super::profiling::{Profiling, current_models};
+use crate::cache::HotGate;
+use crate::config::oversight::HttpPlan;
+use crate::config::{MountPlan, OnKeyLoss};
+use crate::control::{self, AccessRequest, ControlServer, ControlTarget, MapRequest};
+use crate::crypto::Verify;
+use crate::doctor;
+use crate::error::{Code, Error, Result};
+use crate::format::limits::CHUNK_LOG2_DEFAULT;
+use crate::fuse::attach::{self, Attachment, MountLook};
+use crate::fuse::{Behaviour, ModelFs, Place};
+use crate::models::admits;
+use crate::models::{self, Versions};
+use crate::notify;
+use crate::policy::{Blocked, Policy};
+use crate::read::Reader;
+use crate::reading;
+use crate::ready;
+use crate::refuse;
+use crate::store::StoreOptions;
+use crate::telemetry::events::{Actor, Event, Kind, Severity, Subject};
+use crate::vault::{Vault, VaultState};
+use crate::vfs::{Layout, Ownership, Vfs};
+
+/// How long stopping waits for programs to let go before it detaches the mount.
+pub const HOLD_GRACE: Duration = Duration::from_secs(10);
+
+/// How often it looks meanwhile.
+const HOLD_POLL: Duration = Duration::from_millis(50);
+
+/// How long the kernel has to end a session whose mount is gone. Longer: another mount namespace still has it.
+const SESSION_GRACE: Duration = Duration::from_secs(1);
+
+/// How much later than the store's own budget a read gives up: the refetch after a wrong hash has its own.
+const READ_DEADLINE_SLACK: Duration = Duration::from_secs(2);
+
+/// How often it is looked whose time of being refused is over.
+const BLOCKS_LOOK: Duration = Duration::from_secs(1);
+
+/// Requests that one chunk ahead of a read may take at a limited origin: its parts and hedges.
+const PARTS_AHEAD_MAX: u64 = 4;
+
+/// What a mount says of itself once programs can use it.
+#[derive(Debug, Clone)]
+pub struct Ready {
+    pub mountpoint: PathBuf,
+    pub models: Vec<String>,
+    /// Whole files are served without the daemon.
+    pub passthrough: bool,
+}
+
+/// A running mount.
+pub struct Mounted {
+    pub(super) host: Arc<Host>,
+    plan: MountPlan,
+    fs: ModelFs,
+    gate: Arc<dyn HotGate>,
+    versions: Versions,
+    revoker: Arc<Revoker>,
+    attachment: Attachment,
+    ready: Ready,
+    pub(super) started: Instant,
+    /// The kernel has closed the connection.
+    session_over: (Mutex<bool>, Condvar),
+    profiling: Mutex<Option<Profiling>>,
+    control: Mutex<Option<ControlServer>>,
+    /// What looks after the mount: watchers of idleness, keys and versions.
+    tasks: Mutex<Vec<JoinHandle<()>>>,
+    /// Held while it ends.
+    outcome: Mutex<Option<Result<()>>>,
+    hurry: AtomicBool,
+    gone: watch::Sender<bool>,
+}
+
+impl Mounted {
+    pub(super) fn start(
+        host: &Arc<Host>,
+        plan: MountPlan,
+        may_enter: impl FnOnce() -> Result<()>,
+    ) -> Result<Arc<Mounted>> {
+        let subject = subject(&plan);
+        Mounted::begin(host, plan, may_enter).inspect_err(|error| {
+            let events = &host.telemetry.events;
+            if let Some(hostile) = Event::of_hostile(error) {
+                events.tell(&hostile.subject(subject.clone()));
+            }
+            events.tell(&Event::new(Kind::Mount).severity(Severity::Medium).subject(subject).error(error));
+        })
+    }
+
+    fn begin(host: &Arc<Host>, mut plan: MountPlan, may_enter: impl FnOnce() -> Result<()>) -> Result<Arc<Mounted>> {
+        if !host.alone && plan.lock_when_idle.is_some() {
+            refuse!(Usage, "lock-when-idle is for a mount of its own process; this one shares its models with others");
+        }
+        plan.access.store.telemetry = host.telemetry.clone();
+        reading::connect(&mut plan.access)?;
+        let tenant = host.pool.tenant(&plan.store);
+        let (shown, versions) = host.handle.block_on(models::open(&plan, tenant))?;
+        let objects = shown.iter().flat_map(|one| one.model.manifest.objects());
+        let chunk_bytes = 1 << objects.map(|object| object.layout.chunk_log2()).max().unwrap_or(CHUNK_LOG2_DEFAULT);
+        let fetches_max = host.cache.limits().fetches_max as u64;
+        let deadline = read_deadline(&plan.access.store, fetches_max, chunk_bytes);
+        let reader = Reader::sharing(host.cache.clone(), deadline, host.gather.clone());
+        let layout = if plan.versions { Layout::Versions } else { Layout::Plain };
+        let vfs = Vfs::with_layout(layout, shown, ownership(&plan), host.cache.clone())?;
+        let policy = plan.policy.as_deref().map(Policy::read).transpose()?;
+        let behaviour = Behaviour { open: plan.open, no_page_cache: plan.no_page_cache };
+        let fs = ModelFs::new(vfs, reader, behaviour, host.handle.clone());
+
+        fs.set_place(Place {
+            mountpoint: plan.mountpoint.clone(),
+            store: plan.store.to_string(),
+            service_account: plan.service_account.clone(),
+        });
+
+        fs.set_policy(policy);
+        if admits(&plan).no_pickles() {
+            fs.refuse_pickles();
+        }
+        let look = MountLook { source: plan.source.clone(), allow_other: plan.allow_other };
+        let gate = fs.gate();
+        host.cache.add_gate(gate.clone());
+        let proven = host.handle.block_on(ready::prove(&plan, &fs.vfs().shown(), &host.cache));
+        // Before anybody can read it: what must be recorded and cannot is not mounted.
+        let mut shown = fs.vfs().shown().into_iter();
+        let recorded = proven.and_then(|()| {
+            shown.try_for_each(|one| {
+                let place = subject(&plan);
+                let subject = Subject { mountpoint: place.mountpoint, store: place.store, ..one.model.subject() };
+                let actor = Actor { service_account: plan.service_account.clone(), ..Actor::default() };
+                host.telemetry.events.emit(&Event::new(Kind::Mount).actor(actor).subject(subject))
+            })
+        });
+        let attached = recorded.and_then(|()| may_enter()).and_then(|()| match &plan.given {
+            Some(given) => attach::attach_given(fs.clone(), given, &look),
+            None => attach::attach(fs.clone(), &plan.mountpoint, &look),
+        });
+        let (session, attachment) = attached.inspect_err(|_| {
+            host.cache.remove_gate(&gate);
+            host.wipe(versions.close());
+        })?;
+        let ready = Ready {
+            mountpoint: attachment.mountpoint().to_owned(),
+            models: current_models(&fs).iter().map(|model| model.name.clone()).collect(),
+            passthrough: fs.passthrough(),
+        };
+        let mounted = Arc::new(Mounted {
+            host: host.clone(),
+            revoker: Revoker::new(fs.clone(), plan.store.clone(), plan.access.clone(), host.handle.clone()),
+            plan,
+            fs,
+            gate,
+            versions,
+            attachment,
+            ready,
+            started: Instant::now(),
+            session_over: (Mutex::new(false), Condvar::new()),
+            profiling: Mutex::default(),
+            control: Mutex::default(),
+            tasks: Mutex::default(),
+            outcome: Mutex::default(),
+            hurry: AtomicBool::new(false),
+            gone: watch::Sender::new(false),
+        });
+        let watched = mounted.clone();
+        std::thread::Builder::new()
+            .name("session".into())
+            .spawn(move || {
+                if let Err(error) = session.join() {
+                    tracing::warn!("the kernel's session ended with {error}");
+                }
+                watched.session_ended();
+            })
+            .map_err(|e| Error::new(Code::Host, "cannot start the session thread").with_source(e))?;
+        mounted.look_after();
+        Ok(mounted)
+    }
+
+    /// Everything that goes on beside the kernel's requests.
+    fn look_after(self: &Arc<Self>) {
+        let rules = control::Rules { roles: self.host.oversight.roles.clone(), telemetry: self.host.telemetry.clone() };
+        match control::serve(self.mountpoint(), self.clone(), rules) {
+            Ok(control) => *self.control.lock().expect("a thread died holding the control socket") = Some(control),
+            // The mount is there and useful; only `modelfs status` and `modelfs umount` will not find it.
+            Err(error) => tracing::warn!("no control socket: {}", error.chain()),
+        }
+        self.answer_beside();
+        self.tell_what_costs_speed();
+        let mut tasks = Vec::new();
+        if let Some(limit) = self.plan.lock_when_idle {
+            tasks.push(self.revoker.lock_when_idle(limit));
+        }
+        if let (OnKeyLoss::Lock, Some(vault)) = (self.plan.on_key_loss, &self.plan.access.connected) {
+            let lost = |state: &VaultState| match state {
+                VaultState::Lost { why } => Some(why.chain()),
+                VaultState::Idle | VaultState::Live { .. } | VaultState::Away { .. } | VaultState::Sealed { .. } => {
+                    None
+                }
+            };
+            tasks.push(if self.host.alone {
+                self.revoker.lock_when_lost(vault.watch(), lost)
+            } else {
+                self.refuse_when_lost(vault.watch(), lost)
+            });
+        }
+        if self.plan.policy.is_some() {
+            tasks.push(self.every(BLOCKS_LOOK, |mounted| mounted.fs.expire_blocks()));
+        }
+        if let Some(period) = self.versions.sweep_period() {
+            tasks.push(self.every(period, |mounted| mounted.versions.sweep(&mounted.fs)));
+        }
+        self.tasks.lock().expect("a thread died holding the tasks").extend(tasks);
+        if let Some(path) = &self.plan.profile {
+            let profiling = Profiling::start(path, &self.fs, &self.host.handle);
+            *self.profiling.lock().expect("a thread died holding the profiling") = Some(profiling);
+        }
+    }
+
+    /// Does `work`, which may block, again and again for as long as the mount is there.
+    fn every(self: &Arc<Self>, period: Duration, work: fn(&Mounted)) -> JoinHandle<()> {
+        let weak = Arc::downgrade(self);
+        self.host.handle.spawn(async move {
+            loop {
+                tokio::time::sleep(period).await;
+                let Some(mounted) = weak.upgrade() else { return };
+                // Ends with the runtime; a panic in there was told where it happened.
+                let _ = tokio::task::spawn_blocking(move || work(&mounted)).await;
+            }
+        })
+    }
+
+    /// Metrics and health of a process that is one mount, where no other place was asked for: beside the control socket.
+    fn answer_beside(&self) {
+        if !self.host.alone || self.host.oversight.http.is_some() {
+            return;
+        }
+        let control = self.control.lock().expect("a thread died holding the control socket");
+        let Some(beside) = control.as_ref().map(|control| control.path().with_extension(control::HTTP_EXTENSION))
+        else {
+            return;
+        };
+        drop(control);
+        if let Err(error) = self.host.open_server(&HttpPlan::Unix(beside)) {
+            tracing::warn!("no socket for metrics: {}", error.chain());
+        }
+    }
+
+    /// Where versions are shared a lost key ends one mount's right, not the others'.
+    fn refuse_when_lost(
+        self: &Arc<Self>,
+        mut state: watch::Receiver<VaultState>,
+        lost: impl Fn(&VaultState) -> Option<String> + Send + 'static,
+    ) -> JoinHandle<()> {
+        let weak = Arc::downgrade(self);
+        self.host.handle.spawn(async move {
+            loop {
+                let why = lost(&state.borrow_and_update());
+                let Some(mounted) = weak.upgrade() else { return };
+                if let Some(why) = why {
+                    let refusing = tokio::task::spawn_blocking(move || mounted.refuse(Some(&why)));
+                    let _ = refusing.await;
+                } else {
+                    drop(mounted);
+                }
+                if state.changed().await.is_err() {
+                    return;
+                }
+            }
+        })
+    }
+
+    pub fn ready(&self) -> &Ready {
+        &self.ready
+    }
+
+    pub fn plan(&self) -> &MountPlan {
+        &self.plan
+    }
+
+    pub fn mountpoint(&self) -> &Path {
+        self.attachment.mountpoint()
+    }
+
+    pub fn fs(&self) -> &ModelFs {
+        &self.fs
+    }
+
+    /// Whether it is still in the mount table of this process.
+    pub fn is_mounted(&self) -> bool {
+        !*self.gone.borrow() && self.attachment.is_mounted()
+    }
+
+    /// Becomes true when the mount has ended, whoever ended it.
+    pub fn gone(&self) -> watch::Receiver<bool> {
+        self.gone.subscribe()
+    }
+
+    /// Refuses opens and reads through the daemon on this mount alone (EACCES), until called with `None`. What programs have
+    /// open or mapped past the daemon they keep. Blocking for as long as the kernel takes to drop cached pages.
+    pub fn refuse(&self, why: Option<&str>) {
+        let was = self.fs.refuses_all();
+        self.fs.refuse_all(why.is_some());
+        if why.is_some() {
+            self.fs.drop_all_pages();
+        }
+        let mountpoint = self.mountpoint().display();
+        match why {
+            Some(why) if !was => {
+                tracing::warn!("{mountpoint} refuses its readers: {why}");
+                self.tell(Event::new(Kind::Lock).severity(Severity::High).detail(why));
+            }
+            None if was => {
+                tracing::warn!("{mountpoint} serves its readers again");
+                self.tell(Event::new(Kind::Unlock));
+            }
+            Some(_) | None => {}
+        }
+    }
+
+    /// What happened to this mount as a whole.
+    fn tell(&self, event: Event) {
+        self.host.telemetry.events.tell(&event.subject(subject(&self.plan)));
+    }
+
+    /// Proves once more, by a new login and with keys read anew, that this mount's own access opens every version it shows.
+    /// Secrets of a login that came by the environment were used up at the mount. Blocking.
+    ///
+    /// # Errors
+    /// What refused it; the mount stays as it is.
+    pub fn recheck(&self) -> Result<()> {
+        let mut access = self.plan.access.clone();
+        access.connected = None;
+        let vault = reading::connect(&mut access)?;
+        let opens = self
+            .revoker
+            .opener(access)
+            .and_then(|opener| self.fs.vfs().models().iter().try_for_each(|model| opener(model).map(drop)));
+        if let Some(Err(failed)) = vault.map(|vault| vault.revoke_self()) {
+            tracing::debug!("our Vault token ends by itself: {}", failed.chain());
+        }
+        opens
+    }
+
+    /// Reads the policy again, then resolves again what was asked for and shows what is newer ([`Versions::reload`]). A policy
+    /// that is refused changes nothing; one that is good is in force whatever becomes of the versions.
+    ///
+    /// # Errors
+    /// `USAGE` for a policy with a mistake in it; `LOCKED`; what [`Versions::reload`] refuses.
+    pub fn reload(&self, model: Option<&str>) -> Result<Value> {
+        let policy = match (&self.plan.policy, model) {
+            (Some(path), None) => Some(self.reload_policy(path)?),
+            // A model's name asks for its versions alone.
+            (Some(_) | None, _) => None,
+        };
+        if let (Some(policy), false) = (&policy, self.plan.versions) {
+            return Ok(json!({ "models": [], "policy": policy }));
+        }
+        let mut answer = match self.reload_versions(model) {
+            Ok(answer) => answer,
+            Err(error) if policy.is_some() => {
+                return Err(error.context("the policy is in force, the versions are not new"));
+            }
+            Err(error) => return Err(error),
+        };
+        if let (Some(policy), Value::Object(answer)) = (policy, &mut answer) {
+            answer.insert("policy".into(), policy);
+        }
+        Ok(answer)
+    }
+
+    fn reload_policy(&self, path: &Path) -> Result<Value> {
+        let place = || Subject {
+            mountpoint: Some(self.mountpoint().to_owned()),
+            store: Some(self.plan.store.to_string()),
+            ..Subject::default()
+        };
+        let event = Event::new(Kind::Configuration).subject(place());
+        let policy = match Policy::read(path) {
+            Ok(policy) => policy,
+            Err(error) => {
+                let error = error.context("the policy stays as it was");
+                self.host.telemetry.events.tell(&event.severity(Severity::Medium).error(&error));
+                return Err(error);
+            }
+        };
+        let rules = policy.rules.len();
+        self.fs.set_policy(Some(policy));
+        tracing::warn!(rules, "policy {} is in force", path.display());
+        let event =
+            event.severity(Severity::Medium).detail(format!("policy {} is in force, {rules} rules", path.display()));
+        self.host.telemetry.events.tell(&event);
+        Ok(json!({ "path": path, "rules": rules }))
+    }
+
+    fn reload_versions(&self, model: Option<&str>) -> Result<Value> {
+        if self.fs.vfs().models().iter().any(|model| model.is_locked()) {
+            refuse!(Locked, "the mount is locked, and shows no new version either; `modelfs unlock` first");
+        }
+        notify::service().reloading();
+        let outcome = self.versions.reload(model, &self.fs, &self.host.handle);
+        notify::service().ready(&match &outcome {
+            Ok(_) => self.told(),
+            Err(error) => format!("{}; not reloaded: {}", self.told(), error.chain()),
+        });
+        match &outcome {
+            Ok(_) => {
+                for one in self.fs.vfs().shown().into_iter().filter(|one| one.current) {
+                    let place = subject(&self.plan);
+                    let subject = Subject { mountpoint: place.mountpoint, store: place.store, ..one.model.subject() };
+                    self.host.telemetry.events.tell(&Event::new(Kind::Reload).subject(subject).detail("current now"));
+                }
+            }
+            Err(error) => {
+                if let Some(hostile) = Event::of_hostile(error) {
+                    self.tell(hostile);
+                }
+                self.tell(Event::new(Kind::Reload).severity(Severity::Medium).error(error));
+            }
+        }
+        outcome
+    }
+
+    /// What it serves, in a line for `systemctl status`.
+    pub fn told(&self) -> String {
+        ready::status(self.mountpoint(), &self.fs.vfs().shown())
+    }
+
+    /// Ends the grace of an `unmount` that is under way.
+    pub fn hurry(&self) {
+        self.hurry.store(true, Ordering::SeqCst);
+    }
+
+    /// Unmounts, or detaches when programs still hold files after `grace`, and wipes what no other mount shows. Whoever
+    /// comes second gets the first one's answer. Blocking: from a thread outside the runtime, or a blocking one.
+    ///
+    /// # Errors
+    /// `HELD` naming who still held files; `HOST` if the kernel refused: then it is still mounted.
+    pub fn unmount(&self, grace: Duration) -> Result<()> {
+        let mut outcome = self.outcome.lock().expect("a thread died ending the mount");
+        if let Some(known) = &*outcome {
+            return known.clone();
+        }
+        if self.attachment.is_given() {
+            // It stays in the tree until whoever made it takes it off: nothing may be left in the kernel's pages.
+            self.fs.refuse_all(true);
+            self.fs.drop_all_pages();
+        }
+        let deadline = Instant::now() + grace;
+        let mut unmounted = self.attachment.unmount()?;
+        while !unmounted && Instant::now() < deadline && !self.hurry.load(Ordering::SeqCst) {
+            std::thread::sleep(HOLD_POLL);
+            unmounted = self.attachment.unmount()?;
+        }
+        let holders = if unmounted { Vec::new() } else { control::holders(self.mountpoint()) };
+        if !unmounted {
+            self.attachment.detach()?;
+        }
+        let ended = self.wipe(unmounted, &holders);
+        self.tell(match &ended {
+            Ok(()) => Event::new(Kind::Unmount),
+            Err(held) => Event::new(Kind::Unmount).severity(Severity::Medium).error(held),
+        });
+        *outcome = Some(ended.clone());
+        self.gone.send_replace(true);
+        ended
+    }
+
+    /// The mount is out of the tree: nothing of it goes on.
+    fn wipe(&self, unmounted: bool, holders: &[control::Holder]) -> Result<()> {
+        if let Some(profiling) = self.profiling.lock().expect("a thread died holding the profiling").take() {
+            profiling.stop();
+        }
+        for task in self.tasks.lock().expect("a thread died holding the tasks").drain(..) {
+            task.abort();
+        }
+        let over = unmounted && self.wait_session_over();
+        if !over {
+            self.fs.refuse_all(true);
+        }
+        let last = self.versions.close();
+        self.fs.drop_backings(over);
+        let (wiped_bytes, held_bytes) = self.host.wipe(last);
+        tracing::info!(wiped_bytes, held_bytes, "wiped");
+        if let Some(credentials) = &self.plan.access.store.credentials {
+            credentials.close();
+        }
+        if let Some(vault) = &self.plan.access.connected
+            && let Err(failed) = vault.revoke_self()
+        {
+            tracing::debug!("our Vault token ends by itself: {}", failed.chain());
+        }
+        self.host.forget(self);
+        // Before the answer is given: whoever hears it may mount again at once. Not closed yet: that waits for replies under
+        // way, of which one may be ours.
+        if let Some(control) = &*self.control.lock().expect("a thread died holding the control socket") {
+            control.retire();
+            self.host.retire_server();
+        }
+        if unmounted && held_bytes == 0 {
+            return Ok(());
+        }
+        Err(Error::new(
+            Code::Held,
+            format!(
+                "{} was detached while in use: {}; {held_bytes} bytes stay in memory until they are let go, all else is \
+                 wiped",
+                self.mountpoint().display(),
+                control::tell_holders(holders),
+            ),
+        ))
+    }
+
+    /// Lets replies on the control socket finish and closes it. Not from one of its threads.
+    pub(crate) fn close_control(&self) {
+        let mut control = self.control.lock().expect("a thread died holding the control socket");
+        // With the lock held: whoever comes second waits for the replies too.
+        drop(control.take());
+    }
+
+    fn wait_session_over(&self) -> bool {
+        let (over, told) = &self.session_over;
+        let over = over.lock().expect("a thread died ending the session");
+        *told.wait_timeout_while(over, SESSION_GRACE, |over| !*over).expect("a thread died ending the session").0
+    }
+
+    /// The kernel has closed the connection: we unmounted, or somebody else did, or the last holder of a detached mount let
+    /// go.
+    fn session_ended(&self) {
+        let (over, told) = &self.session_over;
+        *over.lock().expect("a thread died ending the session") = true;
+        told.notify_all();
+        if let Err(error) = self.unmount(Duration::ZERO) {
+            tracing::debug!("{}", error.chain());
+        }
+        self.fs.drop_backings(true);
+        self.host.cache.remove_gate(&self.gate);
+        self.close_control();
+    }
+
+    /// One line of the log: which rules of `modelfs doctor` find something at this mount.
+    fn tell_what_costs_speed(&self) {
+        let facts = doctor::Facts {
+            cache_bytes: self.host.cache.budget().total(),
+            mount: self.attachment.device_number().map(|device| doctor::MountFacts {
+                device,
+                passthrough: Some(self.fs.passthrough()),
+                huge_page_short_bytes: None,
+            }),
+            ..doctor::Facts::default()
+        };
+        let slow: Vec<String> = doctor::examine(Path::new("/"), &facts)
+            .into_iter()
+            .filter(|finding| finding.severity >= doctor::Severity::Warning && !finding.security)
+            .map(|finding| format!("{} ({})", finding.rule, finding.seen))
+            .collect();
+        if !slow.is_empty() {
+            let mountpoint = self.mountpoint().display();
+            tracing::info!("held back by {}; `modelfs doctor {mountpoint}` tells what to do", slow.join(", "));
+        }
+    }
+}
+
+impl ControlTarget for Mounted {
+    fn status(&self) -> Value {
+        let models: Vec<_> = self
+            .fs
+            .vfs()
+            .shown()
+            .iter()
+            .map(|shown| {
+                let model = &shown.model;
+                let header = model.manifest.header();
+                json!({
+                    "name": model.name,
+                    "version": header.seq,
+                    "current": shown.current,
+                    "manifest": format!("sha256:{}", model.digest),
+                    "files": model.manifest.files().len(),
+                    "bytes": model.manifest.total_size() as u64,
+                    "locked": model.is_locked(),
+                    "resident_bytes": self.host.cache.resident_bytes(model.serial),
+                })
+            })
+            .collect();
+        let own = json!({
+            "mountpoint": self.mountpoint(),
+            "store": self.plan.store.to_string(),
+            "uptime_seconds": self.started.elapsed().as_secs(),
+            "verify": match self.plan.verify { Verify::Strict => "strict", Verify::Aead => "aead" },
+            "versions": self.plan.versions,
+            "open_policy": self.plan.open.name(),
+            "passthrough": self.fs.passthrough(),
+            "refused": self.fs.refuses_all(),
+            "policy": self.plan.policy.as_ref().map(|path| json!({
+                "path": path,
+                "rules": self.fs.policy_rules(),
+            })),
+            "blocked": blocks_told(&self.fs),
+            "vault": self.plan.access.connected.as_ref().map(Vault::status),
+            "storage_credentials": self.plan.access.store.credentials.as_ref().map(|credentials| credentials.status()),
+            "open_handles": self.fs.open_handles(),
+            "models": models,
+        });
+        let (Value::Object(mut told), Value::Object(own)) = (self.host.status(), own) else {
+            unreachable!("both are objects")
+        };
+        told.extend(own);
+        Value::Object(told)
+    }
+
+    fn map(&self, asked: &MapRequest) -> Result<Value> {
+        control::map(&self.fs.vfs().shown(), &self.host.cache, asked)
+    }
+
+    fn access(&self, request: AccessRequest) -> Result<Value> {
+        self.revoker.answer(request, self.mountpoint())
+    }
+
+    fn reload(&self, model: Option<&str>) -> Result<Value> {
+        Mounted::reload(self, model)
+    }
+
+    fn stop(&self) -> Result<Value> {
+        self.unmount(HOLD_GRACE).map(|()| json!({ "unmounted": self.mountpoint() }))
+    }
+}
+
+/// Who is refused everything after too many denials.
+pub(super) fn blocks_told(fs: &ModelFs) -> Vec<Value> {
+    let told = |(who, why, left): (Blocked, String, Duration)| json!({ "session": who.to_string(), "seconds_left": left.as_secs(), "why": why });
+    fs.blocks().into_iter().map(told).collect()
+}
+
+/// The mount itself, whatever it shows.
+fn subject(plan: &MountPlan) -> Subject {
+    Subject { mountpoint: Some(plan.mountpoint.clone()), store: Some(plan.store.to_string()), ..Subject::default() }
+}
+
+/// The longest a read waits: what the store may take, and with limits on the origin its turn behind all that may be ahead.
+fn read_deadline(store: &StoreOptions, fetches_max: u64, chunk_bytes: u64) -> Duration {
+    let turn = store.limiter.as_ref().map_or(Duration::ZERO, |limiter| {
+        limiter.limits().longest_wait(fetches_max * PARTS_AHEAD_MAX, fetches_max * chunk_bytes)
+    });
+    store.patience.budget + READ_DEADLINE_SLACK + turn
+}
+
+fn ownership(plan: &MountPlan) -> Ownership {
+    // SAFETY: these calls only read this process's credentials.
+    let (own_uid, own_gid) = unsafe { (libc::geteuid(), libc::getegid()) };
+    // With other users about, files are for the owner and the group; alone, the bits change nothing.
+    let umask = plan.umask.map_or(if plan.allow_other { 0o227 } else { 0o222 }, |umask| (umask & 0o777) as u16);
+    Ownership { uid: plan.uid.unwrap_or(own_uid), gid: plan.gid.unwrap_or(own_gid), umask }
+}

@@ -1,0 +1,360 @@
+//! Who was denied how often, and who is refused everything for a while because of it.
+//!
+//! Counted by user, apart for each container and for those whose process cannot be seen: root of one container is not root of
+//! the host. And by control group, for a program that goes through many users: once several users of a group were denied, all
+//! of those are blocked, and everyone of the group with the next denial of his own. Whoever was denied nothing is not blocked
+//! by what others did. Clocks are the caller's.
+
+use std::collections::VecDeque;
+use std::num::NonZeroUsize;
+use std::time::{Duration, Instant};
+
+use lru::LruCache;
+
+/// Users, groups and blocks kept in mind at once.
+const TABLE_MAX: NonZeroUsize = NonZeroUsize::new(4096).expect("not zero");
+/// Users of one group kept in mind.
+const MEMBERS_MAX: usize = 256;
+/// Denials of one user and model closer together than this are one: a walk asks for a name several times.
+pub const ONE_DENIAL: Duration = Duration::from_secs(1);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DenialRules {
+    /// So many denials ...
+    pub count: u32,
+    /// ... in this time ...
+    pub within: Duration,
+    /// ... and everything is refused for this.
+    pub block: Duration,
+}
+
+impl DenialRules {
+    pub const COUNT_MAX: u32 = 1000;
+}
+
+impl Default for DenialRules {
+    fn default() -> DenialRules {
+        DenialRules { count: 5, within: Duration::from_secs(300), block: Duration::from_secs(3600) }
+    }
+}
+
+/// Where a user's process runs.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Where {
+    Host,
+    Container(String),
+    /// Gone, or of a pid namespace that is not shown here.
+    Unseen,
+}
+
+/// Whose denials are counted together.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Culprit {
+    pub uid: u32,
+    pub place: Where,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Blocked {
+    User(Culprit),
+    /// Its members that were denied something, now or later.
+    Cgroup(String),
+}
+
+impl std::fmt::Display for Blocked {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Blocked::User(Culprit { uid, place: Where::Host }) => write!(f, "uid={uid}"),
+            Blocked::User(Culprit { uid, place: Where::Container(id) }) => {
+                write!(f, "uid={uid} in container {}", id.get(..12).unwrap_or(id))
+            }
+            Blocked::User(Culprit { uid, place: Where::Unseen }) => write!(f, "uid={uid} out of sight"),
+            Blocked::Cgroup(path) => write!(f, "cgroup={path}"),
+        }
+    }
+}
+
+/// A block, as it begins or stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Block {
+    pub who: Blocked,
+    pub until: Instant,
+    /// In a sentence.
+    pub why: String,
+}
+
+/// What becomes of one denial.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Notice {
+    /// It is not part of one that was counted a moment ago.
+    pub counts: bool,
+    /// It is to be told, with how many before it that were not.
+    pub tell: Option<u64>,
+}
+
+struct Last {
+    since: Instant,
+    times: u32,
+    untold: u64,
+}
+
+#[derive(Default)]
+struct Group {
+    times: VecDeque<Instant>,
+    members: Vec<(Culprit, Instant)>,
+}
+
+/// The tables.
+pub struct Denials {
+    last: LruCache<(Culprit, String), Last>,
+    users: LruCache<Culprit, VecDeque<Instant>>,
+    groups: LruCache<String, Group>,
+    blocks: LruCache<Blocked, Block>,
+}
+
+impl Default for Denials {
+    fn default() -> Denials {
+        Denials {
+            last: LruCache::new(TABLE_MAX),
+            users: LruCache::new(TABLE_MAX),
+            groups: LruCache::new(TABLE_MAX),
+            blocks: LruCache::new(TABLE_MAX),
+        }
+    }
+}
+
+impl Denials {
+    /// Takes note of a denial; of those of one user and model within [`ONE_DENIAL`] one counts, and `told_max` are told.
+    pub fn note(&mut self, who: &Culprit, model: &str, told_max: u32, now: Instant) -> Notice {
+        let fresh = || Last { since: now, times: 0, untold: 0 };
+        let last = self.last.get_or_insert_mut((who.clone(), model.to_owned()), fresh);
+        if now.saturating_duration_since(last.since) >= ONE_DENIAL {
+            (last.since, last.times) = (now, 0);
+        }
+        last.times += 1;
+        let tell = if last.times <= told_max { Some(std::mem::take(&mut last.untold)) } else { None };
+        last.untold += u64::from(tell.is_none());
+        Notice { counts: last.times == 1, tell }
+    }
+
+    /// Counts one denial. The blocks that begin with it.
+    pub fn count(&mut self, rules: &DenialRules, who: &Culprit, cgroup: Option<&str>, now: Instant) -> Vec<Block> {
+        let mut begun = Vec::new();
+        let left = cgroup.and_then(|path| self.stands(&Blocked::Cgroup(path.to_owned()), now));
+        if let Some(left) = left {
+            let why = format!("denied in a control group that is blocked ({})", cgroup.unwrap_or_default());
+            self.begin(Blocked::User(who.clone()), now + left, why, &mut begun, now);
+            return begun;
+        }
+        let many = rules.count as usize;
+        let times = self.users.get_or_insert_mut(who.clone(), VecDeque::new);
+        note(times, rules.within, many, now);
+        if times.len() >= many {
+            times.clear();
+            let why = format!("denied {} times within {} s", rules.count, rules.within.as_secs());
+            self.begin(Blocked::User(who.clone()), now + rules.block, why, &mut begun, now);
+        }
+        if let Some(path) = cgroup {
+            let group = self.groups.get_or_insert_mut(path.to_owned(), Group::default);
+            note(&mut group.times, rules.within, many, now);
+            group
+                .members
+                .retain(|(member, last)| member != who && now.saturating_duration_since(*last) <= rules.within);
+            if group.members.len() >= MEMBERS_MAX {
+                group.members.remove(0);
+            }
+            group.members.push((who.clone(), now));
+            // One user alone is blocked by himself; more than one is a program that goes through users.
+            if group.times.len() >= many && group.members.len() > 1 {
+                let members = std::mem::take(&mut group.members);
+                group.times.clear();
+                let users = members.len();
+                let why =
+                    format!("{users} users of it denied {} times within {} s", rules.count, rules.within.as_secs());
+                self.begin(Blocked::Cgroup(path.to_owned()), now + rules.block, why.clone(), &mut begun, now);
+                for (member, _) in members {
+                    let why = format!("denied in control group {path}: {why}");
+                    self.begin(Blocked::User(member), now + rules.block, why, &mut begun, now);
+                }
+            }
+        }
+        begun
+    }
+
+    fn begin(&mut self, who: Blocked, until: Instant, why: String, begun: &mut Vec<Block>, now: Instant) {
+        if self.stands(&who, now).is_some() {
+            return;
+        }
+        let block = Block { who: who.clone(), until, why };
+        begun.push(block.clone());
+        self.blocks.put(who, block);
+    }
+
+    fn stands(&self, who: &Blocked, now: Instant) -> Option<Duration> {
+        self.blocks.peek(who)?.until.checked_duration_since(now).filter(|left| !left.is_zero())
+    }
+
+    /// How much longer this user is refused everything.
+    pub fn blocked(&self, who: &Culprit, now: Instant) -> Option<Duration> {
+        if self.blocks.is_empty() {
+            return None;
+        }
+        self.stands(&Blocked::User(who.clone()), now)
+    }
+
+    /// Every block that stands.
+    pub fn standing(&self, now: Instant) -> Vec<Block> {
+        self.blocks.iter().map(|(_, block)| block.clone()).filter(|block| block.until > now).collect()
+    }
+
+    /// Takes out what is over, and tells of it.
+    pub fn expire(&mut self, now: Instant) -> Vec<Block> {
+        self.take(|block| block.until <= now)
+    }
+
+    /// Lifts blocks; whoever was blocked begins anew.
+    pub fn lift(&mut self, wanted: impl Fn(&Blocked) -> bool) -> Vec<Block> {
+        let lifted = self.take(|block| wanted(&block.who));
+        for block in &lifted {
+            match &block.who {
+                Blocked::User(who) => drop(self.users.pop(who)),
+                Blocked::Cgroup(path) => drop(self.groups.pop(path)),
+            }
+        }
+        lifted
+    }
+
+    fn take(&mut self, wanted: impl Fn(&Block) -> bool) -> Vec<Block> {
+        let over: Vec<Blocked> =
+            self.blocks.iter().filter(|(_, block)| wanted(block)).map(|(who, _)| who.clone()).collect();
+        over.iter().filter_map(|who| self.blocks.pop(who)).collect()
+    }
+
+    pub fn has_blocks(&self) -> bool {
+        !self.blocks.is_empty()
+    }
+}
+
+/// Keeps what is not older than `within`, `most` of it, and adds `now`.
+fn note(times: &mut VecDeque<Instant>, within: Duration, most: usize, now: Instant) {
+    times.retain(|time| now.saturating_duration_since(*time) <= within);
+    while times.len() >= most.max(1) {
+        times.pop_front();
+    }
+    times.push_back(now);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RULES: DenialRules =
+        DenialRules { count: 5, within: Duration::from_secs(300), block: Duration::from_secs(3600) };
+
+    fn host(uid: u32) -> Culprit {
+        Culprit { uid, place: Where::Host }
+    }
+
+    fn s(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    #[test]
+    fn five_denials_within_five_minutes_block_for_an_hour_and_four_do_not() {
+        let (mut denials, start) = (Denials::default(), Instant::now());
+        for number in 0..4 {
+            assert!(denials.count(&RULES, &host(1000), None, start + s(number)).is_empty());
+        }
+        assert_eq!(denials.blocked(&host(1000), start + s(4)), None);
+        // The first has been forgotten by then.
+        assert!(denials.count(&RULES, &host(1000), None, start + s(301)).is_empty());
+        let begun = denials.count(&RULES, &host(1000), None, start + s(301));
+        assert_eq!(begun.len(), 1, "{begun:?}");
+        assert_eq!(begun[0].who.to_string(), "uid=1000");
+        assert_eq!(denials.blocked(&host(1000), start + s(302)), Some(s(3599)));
+        assert_eq!(denials.blocked(&host(1001), start + s(302)), None);
+        assert_eq!(denials.blocked(&host(1000), start + s(301 + 3600)), None);
+        assert_eq!(denials.expire(start + s(301 + 3599)), []);
+        assert_eq!(denials.expire(start + s(301 + 3600)), begun);
+        assert!(!denials.has_blocks());
+    }
+
+    #[test]
+    fn root_of_a_container_is_not_root_of_the_host() {
+        let (mut denials, now) = (Denials::default(), Instant::now());
+        let inside = Culprit { uid: 0, place: Where::Container("3f2a".repeat(16)) };
+        let begun: Vec<Block> = (0..5).flat_map(|_| denials.count(&RULES, &inside, None, now)).collect();
+        assert_eq!(begun[0].who.to_string(), "uid=0 in container 3f2a3f2a3f2a");
+        assert!(denials.blocked(&inside, now).is_some());
+        for other in [Where::Host, Where::Unseen, Where::Container("b".repeat(64))] {
+            assert_eq!(denials.blocked(&Culprit { uid: 0, place: other }, now), None);
+        }
+    }
+
+    #[test]
+    fn a_program_that_goes_through_users_is_stopped_and_its_innocent_neighbours_are_not() {
+        let (mut denials, now) = (Denials::default(), Instant::now());
+        let begun: Vec<Block> =
+            (2000..2005).flat_map(|uid| denials.count(&RULES, &host(uid), Some("/s"), now)).collect();
+        let told: Vec<String> = begun.iter().map(|block| block.who.to_string()).collect();
+        assert_eq!(told, ["cgroup=/s", "uid=2000", "uid=2001", "uid=2002", "uid=2003", "uid=2004"]);
+        assert_eq!(denials.blocked(&host(3000), now), None, "never denied anything");
+        // The next one it tries is blocked by his first denial.
+        let next = denials.count(&RULES, &host(2005), Some("/s"), now + s(1000));
+        assert_eq!(next.len(), 1);
+        assert_eq!(denials.blocked(&host(2005), now + s(1000)), Some(s(2600)), "for as long as the group");
+        assert!(denials.count(&RULES, &host(2006), Some("/other"), now + s(1000)).is_empty());
+    }
+
+    #[test]
+    fn one_user_alone_blocks_no_group() {
+        let (mut denials, now) = (Denials::default(), Instant::now());
+        let begun: Vec<Block> = (0..20).flat_map(|_| denials.count(&RULES, &host(1), Some("/s"), now)).collect();
+        assert!(begun.iter().all(|block| block.who == Blocked::User(host(1))), "{begun:?}");
+        assert!(denials.count(&RULES, &host(2), Some("/other"), now).is_empty());
+        assert_eq!(denials.blocked(&host(2), now), None);
+    }
+
+    #[test]
+    fn one_walk_is_one_denial_and_every_model_counts() {
+        let (mut denials, now) = (Denials::default(), Instant::now());
+        let mut note = |uid, model: &str, at| {
+            let Notice { counts, tell } = denials.note(&host(uid), model, 2, at);
+            (counts, tell)
+        };
+        assert_eq!(note(1, "a", now), (true, Some(0)));
+        assert_eq!(note(1, "a", now + Duration::from_millis(5)), (false, Some(0)));
+        assert_eq!(note(1, "b", now), (true, Some(0)));
+        assert_eq!(note(2, "a", now), (true, Some(0)));
+        // Beyond what is told, how many it were is told with the next.
+        assert_eq!(note(1, "a", now + Duration::from_millis(6)), (false, None));
+        assert_eq!(note(1, "a", now + Duration::from_millis(7)), (false, None));
+        assert_eq!(note(1, "a", now + ONE_DENIAL), (true, Some(2)));
+    }
+
+    #[test]
+    fn who_is_let_in_begins_anew() {
+        let (mut denials, now) = (Denials::default(), Instant::now());
+        for _ in 0..7 {
+            denials.count(&RULES, &host(1), None, now);
+        }
+        assert_eq!(denials.lift(|who| *who == Blocked::User(host(1))).len(), 1);
+        assert_eq!(denials.blocked(&host(1), now), None);
+        for _ in 0..4 {
+            assert!(denials.count(&RULES, &host(1), None, now).is_empty());
+        }
+    }
+
+    #[test]
+    fn the_tables_are_bounded() {
+        let (mut denials, now) = (Denials::default(), Instant::now());
+        let rules = DenialRules { count: 1, ..RULES };
+        for uid in 0..3 * TABLE_MAX.get() as u32 {
+            denials.note(&host(uid), "m", 1, now);
+            denials.count(&rules, &host(uid), Some(&format!("/{uid}")), now);
+        }
+        let most = TABLE_MAX.get();
+        assert_eq!(denials.blocks.len(), most);
+        assert!(denials.users.len() <= most && denials.groups.len() <= most && denials.last.len() <= most);
+    }
+}

@@ -1,0 +1,371 @@
+//! One asker, one model, the first rule that fits.
+//!
+//! A rule may turn on what only a visible process tells (supplementary groups, cgroup, container, pod). Where that cannot be
+//! seen, whether the rule fits is unknown: then it grants nothing, and what it takes away it takes away. So the answer is the
+//! least that any process behind the request could get.
+
+use super::denials::{Culprit, Where};
+use super::{Limits, Policy};
+use crate::keys::Glob;
+use crate::processes::Seen;
+
+/// What an asker may do with a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum May {
+    /// It is not listed and not found.
+    None,
+    /// Names, sizes and dates; an open is EACCES.
+    See,
+    Read,
+}
+
+impl May {
+    pub const ALL: [May; 3] = [May::None, May::See, May::Read];
+
+    pub const fn name(self) -> &'static str {
+        match self {
+            May::None => "none",
+            May::See => "see",
+            May::Read => "read",
+        }
+    }
+}
+
+/// Whoever asks, as the kernel says it with the request.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Asker {
+    pub uid: u32,
+    pub gid: u32,
+    /// `None`: gone, or of a pid namespace that is not shown here.
+    pub seen: Option<Seen>,
+    /// Of the mount, where it is a pod's.
+    pub service_account: Option<String>,
+}
+
+impl Asker {
+    /// With whom this one's denials are counted. A container's id that the user may have made up is none.
+    pub fn culprit(&self) -> Culprit {
+        let place = match &self.seen {
+            None => Where::Unseen,
+            Some(seen) => match &seen.container {
+                Some(id) if !seen.cgroup.as_deref().is_some_and(is_a_users_own) => Where::Container(id.clone()),
+                Some(_) | None => Where::Host,
+            },
+        };
+        Culprit { uid: self.uid, place }
+    }
+}
+
+/// What the kernel shows in place of a group that has no number here: it says nothing of who somebody is.
+const NO_GROUP: u32 = 65_534;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fits {
+    Yes,
+    No,
+    Unknown,
+}
+
+/// Whom a rule is about. Every kind that is named must fit; within a kind one entry is enough.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Who {
+    pub everybody: bool,
+    pub uids: Vec<u32>,
+    pub gids: Vec<u32>,
+    /// Absolute paths: the control group itself and all below it.
+    pub cgroups: Vec<String>,
+    /// Ids, or their first twelve or more digits.
+    pub containers: Vec<String>,
+    pub pods: Vec<String>,
+    pub service_accounts: Vec<String>,
+}
+
+impl Who {
+    /// Whether anything is said of whom it is about.
+    pub fn is_anybody(&self) -> bool {
+        self.everybody || *self != Who::default()
+    }
+
+    /// Whether /proc has to be asked.
+    fn needs_process(&self) -> bool {
+        !(self.gids.is_empty() && self.cgroups.is_empty() && self.containers.is_empty() && self.pods.is_empty())
+    }
+
+    fn fits(&self, asker: &Asker) -> Fits {
+        let of_uid = known(self.uids.is_empty() || self.uids.contains(&asker.uid));
+        let account = |account: &String| self.service_accounts.contains(account);
+        let of_account = known(self.service_accounts.is_empty() || asker.service_account.as_ref().is_some_and(account));
+        let of_group = if self.gids.is_empty() || self.gids.contains(&asker.gid) {
+            Fits::Yes
+        } else {
+            if_seen(asker, |seen| known(seen.groups.iter().any(|gid| *gid != NO_GROUP && self.gids.contains(gid))))
+        };
+        let of_cgroup = when(&self.cgroups, asker, |seen| {
+            known(seen.cgroup.as_deref().is_some_and(|path| self.cgroups.iter().any(|above| is_below(path, above))))
+        });
+        // A user who is given a part of the control groups names groups in it as he likes: there an id is worth no more
+        // than his own word, unless the rule names him.
+        let believed = |seen: &Seen| !self.uids.is_empty() || !seen.cgroup.as_deref().is_some_and(is_a_users_own);
+        let by_id = |seen: &Seen, id: &Option<String>, fits: &dyn Fn(&str) -> bool| match id.as_deref() {
+            Some(id) if fits(id) => {
+                if believed(seen) {
+                    Fits::Yes
+                } else {
+                    Fits::Unknown
+                }
+            }
+            Some(_) | None => Fits::No,
+        };
+        let of_container = when(&self.containers, asker, |seen| {
+            by_id(seen, &seen.container, &|id| self.containers.iter().any(|start| id.starts_with(start.as_str())))
+        });
+        let of_pod =
+            when(&self.pods, asker, |seen| by_id(seen, &seen.pod, &|id| self.pods.iter().any(|pod| pod == id)));
+        let all = [of_uid, of_account, of_group, of_cgroup, of_container, of_pod];
+        if all.contains(&Fits::No) {
+            Fits::No
+        } else if all.contains(&Fits::Unknown) {
+            Fits::Unknown
+        } else {
+            Fits::Yes
+        }
+    }
+}
+
+const fn known(yes: bool) -> Fits {
+    if yes { Fits::Yes } else { Fits::No }
+}
+
+fn if_seen(asker: &Asker, look: impl Fn(&Seen) -> Fits) -> Fits {
+    asker.seen.as_ref().map_or(Fits::Unknown, look)
+}
+
+fn when(named: &[String], asker: &Asker, look: impl Fn(&Seen) -> Fits) -> Fits {
+    if named.is_empty() { Fits::Yes } else { if_seen(asker, look) }
+}
+
+fn is_below(path: &str, above: &str) -> bool {
+    let above = above.trim_end_matches('/');
+    path.strip_prefix(above).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+}
+
+/// Below `user@UID.service` systemd lets a user make control groups of any name.
+fn is_a_users_own(cgroup: &str) -> bool {
+    cgroup.split('/').any(|part| part.starts_with("user@") && part.ends_with(".service"))
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rule {
+    /// For people and the audit log.
+    pub name: String,
+    pub who: Who,
+    pub models: Vec<Glob>,
+    pub may: May,
+    /// Instead of the policy's own.
+    pub limits: Option<Limits>,
+}
+
+/// The answer, and the number of the rule that gave it; `None`: no rule fits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Verdict {
+    pub may: May,
+    pub rule: Option<usize>,
+}
+
+impl Policy {
+    pub fn judge(&self, asker: &Asker, model: &str) -> Verdict {
+        let mut most = May::Read;
+        for (number, rule) in self.rules.iter().enumerate() {
+            if !rule.models.iter().any(|glob| glob.matches(model)) {
+                continue;
+            }
+            match rule.who.fits(asker) {
+                Fits::No => {}
+                Fits::Unknown => most = most.min(rule.may),
+                Fits::Yes => return Verdict { may: rule.may.min(most), rule: Some(number) },
+            }
+        }
+        Verdict { may: May::None, rule: None }
+    }
+
+    /// Whether any rule turns on more than the kernel says with a request.
+    pub fn needs_process(&self) -> bool {
+        self.rules.iter().any(|rule| rule.who.needs_process())
+    }
+
+    /// The limits that hold for whom this rule lets in.
+    pub fn limits_of(&self, rule: Option<usize>) -> &Limits {
+        rule.and_then(|rule| self.rules.get(rule)?.limits.as_ref()).unwrap_or(&self.limits)
+    }
+
+    /// How a rule is called in a sentence.
+    pub fn told(&self, rule: Option<usize>) -> String {
+        match rule {
+            Some(number) => format!("rule {} ({})", number + 1, self.rules[number].name),
+            None => "no rule".into(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn policy(rules: &str) -> Policy {
+        Policy::parse(rules).unwrap_or_else(|error| panic!("{rules}: {}", error.chain()))
+    }
+
+    fn host(uid: u32, gid: u32, groups: &[u32]) -> Asker {
+        let seen = Seen { pid: 7, uid, groups: groups.to_vec(), cgroup: Some("/".into()), ..Seen::default() };
+        Asker { uid, gid, seen: Some(seen), service_account: None }
+    }
+
+    fn unseen(uid: u32, gid: u32) -> Asker {
+        Asker { uid, gid, seen: None, service_account: None }
+    }
+
+    fn may(policy: &Policy, asker: &Asker, model: &str) -> May {
+        policy.judge(asker, model).may
+    }
+
+    #[test]
+    fn what_no_rule_grants_is_denied_and_the_first_rule_that_fits_decides() {
+        let policy = policy(
+            "[[rule]]\nuids = [1003]\nmodels = [\"acme/*\"]\nmay = \"none\"\n\
+             [[rule]]\ngids = [4300]\nmodels = [\"acme/*\"]\nmay = \"read\"\n\
+             [[rule]]\neverybody = true\nmodels = [\"acme/open\"]\nmay = \"see\"\n",
+        );
+        assert_eq!(may(&policy, &host(1000, 4300, &[]), "acme/secret"), May::Read);
+        assert_eq!(may(&policy, &host(1003, 4300, &[]), "acme/secret"), May::None, "taken out before the group");
+        assert_eq!(may(&policy, &host(1000, 1000, &[]), "acme/secret"), May::None);
+        assert_eq!(may(&policy, &host(1000, 1000, &[]), "acme/open"), May::See);
+        assert_eq!(may(&policy, &host(0, 0, &[]), "acme/secret"), May::None, "root like anybody");
+        assert_eq!(policy.judge(&host(1000, 1000, &[]), "other").rule, None);
+    }
+
+    #[test]
+    fn supplementary_groups_count_and_nogroup_is_nobodys() {
+        let policy = policy("[[rule]]\ngids = [4300, 65534]\nmodels = [\"*\"]\nmay = \"read\"\n");
+        assert_eq!(may(&policy, &host(1000, 1000, &[27, 4300]), "m"), May::Read);
+        assert_eq!(may(&policy, &host(1000, 1000, &[27, 65534]), "m"), May::None);
+        assert_eq!(may(&policy, &host(65534, 65534, &[]), "m"), May::Read, "as a primary group the kernel says it");
+    }
+
+    #[test]
+    fn whose_process_cannot_be_seen_gets_what_uid_and_primary_group_say_and_never_more() {
+        let grants = policy(
+            "[[rule]]\ngids = [4300]\nmodels = [\"a\"]\nmay = \"read\"\n\
+             [[rule]]\ncontainers = [\"3f2a3f2a3f2a\"]\nmodels = [\"b\"]\nmay = \"read\"\n\
+             [[rule]]\nuids = [1000]\nmodels = [\"c\"]\nmay = \"read\"\n",
+        );
+        assert_eq!(may(&grants, &unseen(1000, 4300), "a"), May::Read, "the primary group is the kernel's word");
+        assert_eq!(may(&grants, &unseen(1000, 1000), "a"), May::None);
+        assert_eq!(may(&grants, &unseen(1000, 1000), "b"), May::None);
+        assert_eq!(may(&grants, &unseen(1000, 1000), "c"), May::Read);
+
+        // A rule that takes away might fit: then it does.
+        let takes = policy(
+            "[[rule]]\ncontainers = [\"3f2a3f2a3f2a\"]\nmodels = [\"*\"]\nmay = \"none\"\n\
+             [[rule]]\ngids = [99]\nmodels = [\"m\"]\nmay = \"see\"\n\
+             [[rule]]\nuids = [1000]\nmodels = [\"*\"]\nmay = \"read\"\n",
+        );
+        assert_eq!(may(&takes, &host(1000, 1000, &[]), "m"), May::Read);
+        assert_eq!(may(&takes, &host(1000, 1000, &[99]), "m"), May::See);
+        assert_eq!(may(&takes, &unseen(1000, 1000), "m"), May::None);
+    }
+
+    /// For every asker the unseen one gets no more than any process that could be behind it.
+    #[test]
+    fn the_unseen_never_get_more_than_the_seen() {
+        let seed = std::env::var("MODELFS_TEST_SEED").ok().and_then(|text| text.parse().ok()).unwrap_or(7_u64);
+        println!("MODELFS_TEST_SEED={seed}");
+        let mut state = seed;
+        let mut below = |bound: u64| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 33) % bound
+        };
+        for _ in 0..2000 {
+            let mut text = String::new();
+            for _ in 0..1 + below(4) {
+                let who = match below(5) {
+                    0 => format!("uids = [{}]", below(2)),
+                    1 => format!("gids = [{}]", below(3)),
+                    2 => format!("containers = [\"{}\"]", ["a", "b"][below(2) as usize].repeat(12)),
+                    3 => "cgroups = [\"/system.slice\"]".to_owned(),
+                    _ => "everybody = true".to_owned(),
+                };
+                let may = ["none", "see", "read"][below(3) as usize];
+                text += &format!("[[rule]]\n{who}\nmodels = [\"*\"]\nmay = \"{may}\"\n");
+            }
+            let policy = policy(&text);
+            for uid in 0..2 {
+                for gid in 0..3 {
+                    let least = may(&policy, &unseen(uid, gid), "m");
+                    for groups in [vec![], vec![1], vec![1, 2]] {
+                        for container in [None, Some("a".repeat(64)), Some("b".repeat(64))] {
+                            for cgroup in ["/", "/system.slice/x.service", "/user.slice/user@1.service/x"] {
+                                let groups = groups.clone();
+                                let cgroup = Some(cgroup.to_owned());
+                                let container = container.clone();
+                                let seen = Some(Seen { pid: 1, uid, groups, cgroup, container, pod: None });
+                                let asker = Asker { uid, gid, seen, service_account: None };
+                                assert!(least <= may(&policy, &asker, "m"), "{asker:?} under\n{text}");
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_kind_that_a_rule_names_must_fit() {
+        let policy = policy(
+            "[[rule]]\nuids = [0]\ncontainers = [\"3f2a3f2a3f2a\"]\nmodels = [\"*\"]\nmay = \"read\"\n\
+             [[rule]]\nservice_accounts = [\"ml/llama\"]\npods = [\"0f8fad5b-d9cb-469f-a165-70867728950e\"]\n\
+             models = [\"*\"]\nmay = \"read\"\n",
+        );
+        let mut asker = host(0, 0, &[]);
+        assert_eq!(may(&policy, &asker, "m"), May::None, "root outside the container");
+        asker.seen.as_mut().expect("seen").container = Some("3f2a".repeat(16));
+        assert_eq!(may(&policy, &asker, "m"), May::Read);
+        asker.uid = 1;
+        assert_eq!(may(&policy, &asker, "m"), May::None);
+        asker.service_account = Some("ml/llama".into());
+        assert_eq!(may(&policy, &asker, "m"), May::None, "the pod is another");
+        asker.seen.as_mut().expect("seen").pod = Some("0f8fad5b-d9cb-469f-a165-70867728950e".into());
+        assert_eq!(may(&policy, &asker, "m"), May::Read);
+    }
+
+    #[test]
+    fn a_control_group_is_a_path_and_what_lies_below_it() {
+        let policy = policy("[[rule]]\ncgroups = [\"/system.slice/vllm.service\"]\nmodels = [\"*\"]\nmay = \"read\"\n");
+        for (path, wanted) in [
+            ("/system.slice/vllm.service", May::Read),
+            ("/system.slice/vllm.service/worker", May::Read),
+            ("/system.slice/vllm.service.d", May::None),
+            ("/system.slice", May::None),
+            ("/x/system.slice/vllm.service", May::None),
+        ] {
+            let mut asker = host(0, 0, &[]);
+            asker.seen.as_mut().expect("seen").cgroup = Some(path.into());
+            assert_eq!(may(&policy, &asker, "m"), wanted, "{path}");
+        }
+    }
+
+    #[test]
+    fn an_id_in_control_groups_that_a_user_may_name_is_worth_his_word_alone() {
+        let id = "3f2a".repeat(16);
+        let mut asker = host(1000, 1000, &[]);
+        let seen = asker.seen.as_mut().expect("seen");
+        seen.container = Some(id.clone());
+        seen.cgroup = Some(format!("/user.slice/user-1000.slice/user@1000.service/user.slice/libpod-{id}.scope"));
+        let by_id = "[[rule]]\ncontainers = [\"3f2a3f2a3f2a\"]\nmodels = [\"*\"]\n";
+        assert_eq!(may(&policy(&format!("{by_id}may = \"read\"\n")), &asker, "m"), May::None);
+        let named = format!("{by_id}uids = [1000]\nmay = \"read\"\n");
+        assert_eq!(may(&policy(&named), &asker, "m"), May::Read, "the rule names him");
+        // What it takes away it takes away.
+        let taken = format!("{by_id}may = \"none\"\n[[rule]]\neverybody = true\nmodels = [\"*\"]\nmay = \"read\"\n");
+        assert_eq!(may(&policy(&taken), &asker, "m"), May::None);
+    }
+}

@@ -1,0 +1,498 @@
+//! Slots added, removed, replaced and rewrapped: the next generation of a version's slots, and its signed demand.
+//!
+//! Order: the new slots are opened before they are written; written (create-only) as the next generation; read back; every
+//! channel that names the version asks for that generation; then the older ones are deleted. Readers take the newest
+//! generation there is, so they see the old one or the new one.
+//! Promises: the last slot stays; what is left opens with a key of whoever removes; of two editors at once both edits are
+//! made; an edit that is made already only finishes what an earlier run left.
+//! Held by: tests/rotate.rs.
+
+use std::sync::Arc;
+
+use serde::Serialize;
+
+use super::{Keys, RACES_MAX, Rotator};
+use crate::error::{Class, Code, Error, Result};
+use crate::format::limits::SLOTS_MAX;
+use crate::format::{ManifestDigest, ManifestHeader, Slot, SlotKind, SlotParams, Slots, Vid, names};
+use crate::keys::{KeySource, Resolved, Wanted};
+use crate::refuse;
+use crate::seal::{RefTarget, blocking, create};
+
+/// Moves a wrapped key to the newest version of the key that wraps it, without showing it: Vault's transit engine.
+pub trait Rewrap: Send + Sync {
+    /// `wrapped` is `vault:vN:...`; so is the answer. May block.
+    ///
+    /// # Errors
+    /// What the service says: of class `Unreachable` if it cannot be asked, else that this one is not to be had.
+    fn rewrap(&self, context: &[u8; 32], wrapped: &str) -> Result<String>;
+}
+
+/// What shall become of the slots of a version.
+#[derive(Clone)]
+pub enum Edit {
+    /// A slot for each source of `new`, beside those that are there. `label` is for a single one.
+    Add { keys: Keys, new: Keys, label: Option<String> },
+    /// No slot with this label.
+    Remove { keys: Keys, label: String },
+    /// Slots for `new` in the place of all that `keys` opens.
+    Replace { keys: Keys, new: Keys, label: Option<String> },
+    /// Each transit slot, or the one with this label, under the newest version of its key in Vault. Needs no key and opens
+    /// nothing.
+    Rewrap { vault: Arc<dyn Rewrap>, label: Option<String> },
+}
+
+/// What became of an edit.
+#[derive(Debug, Clone, Serialize)]
+pub struct Edited {
+    pub version: u64,
+    pub manifest: ManifestDigest,
+    pub vid: Vid,
+    /// The generation that counts now.
+    pub generation: u32,
+    /// False: the slots were as wanted already.
+    pub written: bool,
+    /// Nothing was to be changed, but what an earlier run left undone was done.
+    pub finished: bool,
+    pub added: Vec<String>,
+    pub removed: Vec<String>,
+    /// Slots whose transit version rose: label, from, to.
+    pub rewrapped: Vec<(String, u32, u32)>,
+    /// The refs written: channel and number.
+    pub refs: Vec<(String, u64)>,
+    pub warnings: Vec<String>,
+}
+
+/// The next slots, opened already where that can be.
+#[derive(Default)]
+struct Draft {
+    slots: Vec<Slot>,
+    added: Vec<String>,
+    removed: Vec<String>,
+    rewrapped: Vec<(String, u32, u32)>,
+    warnings: Vec<String>,
+}
+
+enum Plan {
+    Change(Draft),
+    /// The slots are as wanted; `unless_finished` is the refusal if there was nothing left undone either.
+    Nothing {
+        unless_finished: Option<Error>,
+        warnings: Vec<String>,
+    },
+}
+
+impl Plan {
+    fn done() -> Plan {
+        Plan::Nothing { unless_finished: None, warnings: Vec::new() }
+    }
+}
+
+impl Rotator<'_> {
+    /// Edits the slots of the version that `wanted` names.
+    ///
+    /// # Errors
+    /// What a reader of that version would be told. `NO_KEY` if the keys do not open it; `USAGE` for a label that is taken,
+    /// for the last slot, for a rest that the keys given do not open; `NOT_FOUND` for a label (or, rewrapping, a kind)
+    /// that no slot has. What the new key, the signers and the store say; then the slots are the old or the new ones.
+    pub async fn edit(&self, wanted: &Wanted, edit: &Edit) -> Result<Edited> {
+        for _ in 0..RACES_MAX {
+            let version = self.resolve(wanted).await?;
+            if let Some(edited) = self.edit_version(&version, edit).await? {
+                return Ok(edited);
+            }
+        }
+        refuse!(Exists, "others edited the slots of {} first {RACES_MAX} times in a row; try again later", self.name());
+    }
+
+    /// `None`: somebody else wrote the next generation first.
+    async fn edit_version(&self, version: &Resolved, edit: &Edit) -> Result<Option<Edited>> {
+        let (before, header) = (version.slots.clone(), version.header);
+        let planned = edit.clone();
+        let plan = blocking(move || planned.plan(&before, &header)).await?;
+        let mut edited = Edited {
+            version: version.header.seq,
+            manifest: version.digest,
+            vid: version.header.vid,
+            generation: version.slots.generation,
+            written: false,
+            finished: false,
+            added: Vec::new(),
+            removed: Vec::new(),
+            rewrapped: Vec::new(),
+            refs: Vec::new(),
+            warnings: Vec::new(),
+        };
+        let mut refusal = None;
+        match plan {
+            Plan::Change(draft) => {
+                edited.generation = match self.write(version, draft.slots).await {
+                    Ok(generation) => generation,
+                    Err(lost) if lost.code() == Code::Exists => return Ok(None),
+                    Err(other) => return Err(other),
+                };
+                edited.written = true;
+                (edited.added, edited.removed, edited.rewrapped) = (draft.added, draft.removed, draft.rewrapped);
+                edited.warnings = draft.warnings;
+            }
+            Plan::Nothing { unless_finished, warnings } => {
+                refusal = unless_finished;
+                edited.warnings = warnings;
+            }
+        }
+        edited.refs = self.demand(version, edited.generation, &mut edited.warnings).await?;
+        let deleted = self.delete_older(edited.vid, edited.generation, &mut edited.warnings).await?;
+        edited.finished = !edited.written && (deleted || !edited.refs.is_empty());
+        match refusal {
+            Some(refusal) if !edited.finished => Err(refusal),
+            Some(_) | None => Ok(Some(edited)),
+        }
+    }
+
+    /// Writes the generation after that of `version`, and looks at it as a reader will.
+    async fn write(&self, version: &Resolved, slots: Vec<Slot>) -> Result<u32> {
+        let chain = &self.releaser.chain;
+        chain.store.check_create_only().await?;
+        let Some(generation) = version.slots.generation.checked_add(1) else {
+            refuse!(SlotsLimit, "the highest generation of slots has been used");
+        };
+        let made = Slots { generation, slots, ..version.slots.clone() };
+        let name = names::slots(chain.model_id, made.vid, generation);
+        create(&*chain.store, &name, made.encode()?.into()).await?;
+        let there = async {
+            let newest = chain.slots_generations(made.vid).await?.pop();
+            Ok::<_, Error>((newest, chain.read_slots(made.vid, generation).await?))
+        };
+        let refusal = match there.await {
+            Ok((Some(newest), there)) if newest == generation && there == made => return Ok(generation),
+            // A number that was used and deleted while we looked elsewhere: ours is nobody's newest.
+            Ok((newest, there)) if newest != Some(generation) && there == made => {
+                Error::new(Code::Exists, format!("slots generation {generation} was used before"))
+            }
+            Ok(_) => Error::new(
+                Code::SlotsFormat,
+                format!("slots generation {generation} is not what was written; the one before it stays in force"),
+            ),
+            // The store may only be away: what was written was well-formed, so it is left for the next run.
+            Err(lost) if lost.class() == Class::Unreachable => return Err(lost),
+            Err(bad) => bad.context("the new slots cannot be read back; the ones before stay in force"),
+        };
+        if let Err(failed) = chain.store.delete(&name).await {
+            tracing::error!(%failed, name, "slots that are not to be used stay behind; delete them by hand");
+        }
+        Err(refusal)
+    }
+
+    /// Makes every channel that names the version ask for `generation`. A version that none names is remembered here only.
+    async fn demand(
+        &self,
+        version: &Resolved,
+        generation: u32,
+        warnings: &mut Vec<String>,
+    ) -> Result<Vec<(String, u64)>> {
+        let mut refs = Vec::new();
+        for _ in 0..RACES_MAX {
+            let naming = self.naming(version.digest, warnings).await?;
+            if naming.is_empty() {
+                self.remember(version, generation, warnings).await;
+            }
+            let mut lost = false;
+            for (channel, head) in naming.iter().filter(|(_, head)| head.min_slots_generation < generation) {
+                let target = RefTarget { min_slots_generation: generation, ..RefTarget::of(head) };
+                match self.releaser.append(channel, Some(head), &target).await {
+                    Ok(written) => refs.push((channel.clone(), written.ref_seq)),
+                    Err(first) if first.code() == Code::Exists => lost = true,
+                    Err(other) => return Err(other),
+                }
+            }
+            if !lost {
+                return Ok(refs);
+            }
+        }
+        refuse!(Exists, "others moved tags of {} first {RACES_MAX} times in a row; try again later", self.name());
+    }
+
+    async fn remember(&self, version: &Resolved, generation: u32, warnings: &mut Vec<String>) {
+        let chain = &self.releaser.chain;
+        let (Some(floors), Some(channel)) = (&chain.floors, &version.channel) else { return };
+        let done = async {
+            let head = self.resolver().newest_ref(self.name(), channel).await?;
+            let (store, model) = (chain.store.describe(), (chain.model_id, self.name()));
+            floors.raise(&store, model, channel, &head, (version.header.vid, generation))
+        };
+        if let Err(failed) = done.await {
+            warnings.push(format!("the new generation is not remembered here: {}", failed.chain()));
+        }
+    }
+
+    /// Whether there was one. What cannot be deleted is told: nobody who sees the refs accepts it.
+    async fn delete_older(&self, vid: Vid, generation: u32, warnings: &mut Vec<String>) -> Result<bool> {
+        let chain = &self.releaser.chain;
+        let mut deleted = false;
+        for old in chain.slots_generations(vid).await?.into_iter().filter(|&old| old < generation) {
+            match chain.store.delete(&names::slots(chain.model_id, vid, old)).await {
+                Ok(()) => deleted = true,
+                Err(failed) => warnings.push(format!(
+                    "slots generation {old} could not be deleted, whoever may read the store can still copy it: {}",
+                    failed.chain()
+                )),
+            }
+        }
+        Ok(deleted)
+    }
+}
+
+impl Edit {
+    /// May take seconds, may ask Vault.
+    fn plan(&self, slots: &Slots, header: &ManifestHeader) -> Result<Plan> {
+        match self {
+            Edit::Add { keys, new, label } => add(keys, new, label.as_deref(), slots, header),
+            Edit::Remove { keys, label } => remove(keys, label, slots, header),
+            Edit::Replace { keys, new, label } => replace(keys, new, label.as_deref(), slots, header),
+            Edit::Rewrap { vault, label } => rewrap(&**vault, label.as_deref(), slots),
+        }
+    }
+}
+
+/// Whether one of `keys` opens this slot of a version. May take seconds.
+///
+/// # Errors
+/// What reading a key says, or a service that cannot be asked; a slot that merely does not open is none.
+pub fn opens(keys: &Keys, slots: &Slots, header: &ManifestHeader, slot: &Slot) -> Result<bool> {
+    let alone = Slots { slots: vec![slot.clone()], ..slots.clone() };
+    match keys.unlock(&alone, header) {
+        Ok(_) => Ok(true),
+        Err(shut) if matches!(shut.code(), Code::DekCommit | Code::SlotCommit | Code::VaultNotFound) => Ok(false),
+        // `NO_KEY`, or a service that knows us and does not open this one.
+        Err(shut) if shut.class() == Class::Denied => Ok(false),
+        Err(other) => Err(other),
+    }
+}
+
+/// N of a transit slot's `vault:vN:...`.
+pub fn transit_version(slot: &Slot) -> Option<u32> {
+    if slot.kind() != SlotKind::VaultTransit {
+        return None;
+    }
+    version_of(std::str::from_utf8(&slot.body).ok()?)
+}
+
+fn version_of(wrapped: &str) -> Option<u32> {
+    wrapped.strip_prefix("vault:v")?.split_once(':')?.0.parse().ok()
+}
+
+fn check_label_for(new: &Keys, label: Option<&str>) -> Result<()> {
+    if label.is_some() && new.sources().len() > 1 {
+        refuse!(Usage, "one label cannot name the slots of {} keys; give one key, or no label", new.sources().len());
+    }
+    Ok(())
+}
+
+/// Wraps for every source of `new` and opens what was made.
+fn wrap_new(
+    keys: &Keys,
+    new: &Keys,
+    label: Option<&str>,
+    mut taken: Vec<String>,
+    slots: &Slots,
+    header: &ManifestHeader,
+) -> Result<(Vec<Slot>, Vec<String>)> {
+    let dek = keys.unlock(slots, header)?;
+    let (mut made, mut warnings) = (Vec::new(), Vec::new());
+    for number in 0..new.sources().len() {
+        let slot = new.wrap_source(number, label, &dek, &header.into(), &taken)?;
+        let source = &new.sources()[number];
+        if !source.opens() {
+            warnings
+                .push(format!("slot {:?} was made for {source} and not tried: only its holder opens it", slot.label));
+        } else {
+            let alone = Slots { slots: vec![slot.clone()], ..slots.clone() };
+            new.unlock(&alone, header).map_err(|shut| {
+                shut.context(format!("the slot made for {source} does not open with it; nothing was changed"))
+            })?;
+        }
+        taken.push(slot.label.clone());
+        made.push(slot);
+    }
+    Ok((made, warnings))
+}
+
+/// A slot among `slots` that is what a single source of `new` would get: it opens with it, or is sealed to it.
+fn standing(keys: &Keys, new: &Keys, among: &[Slot], slots: &Slots, header: &ManifestHeader) -> Result<bool> {
+    let [source] = new.sources() else { return Ok(false) };
+    if source.opens() {
+        for slot in among {
+            if opens(new, slots, header, slot)? {
+                return Ok(true);
+            }
+        }
+        return Ok(false);
+    }
+    let sealed_to = |slot: &Slot| match slot.params {
+        SlotParams::HpkeX25519 { recipient } => Some(recipient),
+        _ => None,
+    };
+    if !among.iter().any(|slot| sealed_to(slot).is_some()) {
+        return Ok(false);
+    }
+    // Whose public half it is, a slot made for it says.
+    let made = new.wrap_source(0, None, &keys.unlock(slots, header)?, &header.into(), &[])?;
+    Ok(among.iter().any(|slot| sealed_to(slot) == sealed_to(&made)))
+}
+
+fn check_count(slots: &[Slot]) -> Result<()> {
+    if slots.len() > SLOTS_MAX {
+        refuse!(Usage, "the version would have {} slots, at most {SLOTS_MAX} are allowed; remove one", slots.len());
+    }
+    Ok(())
+}
+
+fn labels_of(slots: &[Slot]) -> Vec<String> {
+    slots.iter().map(|slot| slot.label.clone()).collect()
+}
+
+fn add(keys: &Keys, new: &Keys, label: Option<&str>, slots: &Slots, header: &ManifestHeader) -> Result<Plan> {
+    check_label_for(new, label)?;
+    // With a label, only the slot that bears it can be the one wanted.
+    let bearing = slots.slots.iter().filter(|slot| label.is_none_or(|label| slot.label == label));
+    if standing(keys, new, &bearing.cloned().collect::<Vec<_>>(), slots, header)? {
+        return Ok(Plan::done());
+    }
+    let (made, warnings) = wrap_new(keys, new, label, labels_of(&slots.slots), slots, header)?;
+    let added = labels_of(&made);
+    let slots = [&slots.slots[..], &made].concat();
+    check_count(&slots)?;
+    Ok(Plan::Change(Draft { slots, added, warnings, ..Draft::default() }))
+}
+
+fn remove(keys: &Keys, label: &str, slots: &Slots, header: &ManifestHeader) -> Result<Plan> {
+    let (gone, stay): (Vec<Slot>, Vec<Slot>) = slots.slots.iter().cloned().partition(|slot| slot.label == label);
+    if gone.is_empty() {
+        let there = labels_of(&slots.slots).join(", ");
+        let refusal =
+            Error::new(Code::NotFound, format!("version {} has no slot {label:?}; its slots are {there}", header.seq));
+        return Ok(Plan::Nothing { unless_finished: Some(refusal), warnings: Vec::new() });
+    }
+    if stay.is_empty() {
+        refuse!(Usage, "{label:?} is the last slot of version {}: nobody could open it; add another first", header.seq);
+    }
+    keys.unlock(&Slots { slots: stay.clone(), ..slots.clone() }, header).map_err(|shut| match shut.code() {
+        Code::NoKey => Error::new(
+            Code::Usage,
+            format!(
+                "without slot {label:?} none of the keys given opens version {}; give --key of one that stays",
+                header.seq
+            ),
+        )
+        .with_source(shut),
+        _ => shut,
+    })?;
+    Ok(Plan::Change(Draft { slots: stay, removed: labels_of(&gone), ..Draft::default() }))
+}
+
+fn replace(keys: &Keys, new: &Keys, label: Option<&str>, slots: &Slots, header: &ManifestHeader) -> Result<Plan> {
+    check_label_for(new, label)?;
+    let (mut stay, mut old, mut place) = (Vec::new(), Vec::new(), None);
+    for slot in &slots.slots {
+        if opens(keys, slots, header, slot)? {
+            place = place.or(Some(stay.len()));
+            old.push(slot.clone());
+        } else {
+            stay.push(slot.clone());
+        }
+    }
+    // What the new key is can only be asked of a public half with the data key at hand.
+    let asked = place.is_some() || new.sources().iter().all(KeySource::opens);
+    let there = asked && standing(keys, new, &stay, slots, header)?;
+    let Some(place) = place else {
+        // Done before, or never to be done with these keys.
+        if there {
+            return Ok(Plan::done());
+        }
+        // Says why not.
+        keys.unlock(slots, header)?;
+        refuse!(NoKey, "the keys given open no slot of version {} every time; try again", header.seq);
+    };
+    let removed = labels_of(&old);
+    if there {
+        return Ok(Plan::Change(Draft { slots: stay, removed, ..Draft::default() }));
+    }
+    // The label goes on where it still says the truth: default labels name the kind of key.
+    let (from, to) = (keys.sources(), new.sources());
+    let same_kind = from.len() == 1 && to.len() == 1 && from[0].default_label() == to[0].default_label();
+    let ours = !from.iter().any(|source| removed[0].starts_with(source.default_label()));
+    let kept = (to.len() == 1 && (same_kind || ours)).then(|| removed[0].clone());
+    let taken = labels_of(&stay);
+    let (made, warnings) = wrap_new(keys, new, label.or(kept.as_deref()), taken, slots, header)?;
+    let added = labels_of(&made);
+    stay.splice(place..place, made);
+    check_count(&stay)?;
+    Ok(Plan::Change(Draft { slots: stay, added, removed, warnings, ..Draft::default() }))
+}
+
+/// Nothing is opened here, so that this can run where nothing may be: what Vault answers must be of its form and of a
+/// version that is not older. A slot whose answer is wrong all the same fails its readers by the signed commitment.
+fn rewrap(vault: &dyn Rewrap, label: Option<&str>, slots: &Slots) -> Result<Plan> {
+    let context = Slot::transit_context(slots.model_id, slots.vid);
+    let mut draft = Draft { slots: slots.slots.clone(), ..Draft::default() };
+    let (mut asked, mut answered, mut refused) = (0, 0, None);
+    for slot in &mut draft.slots {
+        let Some(before) = transit_version(slot) else { continue };
+        if label.is_some_and(|label| slot.label != label) {
+            continue;
+        }
+        asked += 1;
+        let wrapped = std::str::from_utf8(&slot.body).expect("a transit slot was parsed as text");
+        let answer = match vault.rewrap(&context, wrapped) {
+            Ok(answer) => answer,
+            Err(away) if away.class() == Class::Unreachable => return Err(away),
+            // Of another key in Vault, most likely: slots do not say which.
+            Err(shut) => {
+                draft.warnings.push(format!("slot {:?} stays as it is: {}", slot.label, shut.chain()));
+                refused = Some(shut.context(format!("slot {:?} was not rewrapped", slot.label)));
+                continue;
+            }
+        };
+        let after = match version_of(&answer) {
+            Some(after) if after >= before => after,
+            Some(after) => refuse!(
+                VaultAnswer,
+                "Vault rewrapped slot {:?} from version {before} to the older version {after}; nothing was changed",
+                slot.label
+            ),
+            None => refuse!(VaultAnswer, "Vault answered a rewrap with something else than vault:vN:..."),
+        };
+        answered += 1;
+        if after > before {
+            slot.body = answer.into_bytes();
+            draft.rewrapped.push((slot.label.clone(), before, after));
+        }
+    }
+    let none = || match label {
+        Some(label) => format!("no vault-transit slot {label:?} to rewrap"),
+        None => "no vault-transit slot to rewrap".to_owned(),
+    };
+    match (asked, answered, refused) {
+        (0, _, _) => {
+            let unless_finished = Some(Error::new(Code::NotFound, none()));
+            Ok(Plan::Nothing { unless_finished, warnings: draft.warnings })
+        }
+        (_, 0, Some(refused)) => Err(refused),
+        _ if draft.rewrapped.is_empty() => Ok(Plan::Nothing { unless_finished: None, warnings: draft.warnings }),
+        _ => Ok(Plan::Change(draft)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_version_of_a_transit_slot_is_the_number_in_its_text() {
+        let slot = |body: &str, params| Slot { label: "v".into(), params, body: body.into() };
+        let transit = crate::format::SlotParams::VaultTransit;
+        assert_eq!(transit_version(&slot("vault:v12:AAAA", transit.clone())), Some(12));
+        assert_eq!(transit_version(&slot("vault:vx:AAAA", transit)), None);
+        assert_eq!(transit_version(&slot("vault:v1:A", crate::format::SlotParams::Raw { salt: [0; 32] })), None);
+    }
+}

@@ -1,0 +1,436 @@
+//! A version again under a new data key: the same objects handed on (L2), or all of them encrypted anew (L3).
+//!
+//! In: a version that channels name, a key that opens it. Out: the next version, of the same files, in its place.
+//! Promises: only channels that still name the old version are moved; a run that died after its first ref is completed by
+//! the next one, without another key; the old version is left to readers who hold it, and to `prune`.
+//! Held by: tests/rotate.rs.
+
+use std::sync::Arc;
+
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+
+use super::edit::opens;
+use super::reencrypt::Reencryption;
+use super::{Keys, RACES_MAX, Rotator};
+use crate::crypto::{Dek, ModelKeys, open_manifest};
+use crate::error::{Code, Result};
+use crate::format::limits::ANNOTATIONS_BYTES_MAX;
+use crate::format::{
+    Lease, Manifest, ManifestBuilder, ManifestDigest, ManifestHeader, NewFile, NewHeader, NewObject, Ref, Slot, Slots,
+    Vid,
+};
+use crate::keys::{KeySource, Resolved, Signer, Wanted};
+use crate::mem::{Secret, reserve_secrets};
+use crate::refuse;
+use crate::seal::{
+    ProgressFn, Published, Publisher, RefTarget, SlotKeys, SlotTarget, Terms, blocking, random, write_lease,
+};
+
+/// Where a version says which one it stands for.
+const ANNOTATION: &str = "key_rotation";
+
+/// How much is new.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Level {
+    /// The data key; objects keep the keys they have.
+    NewKey,
+    /// Every object, under keys of its own that nobody ever had.
+    Reencrypt,
+}
+
+impl Level {
+    pub const fn name(self) -> &'static str {
+        match self {
+            Level::NewKey => "new-key",
+            Level::Reencrypt => "reencrypt",
+        }
+    }
+}
+
+/// How a version is put under a new data key.
+#[derive(Clone)]
+pub struct Rekey {
+    pub level: Level,
+    /// Opens the old version.
+    pub keys: Keys,
+    /// One slot each in the new version; `None`: for `keys`.
+    pub to: Option<Keys>,
+    /// The publisher keys: each signs the new manifest.
+    pub publishers: Vec<Arc<dyn Signer>>,
+    /// Readers who see the new refs refuse every older version.
+    pub withdraw_old: bool,
+    /// Chunks opened and sealed at once.
+    pub threads: usize,
+    pub progress: ProgressFn,
+}
+
+/// A version in the place of another.
+#[derive(Debug, Clone, Serialize)]
+pub struct Rekeyed {
+    pub level: Level,
+    pub from_version: u64,
+    pub from_manifest: ManifestDigest,
+    pub version: u64,
+    pub manifest: ManifestDigest,
+    pub vid: Vid,
+    /// The refs written: channel and number.
+    pub refs: Vec<(String, u64)>,
+    /// The new version was there: what an earlier run left undone was done. Without refs there was nothing left to do.
+    pub finished: bool,
+    /// Plain bytes encrypted anew.
+    pub reencrypted_bytes: u64,
+    /// Labels of the new slots, and of the old ones that none of the keys given opens: they are not in the new version.
+    pub slots: Vec<String>,
+    pub left_out: Vec<String>,
+    pub warnings: Vec<String>,
+}
+
+/// An opened version.
+pub(super) struct Opened {
+    pub manifest: Manifest,
+    pub keys: ModelKeys,
+}
+
+impl Rotator<'_> {
+    /// Puts the version that `wanted` names under a new data key, as the next version of every channel that names it.
+    ///
+    /// # Errors
+    /// What a reader of the version would be told; `NO_KEY` if the keys do not open it; `USAGE` if no channel names it; `FILE_HASH` for a file that does not
+    /// have its signed SHA-256; `EXISTS` if its channel was moved meanwhile. What the keys, the signers and the store say.
+    pub async fn rekey(&self, wanted: &Wanted, order: &Rekey) -> Result<Rekeyed> {
+        let old = self.resolve(wanted).await?;
+        let mut warnings = Vec::new();
+        let (opened, shut) = match (open(&old, &order.keys).await, &order.to) {
+            (Ok(opened), _) => (opened, None),
+            // The tag was moved before the run died: the new keys open what it made.
+            (Err(shut), Some(to)) if shut.code() == Code::NoKey => match open(&old, to).await {
+                Ok(opened) => (opened, Some(shut)),
+                Err(_) => return Err(shut),
+            },
+            (Err(other), _) => return Err(other),
+        };
+        if let Some(finished) = self.finish_earlier(&old, &opened, order, &mut warnings).await? {
+            return Ok(finished);
+        }
+        if let Some(shut) = shut {
+            return match stands_for(&opened.manifest, order.level) {
+                Some(of) => {
+                    self.move_on((opened.manifest.header().seq, of), &old, Vec::new(), order, &mut warnings).await
+                }
+                None => Err(shut),
+            };
+        }
+        let channels: Vec<String> =
+            self.naming(old.digest, &mut warnings).await?.into_iter().map(|(channel, _)| channel).collect();
+        if channels.is_empty() {
+            refuse!(
+                Usage,
+                "no tag of {} names version {}, so none would name the new one; rotate a version that is in use",
+                self.name(),
+                old.header.seq
+            );
+        }
+        let chain = &self.releaser.chain;
+        chain.store.check_create_only().await?;
+        let survey = chain.survey(&channels).await?;
+        let to = order.to.clone().unwrap_or_else(|| Arc::clone(&order.keys));
+        let (slots, shown) = self.plan_slots(&old, order, &to).await?;
+        let (dek, vid) = (Arc::new(Dek::random()), Vid(random()?));
+        let publisher = Publisher {
+            releaser: self.releaser.clone(),
+            // If it is to be known, it is there.
+            hide_name: true,
+            channels,
+            signers: order.publishers.clone(),
+            keys: Arc::new(slots),
+            dek: Arc::clone(&dek),
+            terms: Terms::InPlaceOf { of: old.digest, withdraw_older: order.withdraw_old },
+            progress: order.progress.clone(),
+        };
+        let lease = Lease {
+            issued_at: self.releaser.now,
+            oids: match order.level {
+                Level::NewKey => opened.manifest.objects().iter().map(|object| object.oid).collect(),
+                Level::Reencrypt => Vec::new(),
+            },
+        };
+        let lease_name = write_lease(chain, &lease).await?;
+        let opened = Arc::new(opened);
+        let made = async {
+            let (objects, roots) = match order.level {
+                Level::NewKey => hand_on(&opened)?,
+                Level::Reencrypt => {
+                    let work = Reencryption {
+                        store: Arc::clone(&chain.store),
+                        old: Arc::clone(&opened),
+                        dek,
+                        vid,
+                        threads: order.threads.max(1),
+                    };
+                    (work.run(&order.progress).await?, Vec::new())
+                }
+            };
+            let manifest = assemble(&opened.manifest, objects, vid, self.releaser.now, &old, order.level)?;
+            publisher.publish(manifest, roots, survey).await
+        }
+        .await;
+        if let Some(name) = lease_name {
+            // Best effort: a lease left behind expires.
+            if let Err(failed) = chain.store.delete(&name).await {
+                tracing::debug!(%failed, name, "a lease stays behind");
+            }
+        }
+        let Published { seq, digest, refs, warnings: more } = made?;
+        warnings.extend(more);
+        Ok(Rekeyed {
+            level: order.level,
+            from_version: old.header.seq,
+            from_manifest: old.digest,
+            version: seq,
+            manifest: digest,
+            vid,
+            refs,
+            finished: false,
+            reencrypted_bytes: match order.level {
+                Level::NewKey => 0,
+                Level::Reencrypt => opened.manifest.objects().iter().map(|object| object.layout.plain_len()).sum(),
+            },
+            slots: shown.0,
+            left_out: shown.1,
+            warnings,
+        })
+    }
+
+    /// A version that stands for `old`, or for which `old` stands, while channels still name the older of both: the run that
+    /// made it died on the way.
+    async fn finish_earlier(
+        &self,
+        old: &Resolved,
+        opened: &Opened,
+        order: &Rekey,
+        warnings: &mut Vec<String>,
+    ) -> Result<Option<Rekeyed>> {
+        if let Some(of) = stands_for(&opened.manifest, order.level) {
+            let behind = self.naming(of, warnings).await?;
+            if let Some((_, head)) = behind.first() {
+                return self.move_on((head.seq, of), old, behind, order, warnings).await.map(Some);
+            }
+        }
+        let mut seen = vec![old.digest];
+        for (channel, head) in self.heads(warnings).await? {
+            if seen.contains(&head.manifest_digest) || head.seq <= old.header.seq {
+                continue;
+            }
+            seen.push(head.manifest_digest);
+            let newer = self.resolve(&Wanted::Tag(channel)).await?;
+            if newer.header.previous != Some(old.digest) {
+                continue;
+            }
+            // Sealed for others, perhaps: then it is not what this order would make.
+            let keys = order.to.as_ref().unwrap_or(&order.keys);
+            let manifest = match open(&newer, keys).await {
+                Ok(opened) => opened.manifest,
+                Err(shut) if shut.code() == Code::NoKey => continue,
+                Err(other) => return Err(other),
+            };
+            if stands_for(&manifest, order.level) == Some(old.digest) {
+                let behind = self.naming(old.digest, warnings).await?;
+                return self.move_on((old.header.seq, old.digest), &newer, behind, order, warnings).await.map(Some);
+            }
+        }
+        Ok(None)
+    }
+
+    async fn move_on(
+        &self,
+        (from_version, from_manifest): (u64, ManifestDigest),
+        newer: &Resolved,
+        mut behind: Vec<(String, Ref)>,
+        order: &Rekey,
+        warnings: &mut Vec<String>,
+    ) -> Result<Rekeyed> {
+        let mut refs = Vec::new();
+        for _ in 0..RACES_MAX {
+            for (channel, head) in &behind {
+                let target = RefTarget {
+                    seq: newer.header.seq,
+                    manifest_digest: newer.digest,
+                    manifest_len: newer.manifest_bytes.len() as u64,
+                    vid: newer.header.vid,
+                    min_slots_generation: newer.slots.generation,
+                    min_version_seq: if order.withdraw_old { newer.header.seq } else { 0 },
+                    expires_at: head.expires_at,
+                };
+                match self.releaser.append(channel, Some(head), &target).await {
+                    Ok(written) => refs.push((channel.clone(), written.ref_seq)),
+                    Err(first) if first.code() == Code::Exists => {}
+                    Err(other) => return Err(other),
+                }
+            }
+            behind = self.naming(from_manifest, warnings).await?;
+            if behind.is_empty() {
+                break;
+            }
+        }
+        Ok(Rekeyed {
+            level: order.level,
+            from_version,
+            from_manifest,
+            version: newer.header.seq,
+            manifest: newer.digest,
+            vid: newer.header.vid,
+            refs,
+            finished: true,
+            reencrypted_bytes: 0,
+            slots: newer.slots.slots.iter().map(|slot| slot.label.clone()).collect(),
+            left_out: Vec::new(),
+            warnings: std::mem::take(warnings),
+        })
+    }
+
+    /// Who gets a slot in the new version, and the labels that are shown: new ones, and old ones that are left out.
+    async fn plan_slots(
+        &self,
+        old: &Resolved,
+        order: &Rekey,
+        to: &Keys,
+    ) -> Result<(NewSlots, (Vec<String>, Vec<String>))> {
+        let (slots, header, keys) = (old.slots.clone(), old.header, Arc::clone(to));
+        let (kept, left_out) = blocking(move || {
+            let (mut kept, mut left_out) = (Vec::new(), Vec::new());
+            for slot in &slots.slots {
+                let list = if opens(&keys, &slots, &header, slot)? { &mut kept } else { &mut left_out };
+                list.push(slot.label.clone());
+            }
+            Ok((kept, left_out))
+        })
+        .await?;
+        // The labels that the same key had; which of several keys had which, the slots do not say.
+        let label = if to.sources().len() == 1 && order.to.is_none() { kept.first().cloned() } else { None };
+        let new = NewSlots { keys: Arc::clone(to), label };
+        let labels = new.labels();
+        Ok((new, (labels, left_out)))
+    }
+}
+
+/// The slots of the new version.
+struct NewSlots {
+    keys: Keys,
+    /// Of a single source.
+    label: Option<String>,
+}
+
+impl NewSlots {
+    fn labels(&self) -> Vec<String> {
+        match &self.label {
+            Some(label) => vec![label.clone()],
+            None => self.keys.sources().iter().map(|source| source.default_label().to_owned()).collect(),
+        }
+    }
+}
+
+impl SlotKeys for NewSlots {
+    fn wrap(&self, dek: &Dek, target: &SlotTarget) -> Result<Vec<Slot>> {
+        match &self.label {
+            Some(label) => Ok(vec![self.keys.wrap_source(0, Some(label), dek, target, &[])?]),
+            None => self.keys.wrap_all(dek, target),
+        }
+    }
+
+    fn unlock(&self, slots: &Slots, header: &ManifestHeader) -> Result<Dek> {
+        self.keys.unlock(slots, header)
+    }
+
+    fn opens(&self) -> bool {
+        self.keys.sources().iter().any(KeySource::opens)
+    }
+}
+
+async fn open(version: &Resolved, keys: &Keys) -> Result<Opened> {
+    let (version, keys) = (version.clone(), Arc::clone(keys));
+    blocking(move || {
+        let (manifest, keys) = open_manifest(&version.manifest_bytes, version.unlock(&keys)?)?;
+        Ok(Opened { manifest, keys })
+    })
+    .await
+}
+
+/// Which version `manifest` was made of by a rotation of this level.
+fn stands_for(manifest: &Manifest, level: Level) -> Option<ManifestDigest> {
+    let all: Value = serde_json::from_slice(manifest.annotations()).ok()?;
+    let told = all.get(ANNOTATION)?;
+    let of = told.get("of")?.as_str()?.strip_prefix("sha256:")?;
+    if told.get("level")?.as_str()? != level.name()
+        || manifest.header().previous.map(|digest| digest.to_string()) != Some(of.to_owned())
+    {
+        return None;
+    }
+    manifest.header().previous
+}
+
+/// Every object as it is, and the keys that open them, in order.
+fn hand_on(old: &Opened) -> Result<(Vec<NewObject>, Vec<Secret<32>>)> {
+    let manifest = &old.manifest;
+    reserve_secrets(manifest.objects().len())?;
+    let objects = (0..).zip(manifest.objects()).map(|(number, object)| NewObject {
+        oid: object.oid,
+        layout: object.layout,
+        suite: object.suite,
+        inherited: true,
+        origin_vid: object.origin_vid,
+        commit: object.commit,
+        hashes: manifest.object_hashes(number).to_vec(),
+        coded: manifest.object_coded(number),
+    });
+    let roots = manifest.objects().iter().map(|object| old.keys.object_root(object)).collect();
+    Ok((objects.collect(), roots))
+}
+
+/// The files of `old`, in `objects` of the same number and layout.
+fn assemble(
+    old: &Manifest,
+    objects: Vec<NewObject>,
+    vid: Vid,
+    now: i64,
+    version: &Resolved,
+    level: Level,
+) -> Result<Manifest> {
+    let mut builder = ManifestBuilder::new();
+    for object in objects {
+        builder.add_object(object);
+    }
+    for file in old.files() {
+        builder.add_file(NewFile {
+            path: old.path(file).to_owned(),
+            mode: file.mode,
+            size: file.size,
+            sha256: file.sha256,
+            mtime: file.mtime,
+            extents: old.extents(file).to_vec(),
+        });
+    }
+    builder.annotations(annotations(old, version.digest, level));
+    let header = old.header();
+    builder.finish(NewHeader {
+        suite: header.suite,
+        hash_alg: header.hash_alg,
+        model_id: header.model_id,
+        vid,
+        seq: 1,
+        created_at: now,
+        msalt: [0; 32],
+        previous: None,
+    })
+}
+
+/// What the old version says of itself, and of which one this stands for. Left as it is where there is no room for that.
+fn annotations(old: &Manifest, of: ManifestDigest, level: Level) -> Vec<u8> {
+    let before = old.annotations();
+    let all = if before.is_empty() { Some(Map::new()) } else { serde_json::from_slice(before).ok() };
+    let Some(mut all) = all else { return before.to_vec() };
+    all.insert(ANNOTATION.into(), json!({"of": format!("sha256:{of}"), "level": level.name()}));
+    let json = serde_json::to_vec(&all).expect("a map of strings to values has a JSON form");
+    if json.len() > ANNOTATIONS_BYTES_MAX as usize { before.to_vec() } else { json }
+}

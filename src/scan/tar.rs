@@ -1,0 +1,577 @@
+//! The entries of a tar stream, one after the other, in bounded memory.
+//!
+//! In: a [`Source`] (hostile). Out: for each entry its name, type and bytes as a program that unpacks would see them: pax and
+//! GNU long names and sizes, holes of sparse files as zeros.
+//! Promises: total; a header's claim is never a reason to allocate; what is longer than a name, a set of pax records or a
+//! map of holes can be is refused ([`Trouble::Broken`]); an archive that is cut short is never taken for a whole one.
+//! Entries behind the end mark are found too: they are in the image, though nothing unpacks them.
+//! Not here: what the bytes are (`detect`). Fields of a header are read by the `tar` crate, whose own reader of entries
+//! takes pax records and long names of any length into memory.
+//! Held by: the tests below, tests/scan.rs.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::sync::Arc;
+
+use tar::{EntryType, Header};
+
+use super::source::{Limited, Source, broken, fill};
+
+pub(super) const BLOCK: usize = 512;
+
+/// Pax records before one entry; Go's reader stops at the same.
+const PAX_BYTES_MAX: u64 = 1 << 20;
+
+/// The longest name or link: Linux takes 4095 bytes of path, and nobody has ten times as much.
+const NAME_BYTES_MAX: u64 = 64 << 10;
+
+/// Headers that only tell of the next one.
+const PREFIXES_MAX: usize = 16;
+
+/// Pieces of one sparse file.
+const PIECES_MAX: usize = 1 << 16;
+
+/// One entry, before its bytes are read.
+#[derive(Debug, Clone)]
+pub(super) struct Entry {
+    pub path: Vec<u8>,
+    pub link: Vec<u8>,
+    pub kind: Kind,
+    /// Bytes as they would be unpacked.
+    pub len: u64,
+    pieces: Option<Vec<(u64, u64)>>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    File,
+    Folder,
+    HardLink,
+    Symlink,
+    /// A device, a pipe, or what a later tar may mean.
+    Other,
+    /// Bytes behind the end of the archive that are no archive.
+    Behind,
+}
+
+pub(super) struct TarReader<'a> {
+    source: &'a mut dyn Source,
+    /// Stored bytes of the entry at hand, and the padding behind them.
+    stored: u64,
+    padding: u64,
+    /// For messages.
+    at: u64,
+    ended: bool,
+    /// The entry at hand is all that is left.
+    behind: bool,
+}
+
+/// Whether a block is the header of an entry.
+pub(super) fn is_header(block: &[u8]) -> bool {
+    let Some(block) = block.get(..BLOCK) else { return false };
+    if block.iter().all(|byte| *byte == 0) {
+        return false;
+    }
+    let header = Header::from_byte_slice(block);
+    let sum = block.iter().enumerate().map(|(at, byte)| if (148..156).contains(&at) { 32 } else { u32::from(*byte) });
+    header.cksum().is_ok_and(|told| told == sum.sum::<u32>())
+}
+
+impl<'a> TarReader<'a> {
+    pub fn new(source: &'a mut dyn Source) -> TarReader<'a> {
+        TarReader { source, stored: 0, padding: 0, at: 0, ended: false, behind: false }
+    }
+
+    /// The next entry, whatever was left of the last one; `None` at the end.
+    pub fn next(&mut self) -> io::Result<Option<Entry>> {
+        self.finish_entry()?;
+        let mut long_name = None;
+        let mut long_link = None;
+        let mut pax = Pax::default();
+        for _ in 0..PREFIXES_MAX {
+            let Some((block, behind_end)) = self.header()? else { return Ok(None) };
+            if !is_header(&block) {
+                if behind_end {
+                    return Ok(Some(self.behind()));
+                }
+                return Err(broken(format!("no tar header at byte {}: the archive is broken or cut", self.at - 512)));
+            }
+            let header = Header::from_byte_slice(&block).clone();
+            let size = header.entry_size().map_err(|e| broken(format!("a size in a tar header: {e}")))?;
+            match header.entry_type() {
+                EntryType::GNULongName => long_name = Some(self.text(size, NAME_BYTES_MAX, "a name")?),
+                EntryType::GNULongLink => long_link = Some(self.text(size, NAME_BYTES_MAX, "a link")?),
+                EntryType::XHeader => pax = Pax::parse(&self.text(size, PAX_BYTES_MAX, "a set of pax records")?)?,
+                // Defaults for all that follow; nothing of weight is ever in them.
+                EntryType::XGlobalHeader => self.pass(size)?,
+                kind => return self.entry(&header, kind, long_name, long_link, pax).map(Some),
+            }
+        }
+        Err(broken(format!("more than {PREFIXES_MAX} headers before one entry, at byte {}", self.at)))
+    }
+
+    /// The bytes of the entry that `next` just gave.
+    pub fn body<'b>(&'b mut self, entry: &'b Entry) -> Body<'b> {
+        Body {
+            inner: Limited { inner: &mut *self.source, left: self.stored },
+            left: &mut self.stored,
+            pieces: entry.pieces.as_deref(),
+            at: 0,
+            len: entry.len,
+        }
+    }
+
+    /// A block that is not empty, and whether the end mark came before it.
+    fn header(&mut self) -> io::Result<Option<([u8; BLOCK], bool)>> {
+        let mut behind = self.ended;
+        loop {
+            let mut block = [0; BLOCK];
+            let got = fill(self.source, &mut block)?;
+            self.at += got as u64;
+            match got {
+                0 => return Ok(None),
+                BLOCK if block.iter().any(|byte| *byte != 0) => return Ok(Some((block, behind))),
+                BLOCK => (behind, self.ended) = (true, true),
+                // Padding to something else than blocks.
+                _ if behind && block.iter().all(|byte| *byte == 0) => return Ok(None),
+                _ if behind => return Ok(Some((block, true))),
+                _ => return Err(broken(format!("the archive ends in a header, at byte {}", self.at))),
+            }
+        }
+    }
+
+    fn entry(
+        &mut self,
+        header: &Header,
+        kind: EntryType,
+        long_name: Option<Vec<u8>>,
+        long_link: Option<Vec<u8>>,
+        pax: Pax,
+    ) -> io::Result<Entry> {
+        let size = header.entry_size().map_err(|e| broken(format!("a size in a tar header: {e}")))?;
+        let mut stored = pax.size.unwrap_or(size);
+        let path = pax.path.or(long_name).unwrap_or_else(|| header.path_bytes().into_owned());
+        let link = pax.link.or(long_link).unwrap_or_else(|| header.link_name_bytes().unwrap_or_default().into_owned());
+        let kind = match kind {
+            EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => Kind::File,
+            EntryType::Directory => Kind::Folder,
+            EntryType::Link => Kind::HardLink,
+            EntryType::Symlink => Kind::Symlink,
+            _ => Kind::Other,
+        };
+        // In the oldest form a folder is a file whose name ends so.
+        let kind = if kind == Kind::File && path.ends_with(b"/") { Kind::Folder } else { kind };
+        if matches!(kind, Kind::Symlink | Kind::HardLink | Kind::Folder) && pax.size.is_none() && stored != 0 {
+            // Old tars tell the size of what a link leads to, and store nothing. Some store it: then the next block would be
+            // no header, and the archive is refused.
+            if kind != Kind::HardLink || header.as_ustar().is_none() {
+                stored = 0;
+            }
+        }
+        self.stored = stored;
+        self.padding = stored.next_multiple_of(BLOCK as u64).saturating_sub(stored);
+        let mut len = stored;
+        let mut pieces = None;
+        if header.entry_type() == EntryType::GNUSparse {
+            (pieces, len) = self.old_gnu_pieces(header).map(|(pieces, len)| (Some(pieces), len))?;
+        } else if pax.sparse_1 {
+            let (map, taken) = self.map_in_data(stored)?;
+            self.stored = stored - taken;
+            (pieces, len) = (Some(map), pax.real_len.unwrap_or(stored));
+        } else if !pax.pieces.is_empty() {
+            (pieces, len) = (Some(pax.pieces), pax.real_len.unwrap_or(stored));
+        }
+        if let Some(pieces) = &pieces {
+            check_pieces(pieces, len, self.stored)?;
+        }
+        let path = pax.sparse_name.unwrap_or(path);
+        Ok(Entry { path, link, kind, len, pieces })
+    }
+
+    /// The map of holes of GNU tar's own format: four pieces in the header, 21 in each block that follows.
+    fn old_gnu_pieces(&mut self, header: &Header) -> io::Result<(Vec<(u64, u64)>, u64)> {
+        let wrong = |e: io::Error| broken(format!("the map of a sparse file: {e}"));
+        let gnu = header.as_gnu().ok_or_else(|| broken("a sparse file without GNU's header"))?;
+        let mut pieces = Vec::new();
+        for piece in gnu.sparse.iter().filter(|piece| !piece.is_empty()) {
+            pieces.push((piece.offset().map_err(wrong)?, piece.length().map_err(wrong)?));
+        }
+        let mut more = gnu.is_extended();
+        while more {
+            let mut block = tar::GnuExtSparseHeader::new();
+            if fill(self.source, block.as_mut_bytes())? != BLOCK {
+                return Err(broken("the archive ends in the map of a sparse file"));
+            }
+            self.at += BLOCK as u64;
+            for piece in block.sparse().iter().filter(|piece| !piece.is_empty()) {
+                pieces.push((piece.offset().map_err(wrong)?, piece.length().map_err(wrong)?));
+            }
+            if pieces.len() > PIECES_MAX {
+                return Err(broken(format!("a sparse file of more than {PIECES_MAX} pieces")));
+            }
+            more = block.is_extended();
+        }
+        Ok((pieces, gnu.real_size().map_err(wrong)?))
+    }
+
+    /// The map of holes of pax format 1.0: decimal lines at the start of the data, padded to blocks. How much it took.
+    fn map_in_data(&mut self, stored: u64) -> io::Result<(Vec<(u64, u64)>, u64)> {
+        let mut numbers: Vec<u64> = Vec::new();
+        let (mut wanted, mut taken, mut number) = (None::<usize>, 0_u64, None::<u64>);
+        loop {
+            let mut block = [0; BLOCK];
+            if taken + BLOCK as u64 > stored || fill(self.source, &mut block)? != BLOCK {
+                return Err(broken("the map of a sparse file is cut short"));
+            }
+            taken += BLOCK as u64;
+            self.at += BLOCK as u64;
+            for byte in block {
+                match byte {
+                    b'0'..=b'9' => {
+                        let digit = u64::from(byte - b'0');
+                        let next = number.unwrap_or(0).checked_mul(10).and_then(|n| n.checked_add(digit));
+                        number = Some(next.ok_or_else(|| broken("a number in the map of a sparse file"))?);
+                    }
+                    b'\n' => {
+                        let told = number.take().ok_or_else(|| broken("an empty line in the map of a sparse file"))?;
+                        match wanted {
+                            None if told > PIECES_MAX as u64 => {
+                                return Err(broken(format!("a sparse file of more than {PIECES_MAX} pieces")));
+                            }
+                            None => wanted = Some(told as usize * 2),
+                            Some(_) => numbers.push(told),
+                        }
+                        if wanted == Some(numbers.len()) {
+                            return Ok((numbers.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect(), taken));
+                        }
+                    }
+                    _ => return Err(broken("the map of a sparse file is no list of numbers")),
+                }
+            }
+        }
+    }
+
+    /// Without its first block, which is read by now; what follows is enough to tell that something is there.
+    fn behind(&mut self) -> Entry {
+        (self.stored, self.padding, self.behind) = (u64::MAX, 0, true);
+        Entry { path: Vec::new(), link: Vec::new(), kind: Kind::Behind, len: u64::MAX, pieces: None }
+    }
+
+    fn text(&mut self, size: u64, max: u64, what: &str) -> io::Result<Vec<u8>> {
+        if size > max {
+            return Err(broken(format!("{what} of {size} bytes in a tar header, at most {max} are read")));
+        }
+        let mut text = vec![0; size as usize];
+        if fill(self.source, &mut text)? as u64 != size {
+            return Err(broken(format!("the archive ends in {what}")));
+        }
+        self.at += size;
+        self.pass_only(size.next_multiple_of(BLOCK as u64) - size)?;
+        while text.last() == Some(&0) {
+            text.pop();
+        }
+        Ok(text)
+    }
+
+    fn pass(&mut self, size: u64) -> io::Result<()> {
+        let padding = size.checked_next_multiple_of(BLOCK as u64).ok_or_else(|| broken("an impossible size"))? - size;
+        self.pass_only(size)?;
+        self.pass_only(padding)
+    }
+
+    fn pass_only(&mut self, len: u64) -> io::Result<()> {
+        let passed = self.source.skip(len)?;
+        self.at += passed;
+        if passed != len {
+            return Err(broken(format!("the archive ends {} bytes before the end of an entry", len - passed)));
+        }
+        Ok(())
+    }
+
+    fn finish_entry(&mut self) -> io::Result<()> {
+        let (stored, padding) = (std::mem::take(&mut self.stored), std::mem::take(&mut self.padding));
+        if self.behind {
+            self.source.skip(stored)?;
+            return Ok(());
+        }
+        self.pass_only(stored)?;
+        self.pass_only(padding)
+    }
+}
+
+/// Pieces lie in order and within the file, and what is stored is enough for them.
+fn check_pieces(pieces: &[(u64, u64)], len: u64, stored: u64) -> io::Result<()> {
+    let (mut end, mut sum) = (0_u64, 0_u64);
+    for (start, piece) in pieces {
+        let next = start.checked_add(*piece).filter(|next| *start >= end && *next <= len);
+        end = next.ok_or_else(|| broken("the map of a sparse file contradicts itself"))?;
+        sum += piece;
+    }
+    if sum > stored {
+        return Err(broken("the map of a sparse file tells of more than is stored"));
+    }
+    Ok(())
+}
+
+/// The records before an entry that matter here.
+#[derive(Debug, Default)]
+struct Pax {
+    path: Option<Vec<u8>>,
+    link: Option<Vec<u8>>,
+    size: Option<u64>,
+    sparse_1: bool,
+    sparse_name: Option<Vec<u8>>,
+    real_len: Option<u64>,
+    pieces: Vec<(u64, u64)>,
+}
+
+impl Pax {
+    /// Records are `LEN KEY=VALUE\n`; a value may hold anything, line ends too.
+    fn parse(mut text: &[u8]) -> io::Result<Pax> {
+        let wrong = || broken("a pax record that is none");
+        let number = |value: &[u8]| {
+            let digits = !value.is_empty() && value.iter().all(u8::is_ascii_digit);
+            let text = std::str::from_utf8(value).ok().filter(|_| digits).ok_or_else(wrong)?;
+            text.parse::<u64>().map_err(|_| wrong())
+        };
+        let mut pax = Pax::default();
+        let mut offset = None;
+        while !text.is_empty() {
+            let space = text.iter().take(20).position(|byte| *byte == b' ').ok_or_else(wrong)?;
+            let len = usize::try_from(number(&text[..space])?).map_err(|_| wrong())?;
+            let record = text.get(space + 1..len).and_then(|record| record.strip_suffix(b"\n")).ok_or_else(wrong)?;
+            text = &text[len..];
+            let equals = record.iter().position(|byte| *byte == b'=').ok_or_else(wrong)?;
+            let (key, value) = (&record[..equals], &record[equals + 1..]);
+            match key {
+                b"path" => pax.path = Some(name(value)?),
+                b"linkpath" => pax.link = Some(name(value)?),
+                b"size" => pax.size = Some(number(value)?),
+                b"GNU.sparse.major" => pax.sparse_1 = number(value)? == 1,
+                b"GNU.sparse.name" => pax.sparse_name = Some(name(value)?),
+                b"GNU.sparse.realsize" | b"GNU.sparse.size" => pax.real_len = Some(number(value)?),
+                b"GNU.sparse.offset" => offset = Some(number(value)?),
+                b"GNU.sparse.numbytes" => pax.pieces.push((offset.take().ok_or_else(wrong)?, number(value)?)),
+                b"GNU.sparse.map" => {
+                    let numbers: Vec<u64> = value.split(|byte| *byte == b',').map(number).collect::<io::Result<_>>()?;
+                    pax.pieces = numbers.chunks(2).map(|pair| (pair[0], pair.get(1).copied().unwrap_or(0))).collect();
+                }
+                _ => {}
+            }
+            if pax.pieces.len() > PIECES_MAX {
+                return Err(broken(format!("a sparse file of more than {PIECES_MAX} pieces")));
+            }
+        }
+        Ok(pax)
+    }
+}
+
+fn name(value: &[u8]) -> io::Result<Vec<u8>> {
+    if value.len() as u64 > NAME_BYTES_MAX {
+        return Err(broken(format!("a name of {} bytes, at most {NAME_BYTES_MAX} are read", value.len())));
+    }
+    Ok(value.to_vec())
+}
+
+/// The bytes of one entry, its holes filled with zeros.
+pub(super) struct Body<'a> {
+    inner: Limited<'a>,
+    /// What the reader still has to pass over.
+    left: &'a mut u64,
+    pieces: Option<&'a [(u64, u64)]>,
+    at: u64,
+    len: u64,
+}
+
+impl Read for Body<'_> {
+    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+        let want = room.len().min(usize::try_from(self.len - self.at).unwrap_or(room.len()));
+        if want == 0 {
+            return Ok(0);
+        }
+        let n = match self.gap() {
+            (true, until) => {
+                let n = want.min(usize::try_from(until - self.at).unwrap_or(want));
+                room[..n].fill(0);
+                n
+            }
+            (false, until) => {
+                let n = want.min(usize::try_from(until - self.at).unwrap_or(want));
+                let n = self.inner.read(&mut room[..n])?;
+                *self.left = self.inner.left;
+                n
+            }
+        };
+        self.at += n as u64;
+        Ok(n)
+    }
+}
+
+impl Body<'_> {
+    /// Whether the next byte is in a hole, and where that ends.
+    fn gap(&self) -> (bool, u64) {
+        let Some(pieces) = self.pieces else { return (false, self.len) };
+        let next = pieces.partition_point(|(start, len)| start + len <= self.at);
+        match pieces.get(next) {
+            Some((start, len)) if *start <= self.at => (false, start + len),
+            Some((start, _)) => (true, *start),
+            None => (true, self.len),
+        }
+    }
+}
+
+impl Source for Body<'_> {
+    fn skip(&mut self, len: u64) -> io::Result<u64> {
+        let end = self.at.saturating_add(len).min(self.len);
+        let from = self.at;
+        while self.at < end {
+            let (hole, until) = self.gap();
+            let step = until.min(end) - self.at;
+            let passed = if hole {
+                step
+            } else {
+                let passed = self.inner.skip(step)?;
+                *self.left = self.inner.left;
+                passed
+            };
+            self.at += passed;
+            if passed < step {
+                break;
+            }
+        }
+        Ok(self.at - from)
+    }
+    fn left(&self) -> Option<u64> {
+        (self.len != u64::MAX).then(|| self.len - self.at)
+    }
+    fn place(&self) -> Option<(Arc<File>, u64)> {
+        // With holes the bytes do not lie there as they are.
+        if self.pieces.is_some() { None } else { self.inner.place() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::source::Memory;
+    use super::*;
+
+    fn header(path: &str, kind: EntryType, size: u64) -> Header {
+        let mut header = Header::new_gnu();
+        header.set_path(path).expect("a short path");
+        header.set_entry_type(kind);
+        header.set_size(size);
+        header.set_mode(0o644);
+        header.set_cksum();
+        header
+    }
+
+    fn with(header: &Header, data: &[u8]) -> Vec<u8> {
+        let mut out = header.as_bytes().to_vec();
+        out.extend_from_slice(data);
+        out.resize(out.len().next_multiple_of(BLOCK), 0);
+        out
+    }
+
+    fn pax(records: &[(&str, &[u8])]) -> Vec<u8> {
+        let mut text = Vec::new();
+        for (key, value) in records {
+            let rest = key.len() + value.len() + 3;
+            let mut len = rest + rest.to_string().len();
+            if len.to_string().len() + rest != len {
+                len = rest + len.to_string().len();
+            }
+            text.extend_from_slice(format!("{len} {key}=").as_bytes());
+            text.extend_from_slice(value);
+            text.push(b'\n');
+        }
+        with(&header("pax", EntryType::XHeader, text.len() as u64), &text)
+    }
+
+    fn list(bytes: &[u8]) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
+        let mut memory = Memory(bytes);
+        let mut reader = TarReader::new(&mut memory);
+        let mut found = Vec::new();
+        while let Some(entry) = reader.next()? {
+            let mut data = Vec::new();
+            reader.body(&entry).read_to_end(&mut data)?;
+            found.push((entry.path, data));
+        }
+        Ok(found)
+    }
+
+    #[test]
+    fn names_and_sizes_come_from_pax_records_whatever_bytes_they_hold() {
+        let mut bytes = pax(&[("SCHILY.xattr.user.x", b"a\nb 3 c=\n"), ("path", b"long/name"), ("size", b"3")]);
+        bytes.extend(with(&header("short", EntryType::Regular, 0), b"abc"));
+        bytes.extend(with(&header("next", EntryType::Regular, 2), b"de"));
+        bytes.extend([0; 1024]);
+        let found = list(&bytes).expect("good");
+        assert_eq!(found, [(b"long/name".to_vec(), b"abc".to_vec()), (b"next".to_vec(), b"de".to_vec())]);
+    }
+
+    #[test]
+    fn an_archive_that_is_cut_or_broken_is_refused() {
+        let whole = with(&header("a", EntryType::Regular, 1000), &[7; 1000]);
+        for len in [100, 511, 513, 1000, 1535] {
+            assert!(list(&whole[..len]).is_err(), "{len}");
+        }
+        assert!(list(&whole).is_ok(), "no end mark is needed");
+        let mut flipped = whole.clone();
+        flipped[3] ^= 1;
+        assert!(list(&flipped).is_err(), "the checksum");
+        let mut huge = header("a", EntryType::GNULongName, 1 << 40);
+        huge.set_cksum();
+        assert!(list(huge.as_bytes()).is_err(), "an endless name");
+        let many: Vec<u8> = (0..40).flat_map(|_| pax(&[("path", b"x")])).collect();
+        assert!(list(&many).is_err(), "headers without end");
+        assert!(Pax::parse(b"5 a=\n3 x").is_err());
+        assert!(Pax::parse(b"99999999999999999999 a=b\n").is_err());
+        assert!(Pax::parse(b"3 a").is_err());
+    }
+
+    #[test]
+    fn holes_of_sparse_files_are_zeros_in_every_form() {
+        let data = b"headTAIL";
+        let plain = [b"head".as_slice(), &[0; 96], b"TAIL", &[0; 20]].concat();
+        let mut v0 = pax(&[("GNU.sparse.map", b"0,4,100,4"), ("GNU.sparse.size", b"124"), ("path", b"s")]);
+        v0.extend(with(&header("x", EntryType::Regular, 8), data));
+        let mut map = b"2\n0\n4\n100\n4\n".to_vec();
+        map.resize(BLOCK, 0);
+        map.extend_from_slice(data);
+        let mut v1 = pax(&[
+            ("GNU.sparse.major", b"1"),
+            ("GNU.sparse.minor", b"0"),
+            ("GNU.sparse.name", b"s"),
+            ("GNU.sparse.realsize", b"124"),
+        ]);
+        v1.extend(with(&header("x", EntryType::Regular, map.len() as u64), &map));
+        let mut old = header("s", EntryType::GNUSparse, 8);
+        let gnu = old.as_gnu_mut().expect("GNU's");
+        for (at, (start, len)) in [(0, 4), (100, 4)].into_iter().enumerate() {
+            gnu.sparse[at].set_offset(start);
+            gnu.sparse[at].set_length(len);
+        }
+        gnu.set_real_size(124);
+        old.set_cksum();
+        for (what, mut bytes) in [("0.1", v0), ("1.0", v1), ("old", with(&old, data))] {
+            bytes.extend(with(&header("next", EntryType::Regular, 1), b"n"));
+            let found = list(&bytes).unwrap_or_else(|e| panic!("{what}: {e}"));
+            assert_eq!(found[0], (b"s".to_vec(), plain.clone()), "{what}");
+            assert_eq!(found[1].0, b"next", "{what}");
+        }
+        let mut lies = pax(&[("GNU.sparse.map", b"0,4,2,4"), ("GNU.sparse.size", b"124")]);
+        lies.extend(with(&header("x", EntryType::Regular, 8), data));
+        assert!(list(&lies).is_err(), "pieces that overlap");
+    }
+
+    #[test]
+    fn entries_behind_the_end_mark_are_found() {
+        let mut bytes = with(&header("a", EntryType::Regular, 1), b"a");
+        bytes.extend([0; 1024]);
+        bytes.extend(with(&header("b", EntryType::Regular, 1), b"b"));
+        assert_eq!(list(&bytes).expect("good").len(), 2);
+        bytes.extend([0; 1024]);
+        bytes.extend([9; 700]);
+        assert_eq!(list(&bytes).expect("good").len(), 3, "bytes that are no archive are told of");
+    }
+}

@@ -1,0 +1,1116 @@
+//! The order of a scan: which file is looked at by which thread, what becomes of it, and what of that is told.
+//!
+//! Work is a stack of jobs: a target, a folder of a tree, a blob of an archive whose place in the file is known. Threads
+//! take from it until nothing is left and nobody works. An archive that comes through a pipe or a decoder has no places:
+//! its blobs are looked at in order, by the thread that reads it.
+//! Held by: tests/scan.rs.
+
+use std::collections::{BTreeMap, HashSet};
+use std::ffi::CString;
+use std::fs::File;
+use std::hash::{BuildHasher, RandomState};
+use std::io::{self, Read};
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use super::detect::{self, Container, Seen, Verdict};
+use super::image::{Documents, Hides, Image, Layer, clean};
+use super::source::{FileRange, Meter, Piped, Probe, Source, Trouble, Unpacked, broken};
+use super::tar::{self, TarReader};
+use super::{
+    Confidence, FINDINGS_MAX, Finding, Format, ImageSeen, Kind, LayerOf, Looked, Placement, Report, ScanPlan, Step,
+    TargetSeen, UNREAD_MAX, Unread, shown, zip,
+};
+use crate::crypto::FileHasher;
+use crate::error::{Code, Error, Result};
+use crate::mounts;
+use crate::store::beneath;
+
+/// Archives and decoders within each other: `image.tar.gz`, a layer of it that is packed, an archive in that, and one more.
+const DEPTH_MAX: usize = 7;
+
+/// JSON documents that are kept for their word on layers: of one file, and of one target.
+const DOCUMENT_BYTES_MAX: u64 = 4 << 20;
+const DOCUMENTS_BYTES_MAX: usize = 64 << 20;
+
+/// A layer lies at most so deep in its archive: `blobs/sha256/HEX`.
+const LAYER_PARTS_MAX: usize = 3;
+
+/// Links of one archive that are kept: of images that share layers.
+const LINKS_MAX: usize = 100_000;
+
+/// Folders of models that are remembered.
+const FOLDERS_MAX: usize = 1_000_000;
+
+pub(super) fn run(plan: &ScanPlan, progress: &(dyn Fn(Step) + Sync)) -> Result<Report> {
+    let deadline = plan.time.map(|time| Instant::now() + time);
+    let walk = Walk {
+        plan,
+        meter: Meter::new(plan.limits, deadline, progress),
+        numbers: RandomState::new(),
+        targets: plan.targets.iter().map(|path| Target::open(path)).collect::<Result<_>>()?,
+        jobs: Mutex::new(Jobs::default()),
+        changed: Condvar::new(),
+        findings: AtomicU64::new(0),
+        mounts_skipped: AtomicU64::new(0),
+    };
+    walk.lock_jobs().waiting = (0..walk.targets.len()).rev().map(Job::Target).collect();
+    std::thread::scope(|scope| {
+        for number in 0..plan.threads.max(1) {
+            let work = std::thread::Builder::new().name(format!("scan-{number}"));
+            if let Err(e) = work.spawn_scoped(scope, || walk.work()) {
+                // One thread is enough to come to the end.
+                tracing::debug!("a thread fewer for the scan: {e}");
+            }
+        }
+        // Also where no thread could be made.
+        walk.work();
+    });
+    Ok(walk.report())
+}
+
+enum Job {
+    Target(usize),
+    /// A folder of a tree, from the target's root.
+    Folder(usize, PathBuf),
+    /// A file of a layout.
+    File(usize, PathBuf),
+    /// A blob of an archive or a layout: its name, and where it lies.
+    Blob {
+        target: usize,
+        key: Vec<u8>,
+        file: Arc<File>,
+        at: u64,
+        len: u64,
+    },
+}
+
+#[derive(Default)]
+struct Jobs {
+    waiting: Vec<Job>,
+    working: usize,
+    out_of_time: bool,
+}
+
+struct Walk<'a> {
+    plan: &'a ScanPlan,
+    meter: Meter<'a>,
+    /// Paths are kept as numbers that nobody outside can aim at.
+    numbers: RandomState,
+    targets: Vec<Target>,
+    jobs: Mutex<Jobs>,
+    changed: Condvar,
+    findings: AtomicU64,
+    mounts_skipped: AtomicU64,
+}
+
+/// One target, and what is known of it so far.
+struct Target {
+    shown: String,
+    input: Input,
+    found: Mutex<Found>,
+}
+
+enum Input {
+    Tree { root: OwnedFd, layout: bool, mounts: HashSet<PathBuf> },
+    File { file: Arc<File>, len: u64, name: Vec<u8> },
+    Pipe(Mutex<Option<Box<dyn Read + Send>>>),
+}
+
+#[derive(Default)]
+struct Found {
+    archive: bool,
+    /// What lies in no blob.
+    loose: Unit,
+    blobs: BTreeMap<Vec<u8>, Unit>,
+    texts: BTreeMap<Vec<u8>, Vec<u8>>,
+    texts_bytes: usize,
+    links: BTreeMap<Vec<u8>, Vec<u8>>,
+    unread: Vec<Unread>,
+    unread_untold: u64,
+}
+
+/// What was found in one blob, or in all that lies in none.
+#[derive(Default)]
+struct Unit {
+    findings: Vec<Seeing>,
+    untold: u64,
+    /// Folders that hold a model's configuration.
+    folders: HashSet<u64>,
+    hides: Hides,
+    trouble: Option<Trouble>,
+    /// Packed in a way that is not unpacked here.
+    closed: Option<&'static str>,
+    /// Its own bytes, when images are verified.
+    sha256: Option<[u8; 32]>,
+    /// It is an archive as it lies there, not a packed one.
+    plain: bool,
+}
+
+struct Seeing {
+    /// From the outermost archive inwards.
+    places: Vec<Vec<u8>>,
+    verdict: Verdict,
+    bytes: Option<u64>,
+    sha256: Option<[u8; 32]>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What a thread that panicked left is still the truth as far as it got.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+// ---- opening ------------------------------------------------------------------------------------------------------------
+
+impl Target {
+    fn open(path: &Path) -> Result<Target> {
+        let shown = shown(path.as_os_str().as_bytes());
+        let input = if path == Path::new("-") {
+            Input::Pipe(Mutex::new(Some(Box::new(io::stdin()))))
+        } else {
+            open(path, &shown)?
+        };
+        Ok(Target { shown, input, found: Mutex::default() })
+    }
+}
+
+fn open(path: &Path, shown: &str) -> Result<Input> {
+    let wrong = |e: io::Error| {
+        let code = if e.kind() == io::ErrorKind::NotFound { Code::NotFound } else { Code::Host };
+        Error::new(code, format!("cannot scan {shown}")).with_source(e)
+    };
+    // Without waiting: a pipe without a writer would hold the scan for ever.
+    let file = std::os::unix::fs::OpenOptionsExt::custom_flags(
+        std::fs::OpenOptions::new().read(true),
+        libc::O_NONBLOCK | libc::O_NOCTTY,
+    )
+    .open(path)
+    .map_err(wrong)?;
+    let about = file.metadata().map_err(wrong)?;
+    if about.is_dir() {
+        let has = |name: &str| path.join(name).symlink_metadata().is_ok_and(|about| about.is_file());
+        let layout = has("oci-layout") && has("index.json");
+        let canonical = path.canonicalize().map_err(wrong)?;
+        let below = mounts::below(&canonical)?.into_iter();
+        let mounts = below.filter_map(|(place, _)| Some(place.strip_prefix(&canonical).ok()?.to_owned()));
+        let mounts = mounts.filter(|place| place != Path::new("")).collect();
+        return Ok(Input::Tree { root: file.into(), layout, mounts });
+    }
+    if !about.is_file() {
+        return Err(Error::new(
+            Code::Usage,
+            format!("{shown} is neither a folder nor a file; for a pipe, write `-` and give it as standard input"),
+        ));
+    }
+    let name = path.file_name().map_or(&b""[..], |name| name.as_bytes()).to_vec();
+    Ok(Input::File { len: about.len(), file: Arc::new(file), name })
+}
+
+// ---- work ---------------------------------------------------------------------------------------------------------------
+
+impl<'a> Walk<'a> {
+    fn lock_jobs(&self) -> MutexGuard<'_, Jobs> {
+        lock(&self.jobs)
+    }
+
+    fn push(&self, job: Job) {
+        let mut jobs = self.lock_jobs();
+        if jobs.out_of_time {
+            return;
+        }
+        jobs.waiting.push(job);
+        drop(jobs);
+        self.changed.notify_one();
+    }
+
+    /// Until nothing is left to do and nobody is left who could find more.
+    fn work(&self) {
+        loop {
+            let job = {
+                let mut jobs = self.lock_jobs();
+                loop {
+                    if let Some(job) = jobs.waiting.pop() {
+                        jobs.working += 1;
+                        break job;
+                    }
+                    if jobs.working == 0 {
+                        return;
+                    }
+                    jobs = self.changed.wait(jobs).unwrap_or_else(PoisonError::into_inner);
+                }
+            };
+            let _end = Working(self);
+            self.job(job);
+        }
+    }
+
+    fn job(&self, job: Job) {
+        match job {
+            Job::Target(number) => self.target(number),
+            Job::Folder(number, folder) => self.folder(number, &folder),
+            Job::File(number, path) => self.layout_file(number, &path),
+            Job::Blob { target, key, file, at, len } => {
+                let mut unit = Unit::default();
+                let mut range = FileRange::new(file.clone(), at, len, &self.meter);
+                self.blob(&mut unit, &mut range);
+                if self.plan.verify && unit.trouble.is_none() {
+                    unit.sha256 = self.hash(FileRange::new(file, at, len, &self.meter), &mut unit.trouble);
+                }
+                self.keep_blob(target, key, unit);
+            }
+        }
+    }
+
+    /// Stops everything: the time is over.
+    fn out_of_time(&self) {
+        let mut jobs = self.lock_jobs();
+        jobs.out_of_time = true;
+        jobs.waiting.clear();
+    }
+
+    fn target(&self, number: usize) {
+        let target = &self.targets[number];
+        match &target.input {
+            Input::Tree { .. } => self.folder(number, Path::new("")),
+            Input::File { file, len, name } => {
+                (self.meter.progress)(Step::Found(*len));
+                let mut range = FileRange::new(file.clone(), 0, *len, &self.meter);
+                self.whole(number, name, &mut range);
+            }
+            Input::Pipe(from) => {
+                if let Some(from) = lock(from).take() {
+                    self.whole(number, b"-", &mut Piped { from, meter: &self.meter });
+                }
+            }
+        }
+    }
+
+    /// A target that is a file: an archive, packed or not, or a file like any other.
+    fn whole(&self, number: usize, name: &[u8], source: &mut dyn Source) {
+        let mut loose = Unit::default();
+        let ended = self.outermost(number, name, source, 0, &mut loose);
+        if let Err(e) = ended {
+            self.unread(number, b"", &Trouble::of(&e));
+        }
+        if let Some(kind) = loose.closed {
+            let why = format!("packed with {kind}, which is not unpacked here; unpack it and scan what comes out");
+            self.unread(number, b"", &Trouble::Broken(why));
+        }
+        self.keep_loose(number, loose);
+    }
+
+    fn outermost(
+        &self,
+        number: usize,
+        name: &[u8],
+        source: &mut dyn Source,
+        depth: usize,
+        loose: &mut Unit,
+    ) -> io::Result<()> {
+        let mut probe = self.probe(source);
+        match detect::look(name, &mut probe, self.plan.min_bytes)? {
+            Seen::Container(Container::Packed(packing)) if depth < 2 => {
+                self.meter.archives.fetch_add(1, Ordering::Relaxed);
+                let mut plain = Unpacked::new(packing, &mut probe, &self.meter)?;
+                self.outermost(number, without_ending(name), &mut plain, depth + 1, loose)
+            }
+            Seen::Container(Container::Tar) => {
+                lock(&self.targets[number].found).archive = true;
+                self.meter.archives.fetch_add(1, Ordering::Relaxed);
+                self.outer_tar(number, &mut probe, depth + 1, loose)
+            }
+            seen => self.seen(loose, &mut vec![name.to_vec()], &mut probe, seen, depth),
+        }
+    }
+
+    /// The archive that a target is: each archive in it may be a layer, each document may name layers.
+    fn outer_tar(&self, number: usize, source: &mut dyn Source, depth: usize, loose: &mut Unit) -> io::Result<()> {
+        let mut reader = TarReader::new(source);
+        while let Some(entry) = reader.next()? {
+            self.meter.entry()?;
+            let key = clean(&entry.path);
+            match entry.kind {
+                tar::Kind::Symlink | tar::Kind::HardLink => {
+                    let mut found = lock(&self.targets[number].found);
+                    if found.links.len() < LINKS_MAX {
+                        // A hard link's name counts from the archive's root.
+                        let from_root = if entry.kind == tar::Kind::HardLink { &b"/../../../../"[..] } else { b"" };
+                        let link = [from_root, &entry.link].concat();
+                        found.links.insert(key, link);
+                    }
+                }
+                tar::Kind::Folder | tar::Kind::Other => {}
+                tar::Kind::Behind => self.behind(loose, &[], &mut reader.body(&entry))?,
+                tar::Kind::File => {
+                    let mut body = reader.body(&entry);
+                    self.member(number, key, entry.len, &mut body, depth, loose)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A file of an archive or a layout.
+    fn member(
+        &self,
+        number: usize,
+        key: Vec<u8>,
+        len: u64,
+        source: &mut dyn Source,
+        depth: usize,
+        loose: &mut Unit,
+    ) -> io::Result<()> {
+        if self.excluded(&key) {
+            return Ok(());
+        }
+        let parts = key.iter().filter(|byte| **byte == b'/').count() + 1;
+        let mut probe = self.probe(source);
+        if parts <= LAYER_PARTS_MAX && len <= DOCUMENT_BYTES_MAX && is_document(probe.head(64)?) {
+            return self.document(number, key, &mut probe);
+        }
+        let seen = detect::look(&key, &mut probe, self.plan.min_bytes)?;
+        match seen {
+            Seen::Container(Container::Tar | Container::Packed(_)) if parts <= LAYER_PARTS_MAX => {
+                if let Some((file, at)) = probe.place() {
+                    (self.meter.progress)(Step::Found(len));
+                    self.push(Job::Blob { target: number, key, file, at, len });
+                    return Ok(());
+                }
+                let mut unit = Unit::default();
+                self.blob(&mut unit, &mut probe);
+                if matches!(unit.trouble, Some(Trouble::Time)) {
+                    return Err(Trouble::Time.into());
+                }
+                if self.plan.verify {
+                    unit.trouble = unit.trouble.or(Some(Trouble::Broken(
+                        "it cannot be held against its digest in a pipe or a packed archive; unpack it first".into(),
+                    )));
+                }
+                self.keep_blob(number, key, unit);
+                Ok(())
+            }
+            // A layer, perhaps, that engines unpack and we do not; without an image it is a file like any other.
+            Seen::Closed(kind) if parts <= LAYER_PARTS_MAX => {
+                self.keep_blob(number, key, Unit { closed: Some(kind), ..Unit::default() });
+                Ok(())
+            }
+            seen => {
+                if parts <= LAYER_PARTS_MAX && key.starts_with(b"blobs/") {
+                    // A blob that is a file by itself, as artifacts have them.
+                    let mut unit = Unit::default();
+                    let ended = self.seen(&mut unit, &mut Vec::new(), &mut probe, seen, depth);
+                    unit.trouble = ended.err().map(|e| Trouble::of(&e));
+                    self.keep_blob(number, key, unit);
+                    return Ok(());
+                }
+                let name = key.rsplit(|byte| *byte == b'/').next().unwrap_or(&key);
+                if detect::is_model_config(name) {
+                    self.note_folder(loose, &key);
+                }
+                self.seen(loose, &mut vec![key], &mut probe, seen, depth)
+            }
+        }
+    }
+
+    fn document(&self, number: usize, key: Vec<u8>, probe: &mut Probe) -> io::Result<()> {
+        let mut text = Vec::new();
+        probe.read_to_end(&mut text)?;
+        let mut found = lock(&self.targets[number].found);
+        let name = key.rsplit(|byte| *byte == b'/').next().unwrap_or(&key);
+        if detect::is_model_config(name) {
+            let folder = self.number(folder_of(&key));
+            found.loose.folders.insert(folder);
+        }
+        if self.plan.verify
+            && let Some(hex) = key.strip_prefix(b"blobs/sha256/")
+            && hex != hex::encode(crate::crypto::sha256(&[&text])).as_bytes()
+        {
+            drop(found);
+            self.unread(number, &key, &Trouble::Broken("its content is not what its digest says".into()));
+            return Ok(());
+        }
+        if found.texts_bytes + text.len() <= DOCUMENTS_BYTES_MAX {
+            found.texts_bytes += text.len();
+            found.texts.insert(key, text);
+        }
+        Ok(())
+    }
+
+    /// One blob to its end: a layer, or a file.
+    fn blob(&self, unit: &mut Unit, source: &mut dyn Source) {
+        let mut probe = self.probe(source);
+        let ended = detect::look(b"", &mut probe, self.plan.min_bytes).and_then(|seen| {
+            unit.plain = matches!(seen, Seen::Container(Container::Tar));
+            self.seen(unit, &mut Vec::new(), &mut probe, seen, 1)
+        });
+        unit.trouble = ended.err().map(|e| Trouble::of(&e));
+        unit.hides.finish();
+    }
+
+    fn hash(&self, mut range: FileRange, trouble: &mut Option<Trouble>) -> Option<[u8; 32]> {
+        let mut hasher = FileHasher::new();
+        let mut room = vec![0; 64 << 10];
+        loop {
+            match range.read(&mut room) {
+                Ok(0) => return Some(hasher.finish()),
+                Ok(n) => hasher.update(&room[..n]),
+                Err(e) => {
+                    *trouble = Some(Trouble::of(&e));
+                    return None;
+                }
+            }
+        }
+    }
+
+    fn probe<'s>(&self, source: &'s mut dyn Source) -> Probe<'s> {
+        Probe::hashed(source, !self.plan.accept.is_empty())
+    }
+
+    // ---- one file ----
+
+    fn file(
+        &self,
+        unit: &mut Unit,
+        places: &mut Vec<Vec<u8>>,
+        source: &mut dyn Source,
+        depth: usize,
+    ) -> io::Result<()> {
+        let mut probe = self.probe(source);
+        let name = places.last().map_or(&[][..], |place| place);
+        let seen = detect::look(name, &mut probe, self.plan.min_bytes)?;
+        self.seen(unit, places, &mut probe, seen, depth)
+    }
+
+    /// What becomes of a file, once it is known what it is. `places` is empty for a blob itself.
+    fn seen(
+        &self,
+        unit: &mut Unit,
+        places: &mut Vec<Vec<u8>>,
+        probe: &mut Probe,
+        seen: Seen,
+        depth: usize,
+    ) -> io::Result<()> {
+        self.meter.files.fetch_add(1, Ordering::Relaxed);
+        match seen {
+            Seen::Other => Ok(()),
+            Seen::Weights(verdict) => self.weights(unit, places, probe, verdict),
+            // Of a blob or a target itself; an archive that merely lies somewhere says nothing.
+            Seen::Closed(kind) => {
+                if places.is_empty() || depth == 0 {
+                    unit.closed = Some(kind);
+                }
+                Ok(())
+            }
+            Seen::Container(_) if !self.plan.archives && !places.is_empty() => Ok(()),
+            Seen::Container(_) if depth >= DEPTH_MAX => {
+                self.mention(unit, places, "more archives within each other than are looked into".into());
+                Ok(())
+            }
+            Seen::Container(container) => {
+                self.meter.archives.fetch_add(1, Ordering::Relaxed);
+                let ended = match container {
+                    Container::Tar => self.tar(unit, places, probe, depth + 1),
+                    Container::Zip => self.zip(unit, places, probe, depth + 1),
+                    Container::Packed(packing) => Unpacked::new(packing, probe, &self.meter).and_then(|mut plain| {
+                        let name = places.pop();
+                        places.extend(name.as_deref().map(|name| without_ending(name).to_vec()));
+                        let ended = self.file(unit, places, &mut plain, depth + 1);
+                        if let Some(name) = name {
+                            places.pop();
+                            places.push(name);
+                        }
+                        ended
+                    }),
+                };
+                let Err(e) = ended else { return Ok(()) };
+                match Trouble::of(&e) {
+                    // No program could unpack it further than was looked. A layer is another matter, and so is a limit.
+                    Trouble::Broken(why) if !places.is_empty() && depth > 0 => {
+                        self.mention(unit, places, format!("broken from some point on: {why}"));
+                        Ok(())
+                    }
+                    Trouble::Broken(_) | Trouble::Limit(_) | Trouble::Time | Trouble::Host(_) => Err(e),
+                }
+            }
+        }
+    }
+
+    fn tar(&self, unit: &mut Unit, places: &mut Vec<Vec<u8>>, source: &mut dyn Source, depth: usize) -> io::Result<()> {
+        // Whiteouts mean something in the layer's own archive.
+        let is_layer = places.is_empty();
+        let mut reader = TarReader::new(source);
+        while let Some(entry) = reader.next()? {
+            self.meter.entry()?;
+            if is_layer && !matches!(entry.kind, tar::Kind::Folder | tar::Kind::Behind) {
+                unit.hides.note(&entry.path, |path| self.number(path));
+            }
+            match entry.kind {
+                tar::Kind::Folder | tar::Kind::HardLink | tar::Kind::Symlink | tar::Kind::Other => {}
+                tar::Kind::Behind => self.behind(unit, places, &mut reader.body(&entry))?,
+                tar::Kind::File => {
+                    let mut body = reader.body(&entry);
+                    self.inner(unit, places, &entry.path, &mut body, depth)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn zip(&self, unit: &mut Unit, places: &mut Vec<Vec<u8>>, source: &mut dyn Source, depth: usize) -> io::Result<()> {
+        let end = zip::walk(source, &self.meter, &mut |entry, plain| match entry.closed {
+            None => self.inner(unit, places, &entry.name, plain, depth),
+            Some((why, len)) => {
+                if len >= self.plan.min_bytes.max(1 << 20) {
+                    places.push(entry.name.clone());
+                    self.mention(unit, places, format!("an entry of {len} bytes that is {why}"));
+                    places.pop();
+                }
+                Ok(())
+            }
+        })?;
+        if end == zip::End::Unknown {
+            self.mention(unit, places, "a zip archive whose entries do not tell where they end".into());
+        }
+        Ok(())
+    }
+
+    /// A file within an archive.
+    fn inner(
+        &self,
+        unit: &mut Unit,
+        places: &mut Vec<Vec<u8>>,
+        path: &[u8],
+        source: &mut dyn Source,
+        depth: usize,
+    ) -> io::Result<()> {
+        let path = clean(path);
+        if self.excluded(&path) {
+            return Ok(());
+        }
+        let name = path.rsplit(|byte| *byte == b'/').next().unwrap_or(&path);
+        let is_config = detect::is_model_config(name);
+        places.push(path);
+        if is_config {
+            let place = places.join(&b'!');
+            self.note_folder(unit, &place);
+        }
+        let ended = self.file(unit, places, source, depth);
+        places.pop();
+        ended
+    }
+
+    /// Bytes behind an archive's end that are none.
+    fn behind(&self, unit: &mut Unit, places: &[Vec<u8>], source: &mut dyn Source) -> io::Result<()> {
+        let mut places = places.to_vec();
+        places.push(b"(behind the end of the archive)".to_vec());
+        let verdict = Verdict {
+            format: Format::Archive,
+            confidence: Confidence::Info,
+            why: "bytes behind the end of an archive, which nothing unpacks".into(),
+            beside_config: false,
+        };
+        let bytes = source.skip(u64::MAX)?;
+        self.add(unit, Seeing { places, verdict, bytes: Some(bytes), sha256: None });
+        Ok(())
+    }
+
+    fn weights(&self, unit: &mut Unit, places: &[Vec<u8>], probe: &mut Probe, verdict: Verdict) -> io::Result<()> {
+        let sha256 = if verdict.confidence == Confidence::Info { None } else { probe.digest()? };
+        let bytes = probe.known_len();
+        self.add(unit, Seeing { places: places.to_vec(), verdict, bytes, sha256 });
+        Ok(())
+    }
+
+    fn mention(&self, unit: &mut Unit, places: &[Vec<u8>], why: String) {
+        let verdict = Verdict { format: Format::Archive, confidence: Confidence::Info, why, beside_config: false };
+        self.add(unit, Seeing { places: places.to_vec(), verdict, bytes: None, sha256: None });
+    }
+
+    fn add(&self, unit: &mut Unit, seeing: Seeing) {
+        // One that is only mentioned must not take the place of one that counts.
+        let room = if seeing.verdict.confidence == Confidence::Info { FINDINGS_MAX / 2 } else { FINDINGS_MAX } as u64;
+        if self.findings.fetch_add(1, Ordering::Relaxed) < room {
+            unit.findings.push(seeing);
+        } else if seeing.verdict.confidence > Confidence::Info {
+            unit.untold += 1;
+        }
+    }
+
+    fn note_folder(&self, unit: &mut Unit, path: &[u8]) {
+        if unit.folders.len() < FOLDERS_MAX {
+            unit.folders.insert(self.number(folder_of(path)));
+        }
+    }
+
+    fn number(&self, path: &[u8]) -> u64 {
+        self.numbers.hash_one(path)
+    }
+
+    fn excluded(&self, path: &[u8]) -> bool {
+        self.plan.exclude.iter().any(|pattern| pattern.takes(path))
+    }
+
+    // ---- trees ----
+
+    fn folder(&self, number: usize, folder: &Path) {
+        let Input::Tree { root, layout, mounts } = &self.targets[number].input else {
+            unreachable!("only trees have folders")
+        };
+        let mut loose = Unit::default();
+        if let Err(e) = self.list(number, root, *layout, mounts, folder, &mut loose) {
+            // A folder that went while the scan came is no trouble; a tree is alive.
+            if e.kind() != io::ErrorKind::NotFound {
+                self.unread(number, folder.as_os_str().as_bytes(), &Trouble::of(&e));
+            }
+        }
+        self.keep_loose(number, loose);
+    }
+
+    fn list(
+        &self,
+        number: usize,
+        root: &OwnedFd,
+        layout: bool,
+        mounts: &HashSet<PathBuf>,
+        folder: &Path,
+        loose: &mut Unit,
+    ) -> io::Result<()> {
+        let here = if folder == Path::new("") { Path::new(".") } else { folder };
+        let dir = open_beneath(root, here, libc::O_RDONLY | libc::O_DIRECTORY)?;
+        for entry in beneath::read_fd_dir(&dir)? {
+            let entry = entry?;
+            let path = folder.join(entry.file_name());
+            let bytes = path.as_os_str().as_bytes();
+            self.meter.entry()?;
+            if self.excluded(bytes) {
+                continue;
+            }
+            if mounts.contains(&path) && !self.plan.cross_mounts {
+                self.mounts_skipped.fetch_add(1, Ordering::Relaxed);
+                continue;
+            }
+            // Told with the listing: nothing but folders and regular files is ever opened.
+            let kind = entry.file_type()?;
+            if kind.is_dir() {
+                if mounts.contains(&path) && !is_worth_crossing(&dir, &entry.file_name()) {
+                    self.mounts_skipped.fetch_add(1, Ordering::Relaxed);
+                    continue;
+                }
+                self.push(Job::Folder(number, path));
+            } else if kind.is_file() && layout {
+                // Opened by whoever takes it: a descriptor for each blob that waits would be too many.
+                self.push(Job::File(number, path));
+            } else if kind.is_file()
+                && let Err(e) = self.tree_file(number, root, layout, &path, loose)
+            {
+                match Trouble::of(&e) {
+                    Trouble::Time => return Err(e),
+                    _ if e.kind() == io::ErrorKind::NotFound => {}
+                    trouble => self.unread(number, bytes, &trouble),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn layout_file(&self, number: usize, path: &Path) {
+        let Input::Tree { root, .. } = &self.targets[number].input else { unreachable!("only trees have layouts") };
+        let mut loose = Unit::default();
+        if let Err(e) = self.tree_file(number, root, true, path, &mut loose) {
+            self.unread(number, path.as_os_str().as_bytes(), &Trouble::of(&e));
+        }
+        self.keep_loose(number, loose);
+    }
+
+    fn tree_file(&self, number: usize, root: &OwnedFd, layout: bool, path: &Path, loose: &mut Unit) -> io::Result<()> {
+        let fd = open_beneath(root, path, libc::O_RDONLY | libc::O_NONBLOCK | libc::O_NOCTTY)?;
+        let about = beneath::fstat(&fd)?;
+        if about.st_mode & libc::S_IFMT != libc::S_IFREG {
+            return Ok(());
+        }
+        let bytes = path.as_os_str().as_bytes();
+        if path.file_name().is_some_and(|name| detect::is_model_config(name.as_bytes())) {
+            self.note_folder(loose, bytes);
+        }
+        let len = u64::try_from(about.st_size).unwrap_or(0);
+        if len < self.plan.min_bytes && !layout {
+            self.meter.files.fetch_add(1, Ordering::Relaxed);
+            return Ok(());
+        }
+        (self.meter.progress)(Step::Found(len));
+        let mut range = FileRange::new(Arc::new(File::from(fd)), 0, len, &self.meter);
+        let ended = if layout {
+            self.member(number, bytes.to_vec(), len, &mut range, 1, loose)
+        } else {
+            self.file(loose, &mut vec![bytes.to_vec()], &mut range, 1)
+        };
+        range.skip(u64::MAX)?;
+        ended
+    }
+
+    // ---- keeping ----
+
+    fn keep_loose(&self, number: usize, unit: Unit) {
+        let mut found = lock(&self.targets[number].found);
+        let loose = &mut found.loose;
+        loose.findings.extend(unit.findings);
+        loose.untold += unit.untold;
+        loose.folders.extend(unit.folders);
+    }
+
+    fn keep_blob(&self, number: usize, key: Vec<u8>, unit: Unit) {
+        if matches!(unit.trouble, Some(Trouble::Time)) {
+            self.out_of_time();
+        }
+        let mut found = lock(&self.targets[number].found);
+        // Of two entries with one name an engine takes the last; what is in the first is there all the same.
+        match found.blobs.remove(&key) {
+            None => drop(found.blobs.insert(key, unit)),
+            Some(mut first) => {
+                first.findings.extend(unit.findings);
+                first.untold += unit.untold;
+                first.folders.extend(unit.folders);
+                first.hides = unit.hides;
+                first.trouble = first.trouble.or(unit.trouble);
+                first.closed = first.closed.or(unit.closed);
+                first.sha256 = unit.sha256;
+                first.plain = unit.plain;
+                found.blobs.insert(key, first);
+            }
+        }
+    }
+
+    fn unread(&self, number: usize, path: &[u8], trouble: &Trouble) {
+        if matches!(trouble, Trouble::Time) {
+            return self.out_of_time();
+        }
+        let target = &self.targets[number];
+        let mut found = lock(&target.found);
+        if found.unread.len() >= UNREAD_MAX {
+            found.unread_untold += 1;
+            return;
+        }
+        found.unread.push(Unread {
+            target: target.shown.clone(),
+            path: shown(path),
+            why: trouble.to_string(),
+            hostile: matches!(trouble, Trouble::Limit(_) | Trouble::Broken(_)),
+        });
+    }
+
+    // ---- telling ----
+
+    fn report(self) -> Report {
+        let get = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        let mut report = Report {
+            targets: Vec::new(),
+            findings: Vec::new(),
+            findings_untold: 0,
+            accepted: Vec::new(),
+            unread: Vec::new(),
+            unread_untold: 0,
+            complete: !lock(&self.jobs).out_of_time,
+            looked: Looked {
+                files: get(&self.meter.files),
+                entries: get(&self.meter.entries),
+                archives: get(&self.meter.archives),
+                layers: 0,
+                bytes_read: get(&self.meter.read),
+                bytes_unpacked: get(&self.meter.unpacked),
+                mounts_skipped: get(&self.mounts_skipped),
+            },
+        };
+        let numbers = self.numbers;
+        let number = |path: &[u8]| numbers.hash_one(path);
+        for target in self.targets {
+            let found = target.found.into_inner().unwrap_or_else(PoisonError::into_inner);
+            let telling = Telling { target: &target.shown, number: &number, complete: report.complete };
+            let is_file = matches!(target.input, Input::File { .. } | Input::Pipe(_));
+            let layout = matches!(target.input, Input::Tree { layout: true, .. });
+            telling.tell(found, is_file, layout, &mut report);
+        }
+        let accept = &self.plan.accept;
+        let accepted = |finding: &Finding| {
+            finding
+                .sha256
+                .as_deref()
+                .and_then(|hex| hex::decode(hex).ok())
+                .is_some_and(|digest| <[u8; 32]>::try_from(digest).is_ok_and(|digest| accept.contains(&digest)))
+        };
+        (report.accepted, report.findings) = std::mem::take(&mut report.findings).into_iter().partition(accepted);
+        report.findings.sort_by(|a, b| {
+            let place = |finding: &Finding| {
+                let image = finding.layer.as_ref().and_then(|layer| layer.images.first());
+                (finding.target.clone(), image.map(|at| (at.image.clone(), at.position)), finding.path.clone())
+            };
+            b.confidence.cmp(&a.confidence).then_with(|| place(a).cmp(&place(b)))
+        });
+        report
+    }
+}
+
+/// Ends a thread's part even where it panicked: the others would wait for ever.
+struct Working<'a, 'b>(&'a Walk<'b>);
+
+impl Drop for Working<'_, '_> {
+    fn drop(&mut self) {
+        self.0.lock_jobs().working -= 1;
+        self.0.changed.notify_all();
+    }
+}
+
+struct Telling<'a> {
+    target: &'a str,
+    number: &'a dyn Fn(&[u8]) -> u64,
+    complete: bool,
+}
+
+impl Telling<'_> {
+    fn tell(&self, mut found: Found, is_file: bool, layout: bool, report: &mut Report) {
+        let documents = Documents { texts: &found.texts, links: &found.links };
+        let is_image = layout || (found.archive && documents.is_image());
+        let (images, lacks) = if is_image { documents.images() } else { Default::default() };
+        let kind = match (is_image, found.archive, is_file) {
+            (true, ..) => Kind::Image,
+            (false, true, _) => Kind::Archive,
+            (false, false, true) => Kind::File,
+            (false, false, false) => Kind::Tree,
+        };
+        // What came through before the time was over says nothing about what is missing.
+        if self.complete {
+            for why in lacks {
+                self.unread(report, b"", why, true);
+            }
+            if is_image && images.is_empty() {
+                self.unread(report, b"", "it says that it holds images, and names none".into(), true);
+            }
+            self.check_layers(&images, &found.blobs, &found.texts, report);
+        }
+        report.unread.append(&mut found.unread);
+        report.unread_untold += found.unread_untold;
+        self.take(found.loose, None, report);
+        let hides: BTreeMap<Vec<u8>, Hides> =
+            found.blobs.iter_mut().map(|(key, unit)| (key.clone(), std::mem::take(&mut unit.hides))).collect();
+        let mut layers = 0;
+        for (key, mut unit) in found.blobs {
+            let placed: Vec<(&Image, usize)> = images
+                .iter()
+                .flat_map(|image| {
+                    let at = image.layers.iter().enumerate().filter(|(_, layer)| layer.key == key);
+                    at.map(move |(at, _)| (image, at))
+                })
+                .collect();
+            layers += u64::from(!placed.is_empty());
+            match unit.trouble.take() {
+                // Of an archive that is no image, a broken archive in it is what it is in a tree.
+                Some(Trouble::Broken(why)) if !is_image => {
+                    let verdict = Verdict {
+                        format: Format::Archive,
+                        confidence: Confidence::Info,
+                        why: format!("broken from some point on: {why}"),
+                        beside_config: false,
+                    };
+                    unit.findings.push(Seeing { places: Vec::new(), verdict, bytes: None, sha256: None });
+                }
+                Some(Trouble::Time) | None => {}
+                Some(trouble) => {
+                    let hostile = matches!(trouble, Trouble::Broken(_) | Trouble::Limit(_));
+                    self.unread(report, &key, trouble.to_string(), hostile);
+                }
+            }
+            if let Some(kind) = unit.closed
+                && is_image
+            {
+                let why = format!("packed with {kind}, which is not unpacked here");
+                self.unread(report, &key, why, true);
+            }
+            self.take(unit, Some((&key, &placed, &hides)), report);
+        }
+        report.looked.layers += layers;
+        let images =
+            images.iter().map(|image| ImageSeen { name: shown(image.name.as_bytes()), layers: image.layers.len() });
+        report.targets.push(TargetSeen { path: self.target.to_owned(), kind, images: images.collect() });
+    }
+
+    /// Every layer that an image names has to have been looked at, and be what its digest says where that was asked.
+    fn check_layers(
+        &self,
+        images: &[Image],
+        blobs: &BTreeMap<Vec<u8>, Unit>,
+        texts: &BTreeMap<Vec<u8>, Vec<u8>>,
+        report: &mut Report,
+    ) {
+        let mut seen = HashSet::new();
+        for image in images {
+            for layer in image.layers.iter().filter(|layer| seen.insert(&layer.key)) {
+                match blobs.get(&layer.key) {
+                    // Documents are no layers, but artifacts and attestations keep some where layers stand.
+                    None if texts.contains_key(&layer.key) => {}
+                    None => {
+                        let why = format!("a layer of {} that is not in the archive", image.name);
+                        self.unread(report, &layer.key, why, true);
+                    }
+                    Some(unit) => {
+                        if let Some(why) = mismatch(layer, unit) {
+                            self.unread(report, &layer.key, why, true);
+                        }
+                    }
+                }
+            }
+        }
+        for (key, unit) in blobs {
+            if let (Some(seen), Some(wanted)) = (unit.sha256, key.strip_prefix(b"blobs/sha256/"))
+                && hex::encode(seen).as_bytes() != wanted
+            {
+                self.unread(report, key, "its content is not what its digest says".into(), true);
+            }
+        }
+    }
+
+    fn unread(&self, report: &mut Report, path: &[u8], why: String, hostile: bool) {
+        if report.unread.len() >= UNREAD_MAX {
+            report.unread_untold += 1;
+            return;
+        }
+        report.unread.push(Unread { target: self.target.to_owned(), path: shown(path), why, hostile });
+    }
+
+    #[allow(clippy::type_complexity, reason = "one call, two lines above")]
+    fn take(
+        &self,
+        unit: Unit,
+        blob: Option<(&[u8], &[(&Image, usize)], &BTreeMap<Vec<u8>, Hides>)>,
+        report: &mut Report,
+    ) {
+        report.findings_untold += unit.untold;
+        for seeing in unit.findings {
+            let place = seeing.places.join(&b'!');
+            if seeing.verdict.beside_config && !unit.folders.contains(&(self.number)(folder_of(&place))) {
+                continue;
+            }
+            let mut path = place;
+            let mut layer = None;
+            if let Some((key, placed, hides)) = blob {
+                if placed.is_empty() {
+                    path = if path.is_empty() { key.to_vec() } else { [key, b"!", &path].concat() };
+                } else {
+                    let first = seeing.places.first().map_or(&[][..], |first| first);
+                    layer = Some(self.layer(key, placed, hides, first));
+                    if path.is_empty() {
+                        path = key.to_vec();
+                    }
+                }
+            }
+            report.findings.push(Finding {
+                format: seeing.verdict.format,
+                confidence: seeing.verdict.confidence,
+                target: self.target.to_owned(),
+                path: shown(&path),
+                bytes: seeing.bytes,
+                sha256: seeing.sha256.map(hex::encode),
+                fix: fix(&seeing.verdict, layer.as_ref()),
+                layer,
+                why: seeing.verdict.why,
+            });
+        }
+    }
+
+    fn layer(&self, key: &[u8], placed: &[(&Image, usize)], hides: &BTreeMap<Vec<u8>, Hides>, path: &[u8]) -> LayerOf {
+        let images = placed.iter().map(|(image, at)| {
+            let above = image.layers.iter().enumerate().skip(at + 1);
+            let hidden_by = above.filter_map(|(above, layer)| {
+                let how = hides.get(&layer.key)?.hides(path, self.number)?;
+                Some((above + 1, how))
+            });
+            Placement {
+                image: shown(image.name.as_bytes()),
+                position: at + 1,
+                of: image.layers.len(),
+                created_by: image.layers[*at].created_by.as_ref().map(|line| shown(line.as_bytes())),
+                hidden_by: hidden_by.into_iter().next(),
+            }
+        });
+        let digest = placed.iter().find_map(|(image, at)| {
+            let layer = &image.layers[*at];
+            layer.digest.clone().or_else(|| layer.diff_id.clone())
+        });
+        LayerOf { file: shown(key), digest: digest.map(|digest| shown(digest.as_bytes())), images: images.collect() }
+    }
+}
+
+/// Whether a layer's bytes are not those of its digest, as far as they were hashed.
+fn mismatch(layer: &Layer, unit: &Unit) -> Option<String> {
+    let seen = format!("sha256:{}", hex::encode(unit.sha256?));
+    // A blob under its digest's own name is looked at with all other blobs.
+    let wanted = layer.digest.as_ref().filter(|_| !layer.key.starts_with(b"blobs/"));
+    let wanted = wanted.or_else(|| layer.diff_id.as_ref().filter(|_| unit.plain))?;
+    (*wanted != seen).then(|| format!("its content is {seen}, and the image says {wanted}"))
+}
+
+fn fix(verdict: &Verdict, layer: Option<&LayerOf>) -> String {
+    let serve = "seal the model (`modelfs seal DIR STORE NAME`) and mount it when the container runs";
+    match (verdict.format, layer) {
+        (Format::Sealed | Format::Archive | Format::Opaque, _) => "nothing, if it is what it should be".to_owned(),
+        (_, None) => format!("{serve}; remove this file"),
+        (_, Some(layer)) if layer.images.iter().any(|image| image.hidden_by.is_some()) => format!(
+            "{serve}; a later layer hides the file and takes nothing away: leave it out of the step that adds it, or \
+             delete it in that same step, and build again"
+        ),
+        (_, Some(_)) => format!("{serve}; leave the file out of the step that adds it, and build again"),
+    }
+}
+
+fn folder_of(path: &[u8]) -> &[u8] {
+    path.iter().rposition(|byte| *byte == b'/').map_or(&[][..], |at| &path[..at])
+}
+
+/// `model.tar` of `model.tar.gz`.
+fn without_ending(name: &[u8]) -> &[u8] {
+    let endings: [&[u8]; 4] = [b".gz", b".tgz", b".zst", b".zstd"];
+    endings.iter().find_map(|ending| name.strip_suffix(*ending)).filter(|stem| !stem.is_empty()).unwrap_or(name)
+}
+
+/// Whether a file begins as a document of an image does.
+fn is_document(head: &[u8]) -> bool {
+    let first = head.iter().find(|byte| !byte.is_ascii_whitespace());
+    matches!(first, Some(b'{' | b'['))
+}
+
+/// Filesystems that hold files, not the kernel's own state; and not a mount of ours, which is where plaintext belongs.
+fn is_worth_crossing(dir: &OwnedFd, name: &std::ffi::OsStr) -> bool {
+    let Ok(name) = CString::new(name.as_bytes()) else { return false };
+    let path = Path::new("/proc/self/fd").join(std::os::fd::AsRawFd::as_raw_fd(dir).to_string());
+    let place = std::fs::read_link(path).map(|dir| dir.join(std::ffi::OsStr::from_bytes(name.to_bytes())));
+    let kind = place.ok().and_then(|place| mounts::at(&place).ok().flatten()).map(|mount| mount.kind);
+    let kernel = [
+        "proc",
+        "sysfs",
+        "devtmpfs",
+        "devpts",
+        "cgroup",
+        "cgroup2",
+        "debugfs",
+        "tracefs",
+        "securityfs",
+        "bpf",
+        "mqueue",
+        "pstore",
+        "configfs",
+        "fusectl",
+        "efivarfs",
+        "binfmt_misc",
+        "hugetlbfs",
+        "nsfs",
+        "fuse.modelfs",
+    ];
+    kind.is_some_and(|kind| !kernel.contains(&kind.as_str()))
+}
+
+fn open_beneath(root: &OwnedFd, path: &Path, flags: i32) -> io::Result<OwnedFd> {
+    let path = CString::new(path.as_os_str().as_bytes()).map_err(|_| broken("a path with a NUL"))?;
+    beneath::open_beneath(root, &path, flags, 0)
+}

@@ -1,0 +1,238 @@
+//! Times here are only ever waited for, never measured: a slow machine makes these tests slow, not red.
+
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc;
+
+use super::*;
+
+/// Issues `AKn`, `secret-canary-n`, numbered from 1, and remembers what it was asked.
+struct Issuer {
+    numbers: AtomicU64,
+    asked: mpsc::Sender<String>,
+    ttl: Duration,
+    temporary: bool,
+    renewable: bool,
+    /// Answers an error while above 0, and counts down.
+    failures: AtomicUsize,
+}
+
+impl Issuer {
+    fn start(make: impl FnOnce(&mut Issuer)) -> (LeasedCredentials, Arc<Telemetry>, mpsc::Receiver<String>) {
+        let (asked, seen) = mpsc::channel();
+        let (numbers, failures) = (AtomicU64::new(0), AtomicUsize::new(0));
+        let ttl = Duration::from_secs(3600);
+        let mut issuer = Issuer { numbers, asked, ttl, temporary: false, renewable: false, failures };
+        make(&mut issuer);
+        let telemetry = Arc::new(Telemetry::default());
+        (LeasedCredentials::new(Box::new(issuer), telemetry.clone()), telemetry, seen)
+    }
+}
+
+impl IssueCredentials for Issuer {
+    fn issue(&self) -> Result<Issued> {
+        let _ = self.asked.send("issue".into());
+        if self.failures.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)).is_ok() {
+            return Err(Error::new(Code::VaultUnreachable, "vault does not answer"));
+        }
+        let number = self.numbers.fetch_add(1, Ordering::SeqCst) + 1;
+        let locked = |text: String| LockedBuf::copy_of(text.as_bytes());
+        Ok(Issued {
+            key_id: locked(format!("AK{number}"))?,
+            secret: locked(format!("secret-canary-{number}"))?,
+            token: if self.temporary { Some(locked(format!("token-canary-{number}"))?) } else { None },
+            ttl: Some(self.ttl),
+            lease_id: Some(format!("lease-{number}")),
+            renewable: self.renewable,
+        })
+    }
+    fn renew(&self, lease_id: &str) -> Result<Duration> {
+        let _ = self.asked.send(format!("renew {lease_id}"));
+        Ok(Duration::from_millis(1))
+    }
+    fn revoke(&self, lease_id: &str) -> Result<()> {
+        let _ = self.asked.send(format!("revoke {lease_id}"));
+        Ok(())
+    }
+    fn describe(&self) -> String {
+        "vault-aws:aws/test".into()
+    }
+}
+
+async fn key_id(credentials: &LeasedCredentials) -> String {
+    credentials.get_credential().await.expect("credentials").key_id.clone()
+}
+
+#[tokio::test]
+async fn nothing_is_asked_before_the_first_request_and_once_for_all_of_them() {
+    let (credentials, telemetry, asked) = Issuer::start(|_| {});
+    assert_eq!(credentials.status().state, "idle");
+    assert!(asked.try_recv().is_err());
+    let all = futures::future::join_all((0..50).map(|_| key_id(&credentials))).await;
+    assert!(all.iter().all(|id| id == "AK1"), "{all:?}");
+    assert_eq!((asked.try_iter().count(), telemetry.credentials_issued.get()), (1, 1));
+    assert_eq!(credentials.status().state, "current");
+}
+
+#[tokio::test]
+async fn they_are_replaced_before_they_end_while_the_old_ones_serve() {
+    let (credentials, _, _) = Issuer::start(|issuer| issuer.ttl = Duration::from_millis(1500));
+    assert_eq!(key_id(&credentials).await, "AK1");
+    // Nobody asks for them: the thread replaces them by itself.
+    while credentials.status().sets < 2 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let second = key_id(&credentials).await;
+    assert_ne!(second, "AK1");
+}
+
+#[tokio::test]
+async fn an_issuer_that_is_away_changes_nothing_while_the_store_takes_what_we_have() {
+    let (credentials, telemetry, _) = Issuer::start(|issuer| issuer.ttl = Duration::from_millis(1500));
+    let first = key_id(&credentials).await;
+    let issuer_gone = Error::new(Code::VaultUnreachable, "vault does not answer");
+    credentials.shared.state().failed(issuer_gone, Instant::now());
+    credentials.shared.state().not_before = Some(Instant::now() + Duration::from_secs(3600));
+    let status = credentials.status();
+    assert_eq!(status.state, "away");
+    assert!(status.trouble.expect("told").contains("does not answer"));
+    // Past its end by our clock: the store alone decides.
+    tokio::time::sleep(Duration::from_millis(1600)).await;
+    assert_eq!(key_id(&credentials).await, first);
+    assert_eq!(telemetry.credentials_issued.get(), 1);
+}
+
+#[tokio::test]
+async fn who_waits_is_told_why_and_the_next_one_asks_again() {
+    let (credentials, telemetry, _) = Issuer::start(|issuer| issuer.failures = AtomicUsize::new(1));
+    let error = credentials.get_credential().await.expect_err("the issuer is away");
+    let text = format!("{error:?} {error}");
+    assert!(text.contains("vault does not answer"), "{text}");
+    assert_eq!(key_id(&credentials).await, "AK1");
+    assert_eq!(telemetry.credentials_failed.get(), 1);
+}
+
+#[tokio::test]
+async fn a_set_the_store_took_and_now_refuses_is_replaced_once() {
+    let (credentials, telemetry, asked) = Issuer::start(|_| {});
+    assert_eq!(key_id(&credentials).await, "AK1");
+    credentials.accepted("AK1");
+    // Many requests find out at once.
+    for _ in 0..10 {
+        assert!(credentials.refused("AK1", Some("ExpiredToken")), "worth asking again");
+    }
+    assert_eq!(key_id(&credentials).await, "AK2");
+    assert!(credentials.refused("AK1", Some("ExpiredToken")), "an old one: the new one is there already");
+    assert_eq!(asked.try_iter().filter(|what| what == "issue").count(), 2);
+    // The store refuses new ones as well: no more of them are asked for.
+    for _ in 0..10 {
+        assert!(!credentials.refused("AK2", Some("ExpiredToken")));
+    }
+    assert_eq!(key_id(&credentials).await, "AK2");
+    assert_eq!((asked.try_iter().count(), telemetry.credentials_refused.get()), (0, 1));
+}
+
+#[tokio::test]
+async fn a_policy_that_forbids_is_no_reason_for_new_ones() {
+    let (credentials, _, asked) = Issuer::start(|_| {});
+    key_id(&credentials).await;
+    credentials.accepted("AK1");
+    assert!(!credentials.refused("AK1", Some("AccessDenied")));
+    assert!(!credentials.refused("AK1", None));
+    assert_eq!(asked.try_iter().count(), 1);
+}
+
+#[tokio::test]
+async fn a_key_the_store_does_not_know_yet_is_tried_again_without_another_one() {
+    let (credentials, _, asked) = Issuer::start(|_| {});
+    key_id(&credentials).await;
+    assert!(credentials.refused("AK1", Some("InvalidAccessKeyId")), "IAM takes a while");
+    assert_eq!(key_id(&credentials).await, "AK1");
+    assert_eq!(asked.try_iter().count(), 1);
+}
+
+#[tokio::test]
+async fn a_renewable_lease_is_renewed_and_replaced_when_that_brings_little() {
+    let (credentials, telemetry, asked) = Issuer::start(|issuer| {
+        issuer.renewable = true;
+        issuer.ttl = Duration::from_millis(1500);
+    });
+    key_id(&credentials).await;
+    while credentials.status().sets < 2 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let asked: Vec<String> = asked.try_iter().take(3).collect();
+    assert_eq!(asked, ["issue", "renew lease-1", "issue"]);
+    assert!(telemetry.credentials_renewed.get() >= 1);
+}
+
+#[tokio::test]
+async fn closing_gives_back_what_can_be_given_back_and_overwrites_it() {
+    for temporary in [false, true] {
+        let (credentials, _, asked) = Issuer::start(|issuer| issuer.temporary = temporary);
+        let held = credentials.get_credential().await.expect("credentials");
+        credentials.accepted("AK1");
+        credentials.refused("AK1", Some("ExpiredToken"));
+        assert_eq!(key_id(&credentials).await, "AK2");
+        credentials.close();
+        let mut revoked: Vec<String> = asked.try_iter().filter(|what| what != "issue").collect();
+        revoked.sort();
+        let wanted: &[&str] = if temporary { &[] } else { &["revoke lease-1", "revoke lease-2"] };
+        assert_eq!(revoked, wanted, "temporary: {temporary}");
+        assert_eq!(held.key_id, "AK1", "a request that signs with it is not disturbed");
+        assert_eq!(credentials.status().state, "closed");
+        assert!(credentials.get_credential().await.is_err(), "nothing is signed any more");
+    }
+}
+
+#[test]
+fn a_set_nobody_signs_with_is_overwritten_where_it_lies() {
+    let credential =
+        AwsCredential { key_id: "AK".into(), secret_key: "secret-canary".into(), token: Some("token-canary".into()) };
+    let mut retired = Retired { credential: Some(Arc::new(credential)), lease_id: None, since: Instant::now() };
+    let signing = retired.credential.clone();
+    assert!(!retired.wipe(), "in use");
+    let at = signing.as_ref().map(|credential| credential.secret_key.as_ptr()).expect("there");
+    assert_eq!(signing.expect("there").secret_key, "secret-canary");
+    assert!(!at.is_null() && retired.wipe());
+}
+
+#[tokio::test]
+async fn credentials_that_are_no_plain_words_are_refused_without_repeating_them() {
+    let issued = Issued {
+        key_id: LockedBuf::copy_of(b"AK\r\nx-canary: 1").expect("memory"),
+        secret: LockedBuf::copy_of(b"secret-canary").expect("memory"),
+        token: None,
+        ttl: None,
+        lease_id: None,
+        renewable: false,
+    };
+    let error = issued.signable().expect_err("a header would be split");
+    assert_eq!(error.code(), Code::VaultAnswer);
+    assert!(!format!("{error:?}{issued:?}").contains("canary"));
+}
+
+#[tokio::test]
+async fn neither_debug_nor_status_nor_errors_show_a_secret() {
+    let (credentials, _, _) = Issuer::start(|issuer| issuer.temporary = true);
+    key_id(&credentials).await;
+    let status = serde_json::to_string(&credentials.status()).expect("plain values");
+    for text in [format!("{credentials:?}"), status] {
+        assert!(!text.contains("canary") && !text.contains("AK1"), "{text}");
+    }
+}
+
+#[test]
+fn they_are_due_at_two_thirds_less_a_random_tenth() {
+    let hour = Duration::from_secs(3600);
+    assert_eq!(due(hour, 0), Duration::from_secs(2400));
+    assert!((2039..=2041).contains(&due(hour, u32::MAX).as_secs()));
+    assert_eq!(due(Duration::ZERO, 7), HOLD_MIN, "an issuer of nothing is not asked in a loop");
+}
+
+#[test]
+fn pauses_double_up_to_their_bound() {
+    assert_eq!(pause(1, u32::MAX), PAUSE_FIRST);
+    assert_eq!(pause(3, u32::MAX), 4 * PAUSE_FIRST);
+    assert_eq!(pause(60, u32::MAX), PAUSE_MAX);
+    assert_eq!(pause(60, 0), PAUSE_MAX / 2);
+}

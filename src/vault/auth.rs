@@ -1,0 +1,434 @@
+//! How a mount or a publisher shows Vault who it is.
+//!
+//! In: a method and the places of its secrets. Out: a token. Secrets are read at each login, from files that only we or
+//! root can read; those from the environment are taken out of it once, when the client is made.
+//! Held by: tests/vault.rs, against a live Vault.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use serde_json::{Map, Value, json};
+use zeroize::{Zeroize, Zeroizing};
+
+use super::raw::{Method, Raw};
+use super::wire::{Answer, Wire};
+use crate::crypto::{hmac_sha256, sha256};
+use crate::error::{Code, Error, Result};
+use crate::mem::{LockedBuf, take_env};
+use crate::refuse;
+
+/// Where Kubernetes puts a pod's token.
+pub const SERVICE_ACCOUNT_TOKEN: &str = "/var/run/secrets/kubernetes.io/serviceaccount/token";
+/// Longest secret that is read from a file: JWTs take 1 to 4 KiB.
+const SECRET_BYTES_MAX: usize = 16 << 10;
+
+/// A way to log in. Holds names and places, no secret.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AuthMethod {
+    /// `VAULT_TOKEN`, else the file named, else `~/.vault-token`.
+    Token {
+        file: Option<PathBuf>,
+    },
+    /// The secret-id by file, or `MODELFS_VAULT_SECRET_ID`; `wrapped`: it is a response-wrapping token.
+    AppRole {
+        mount: String,
+        role_id: String,
+        secret_id_file: Option<PathBuf>,
+        wrapped: bool,
+    },
+    Kubernetes {
+        mount: String,
+        role: String,
+        jwt_file: PathBuf,
+    },
+    Jwt {
+        mount: String,
+        role: Option<String>,
+        jwt_file: PathBuf,
+    },
+    /// The client certificate of the connection.
+    Cert {
+        mount: String,
+        role: Option<String>,
+    },
+    /// The process's own AWS credentials sign a question to STS that Vault asks for us.
+    Aws {
+        mount: String,
+        role: Option<String>,
+        sts: String,
+        region: String,
+    },
+    /// The password by file, or `MODELFS_VAULT_PASSWORD`.
+    Userpass {
+        mount: String,
+        username: String,
+        password_file: Option<PathBuf>,
+    },
+}
+
+impl AuthMethod {
+    pub const fn name(&self) -> &'static str {
+        match self {
+            AuthMethod::Token { .. } => "token",
+            AuthMethod::AppRole { .. } => "approle",
+            AuthMethod::Kubernetes { .. } => "kubernetes",
+            AuthMethod::Jwt { .. } => "jwt",
+            AuthMethod::Cert { .. } => "cert",
+            AuthMethod::Aws { .. } => "aws",
+            AuthMethod::Userpass { .. } => "userpass",
+        }
+    }
+
+    /// What a refused login may have to do with. Vault itself says little more than no, so that nobody can probe it.
+    const fn suspicion(&self) -> &'static str {
+        match self {
+            AuthMethod::Token { .. } => "the token is wrong, revoked or expired",
+            AuthMethod::AppRole { .. } => {
+                "the role-id or the secret-id is wrong, used up or expired, or not for this address"
+            }
+            AuthMethod::Kubernetes { .. } | AuthMethod::Jwt { .. } => {
+                "the token in vault-jwt-file is expired, or not for this role"
+            }
+            AuthMethod::Cert { .. } => "no role takes the client certificate",
+            AuthMethod::Aws { .. } => "the AWS credentials are wrong or expired, or their identity is not in the role",
+            AuthMethod::Userpass { .. } => "the user or the password is wrong, or the user is locked out",
+        }
+    }
+}
+
+/// A token and what Vault says of it.
+pub struct Token {
+    pub text: LockedBuf,
+    pub got: Instant,
+    /// `None`: it does not expire.
+    pub ttl: Option<Duration>,
+    pub renewable: bool,
+}
+
+impl Token {
+    pub fn expires(&self) -> Option<Instant> {
+        self.ttl.and_then(|ttl| self.got.checked_add(ttl))
+    }
+
+    pub fn of(answer: Answer<Value>) -> Result<Token> {
+        let Some(mut auth) = answer.auth else { refuse!(VaultAnswer, "Vault's answer to the login holds no token") };
+        let text = LockedBuf::copy_of(auth.client_token.as_bytes());
+        auth.client_token.zeroize();
+        let text = text?;
+        if text.is_empty() {
+            refuse!(VaultAnswer, "Vault's answer to the login holds an empty token");
+        }
+        let ttl = (auth.lease_duration > 0).then(|| Duration::from_secs(auth.lease_duration));
+        Ok(Token { text, got: Instant::now(), ttl, renewable: auth.renewable })
+    }
+}
+
+/// Secrets that came by the environment: taken out of it, kept for every login.
+#[derive(Default)]
+pub struct EnvSecrets {
+    token: Option<LockedBuf>,
+    secret_id: Option<LockedBuf>,
+    password: Option<LockedBuf>,
+    aws: Option<AwsSecrets>,
+    /// A wrapped secret-id can be unwrapped once; what came out is kept.
+    unwrapped: std::sync::Mutex<Option<LockedBuf>>,
+}
+
+struct AwsSecrets {
+    key_id: LockedBuf,
+    secret: LockedBuf,
+    session: Option<LockedBuf>,
+}
+
+impl EnvSecrets {
+    /// Takes what `method` may need; the rest of the environment is left alone.
+    pub fn take(method: &AuthMethod) -> Result<EnvSecrets> {
+        let mut taken = EnvSecrets::default();
+        match method {
+            AuthMethod::Token { .. } => taken.token = non_empty(take_env("VAULT_TOKEN")?),
+            AuthMethod::AppRole { .. } => taken.secret_id = non_empty(take_env("MODELFS_VAULT_SECRET_ID")?),
+            AuthMethod::Userpass { .. } => taken.password = non_empty(take_env("MODELFS_VAULT_PASSWORD")?),
+            AuthMethod::Aws { .. } => {
+                // Copied, not taken: the store's client reads them as well.
+                let copy = |name: &str| match std::env::var(name) {
+                    Ok(mut value) if !value.is_empty() => {
+                        let copy = LockedBuf::copy_of(value.as_bytes());
+                        value.zeroize();
+                        copy.map(Some)
+                    }
+                    _ => Ok(None),
+                };
+                if let (Some(key_id), Some(secret)) = (copy("AWS_ACCESS_KEY_ID")?, copy("AWS_SECRET_ACCESS_KEY")?) {
+                    taken.aws = Some(AwsSecrets { key_id, secret, session: copy("AWS_SESSION_TOKEN")? });
+                }
+            }
+            AuthMethod::Kubernetes { .. } | AuthMethod::Jwt { .. } | AuthMethod::Cert { .. } => {}
+        }
+        Ok(taken)
+    }
+}
+
+fn non_empty(taken: Option<LockedBuf>) -> Option<LockedBuf> {
+    taken.filter(|value| !value.is_empty())
+}
+
+/// Logs in.
+///
+/// # Errors
+/// `USAGE`, `KEY_PERMS` for secrets that are not there or not private; `VAULT_DENIED` and the others of [`Wire::send`].
+pub async fn login(method: &AuthMethod, secrets: &EnvSecrets, wire: &Wire) -> Result<Token> {
+    let body = match method {
+        AuthMethod::Token { file } => return own_token(file.as_deref(), secrets, wire).await,
+        AuthMethod::AppRole { role_id, secret_id_file, wrapped, .. } => {
+            let secret_id = secret_id(secret_id_file.as_deref(), *wrapped, secrets, wire).await?;
+            secret_body([("role_id", role_id.as_str())], "secret_id", &secret_id)?
+        }
+        AuthMethod::Kubernetes { role, jwt_file, .. } => {
+            secret_body([("role", role.as_str())], "jwt", &read_token_file(jwt_file)?)?
+        }
+        AuthMethod::Jwt { role, jwt_file, .. } => {
+            let role = role.iter().map(|role| ("role", role.as_str()));
+            secret_body(role, "jwt", &read_token_file(jwt_file)?)?
+        }
+        AuthMethod::Cert { role, .. } => {
+            let mut body = Map::new();
+            if let Some(role) = role {
+                body.insert("name".into(), json!(role));
+            }
+            Body(body)
+        }
+        AuthMethod::Aws { role, sts, region, .. } => aws_body(role.as_deref(), sts, region, secrets)?,
+        AuthMethod::Userpass { password_file, .. } => {
+            let password = match (password_file, &secrets.password) {
+                (Some(path), _) => read_secret_file(path)?,
+                (None, Some(password)) => LockedBuf::copy_of(password)?,
+                (None, None) => {
+                    refuse!(Usage, "userpass needs vault-password-file, or MODELFS_VAULT_PASSWORD in the environment")
+                }
+            };
+            secret_body([], "password", &password)?
+        }
+    };
+    let path = match method {
+        AuthMethod::Userpass { mount, username, .. } => format!("auth/{mount}/login/{username}"),
+        AuthMethod::AppRole { mount, .. }
+        | AuthMethod::Kubernetes { mount, .. }
+        | AuthMethod::Jwt { mount, .. }
+        | AuthMethod::Cert { mount, .. }
+        | AuthMethod::Aws { mount, .. } => format!("auth/{mount}/login"),
+        AuthMethod::Token { .. } => unreachable!("answered above"),
+    };
+    let what = format!("cannot log in to Vault by {}", method.name());
+    let answer = wire.send(Raw::new(Method::Post, path, Some(body.0.clone())), None, &what).await;
+    Token::of(answer.map_err(|refused| match refused.code() {
+        Code::VaultDenied => refused.context(method.suspicion()),
+        _ => refused,
+    })?)
+}
+
+/// The fields of a login, wiped when dropped.
+struct Body(Map<String, Value>);
+
+impl Drop for Body {
+    fn drop(&mut self) {
+        super::raw::wipe_map(&mut self.0);
+    }
+}
+
+fn secret_body<'a>(plain: impl IntoIterator<Item = (&'a str, &'a str)>, name: &str, secret: &[u8]) -> Result<Body> {
+    let mut body = Map::new();
+    for (name, value) in plain {
+        body.insert(name.into(), json!(value));
+    }
+    let text = std::str::from_utf8(secret)
+        .map_err(|_| Error::new(Code::KeyFormat, format!("the {name} for Vault is not text")))?;
+    body.insert(name.into(), json!(text));
+    Ok(Body(body))
+}
+
+async fn own_token(file: Option<&Path>, secrets: &EnvSecrets, wire: &Wire) -> Result<Token> {
+    let text = match (&secrets.token, file) {
+        (Some(token), _) => LockedBuf::copy_of(token)?,
+        (None, Some(path)) => read_secret_file(path)?,
+        (None, None) => {
+            let home = std::env::var_os("HOME").map(PathBuf::from).filter(|home| home.is_absolute());
+            match home.map(|home| home.join(".vault-token")).filter(|path| path.symlink_metadata().is_ok()) {
+                Some(path) => read_secret_file(&path)?,
+                None => refuse!(
+                    Usage,
+                    "no Vault token: set VAULT_TOKEN, run `vault login`, or choose another vault-auth than token"
+                ),
+            }
+        }
+    };
+    let what = "cannot look up the Vault token";
+    let answer: Answer<Value> =
+        wire.send(Raw::new(Method::Get, "auth/token/lookup-self".into(), None), Some(&text), what).await?;
+    let Some(Value::Object(mut data)) = answer.data else { refuse!(VaultAnswer, "{what}: the answer has no data") };
+    let ttl = data.get("ttl").and_then(Value::as_u64).unwrap_or(0);
+    // In its last second the time left is 0, which otherwise says that it never ends.
+    let ttl = if data.get("expire_time").is_some_and(|at| !at.is_null()) { ttl.max(1) } else { ttl };
+    let renewable = data.get("renewable").and_then(Value::as_bool).unwrap_or(false);
+    super::raw::wipe_map(&mut data);
+    Ok(Token { text, got: Instant::now(), ttl: (ttl > 0).then(|| Duration::from_secs(ttl)), renewable })
+}
+
+async fn secret_id(file: Option<&Path>, wrapped: bool, secrets: &EnvSecrets, wire: &Wire) -> Result<LockedBuf> {
+    if wrapped && let Some(known) = &*secrets.unwrapped.lock().unwrap_or_else(|lost| lost.into_inner()) {
+        return LockedBuf::copy_of(known);
+    }
+    let given = match (file, &secrets.secret_id) {
+        (Some(path), _) => read_secret_file(path)?,
+        (None, Some(secret)) => LockedBuf::copy_of(secret)?,
+        (None, None) => {
+            refuse!(Usage, "approle needs vault-secret-id-file, or MODELFS_VAULT_SECRET_ID in the environment")
+        }
+    };
+    if !wrapped {
+        return Ok(given);
+    }
+    let what = "cannot unwrap the secret-id";
+    let answer: Answer<Value> =
+        wire.send(Raw::new(Method::Post, "sys/wrapping/unwrap".into(), None), Some(&given), what).await?;
+    let Some(Value::Object(mut data)) = answer.data else { refuse!(VaultAnswer, "{what}: the answer has no data") };
+    let secret = data.get("secret_id").and_then(Value::as_str).map(|text| LockedBuf::copy_of(text.as_bytes()));
+    super::raw::wipe_map(&mut data);
+    let Some(secret) = secret.transpose()? else { refuse!(VaultDenied, "{what}: what was wrapped is no secret-id") };
+    *secrets.unwrapped.lock().unwrap_or_else(|lost| lost.into_inner()) = Some(LockedBuf::copy_of(&secret)?);
+    Ok(secret)
+}
+
+/// The text of a private file, without the newline at its end.
+fn read_secret_file(path: &Path) -> Result<LockedBuf> {
+    let named = |err: Error| err.context(format!("a secret for Vault is in {}", path.display()));
+    trimmed(crate::mem::read_private_file(path, SECRET_BYTES_MAX).map_err(named)?, path)
+}
+
+/// Kubernetes projects tokens through symlinks, readable by the pod's group.
+fn read_token_file(path: &Path) -> Result<LockedBuf> {
+    use std::io::Read;
+    let fault = |err| {
+        Error::new(Code::Usage, format!("cannot read the token for Vault in {}", path.display())).with_source(err)
+    };
+    let file = std::fs::File::open(path).map_err(fault)?;
+    let mut buffer = LockedBuf::new(SECRET_BYTES_MAX)?;
+    let mut len = 0;
+    let mut file = file.take(SECRET_BYTES_MAX as u64);
+    loop {
+        match file.read(&mut buffer[len..]).map_err(fault)? {
+            0 => break,
+            more => len += more,
+        }
+    }
+    buffer.truncate(len);
+    trimmed(buffer, path)
+}
+
+fn trimmed(mut text: LockedBuf, path: &Path) -> Result<LockedBuf> {
+    while text.last().is_some_and(u8::is_ascii_whitespace) {
+        text.truncate(text.len() - 1);
+    }
+    if text.is_empty() {
+        refuse!(KeyFormat, "{} is empty; it should hold a secret for Vault", path.display());
+    }
+    Ok(text)
+}
+
+/// A signed `GetCallerIdentity`: Vault sends it to STS and learns who signed. AWS Signature Version 4.
+fn aws_body(role: Option<&str>, sts: &str, region: &str, secrets: &EnvSecrets) -> Result<Body> {
+    use base64::Engine;
+    use base64::engine::general_purpose::STANDARD;
+    const ASK: &str = "Action=GetCallerIdentity&Version=2011-06-15";
+    let Some(aws) = &secrets.aws else {
+        refuse!(Usage, "aws login needs AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment");
+    };
+    let url = url::Url::parse(sts)
+        .map_err(|err| Error::new(Code::Usage, format!("{sts:?} is no address of STS")).with_source(err))?;
+    let Some(host) = url.host_str() else { refuse!(Usage, "{sts:?} names no host") };
+    let host = url.port().map_or(host.to_string(), |port| format!("{host}:{port}"));
+    let text = |secret: &LockedBuf| -> Result<Zeroizing<String>> {
+        let text = std::str::from_utf8(secret);
+        Ok(Zeroizing::new(text.map_err(|_| Error::new(Code::KeyFormat, "AWS credentials are not text"))?.to_owned()))
+    };
+    let stamp = amz_date(now_unix()?);
+    let day = &stamp[..8];
+    let mut headers: Vec<(&str, String)> = vec![
+        ("content-type", "application/x-www-form-urlencoded; charset=utf-8".into()),
+        ("host", host),
+        ("x-amz-date", stamp.clone()),
+    ];
+    if let Some(session) = &aws.session {
+        headers.push(("x-amz-security-token", text(session)?.to_string()));
+    }
+    let signed = headers.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(";");
+    let canonical = headers.iter().map(|(name, value)| format!("{name}:{value}\n")).collect::<String>();
+    let request = format!("POST\n/\n\n{canonical}\n{signed}\n{}", hex::encode(sha256(&[ASK.as_bytes()])));
+    let scope = format!("{day}/{region}/sts/aws4_request");
+    let to_sign = format!("AWS4-HMAC-SHA256\n{stamp}\n{scope}\n{}", hex::encode(sha256(&[request.as_bytes()])));
+    let mut seed = Zeroizing::new(b"AWS4".to_vec());
+    seed.extend_from_slice(&aws.secret);
+    let mut key = Zeroizing::new(hmac_sha256(&seed, day.as_bytes()));
+    for part in [region, "sts", "aws4_request"] {
+        *key = hmac_sha256(&key[..], part.as_bytes());
+    }
+    let signature = hex::encode(hmac_sha256(&key[..], to_sign.as_bytes()));
+    let key_id = text(&aws.key_id)?;
+    let authorization =
+        format!("AWS4-HMAC-SHA256 Credential={}/{scope}, SignedHeaders={signed}, Signature={signature}", &*key_id);
+    let mut shown = Map::new();
+    for (name, value) in headers {
+        shown.insert(name.into(), json!([value]));
+    }
+    shown.insert("authorization".into(), json!([authorization]));
+    let headers = Zeroizing::new(serde_json::to_vec(&shown).expect("strings have a JSON form"));
+    super::raw::wipe_map(&mut shown);
+    let mut body = Map::new();
+    if let Some(role) = role {
+        body.insert("role".into(), json!(role));
+    }
+    body.insert("iam_http_request_method".into(), json!("POST"));
+    body.insert("iam_request_url".into(), json!(STANDARD.encode(url.as_str())));
+    body.insert("iam_request_body".into(), json!(STANDARD.encode(ASK)));
+    body.insert("iam_request_headers".into(), json!(STANDARD.encode(&*headers)));
+    Ok(Body(body))
+}
+
+fn now_unix() -> Result<i64> {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let since = since.map_err(|err| Error::new(Code::Clock, "the clock stands before 1970").with_source(err))?;
+    Ok(i64::try_from(since.as_secs()).unwrap_or(i64::MAX))
+}
+
+/// `YYYYMMDDTHHMMSSZ` of unix seconds.
+fn amz_date(unix: i64) -> String {
+    let (days, second) = (unix.div_euclid(86_400), unix.rem_euclid(86_400));
+    // Days to a date of the Gregorian calendar: eras of 400 years that begin in March.
+    let z = days + 719_468;
+    let era = z.div_euclid(146_097);
+    let day_of_era = z.rem_euclid(146_097);
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let month_from_march = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
+    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
+    let year = year_of_era + era * 400 + i64::from(month <= 2);
+    format!("{year:04}{month:02}{day:02}T{:02}{:02}{:02}Z", second / 3600, second / 60 % 60, second % 60)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dates_are_those_of_the_calendar() {
+        for (unix, want) in [
+            (0, "19700101T000000Z"),
+            (951_782_400, "20000229T000000Z"),
+            (1_440_938_160, "20150830T123600Z"),
+            (4_107_542_399, "21000228T235959Z"),
+            (4_107_542_400, "21000301T000000Z"),
+        ] {
+            assert_eq!(amz_date(unix), want);
+        }
+    }
+}

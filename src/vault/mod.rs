@@ -1,0 +1,894 @@
+//! HashiCorp Vault: who we are to it, and what it holds for us: wrapped keys, catalog records, floors, storage credentials.
+//!
+//! ```text
+//!  VaultSettings ──open──> Vault ──(first use)──> login (auth) ──> token, in locked memory
+//!                            │                                        └ renewed at two thirds, or a new login
+//!                            └─ transit_*, kv_*, aws_* ──> wire (bounded, no redirects) ──> Vault
+//! ```
+//! In: names from local configuration, never from a store. Out: secrets in locked memory, or an error that names the cause
+//! and the fix. All methods block and may be called from any thread: the client has a thread and a runtime of its own.
+//! Promises: nothing is asked before it is needed; every call ends within the timeout; a token is in locked memory and in
+//! no message; a mount learns through [`Vault::watch`] when Vault is away, sealed, or has taken our token.
+//! Not here: what a wrapped key is for (`keys`), what is done when the token is lost (`daemon`).
+//! Held by: tests/vault.rs against a live Vault, tests/hostile_vault.rs against one that lies.
+
+mod auth;
+mod health;
+mod raw;
+mod wire;
+
+use std::future::Future;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
+use std::time::{Duration, Instant};
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use rustify::endpoint::Endpoint;
+use serde_json::{Map, Value, json};
+use tokio::sync::{Mutex, watch};
+use vaultrs::api::kv2::requests::{
+    DestroySecretVersionsRequest, ListSecretsRequest, ReadSecretRequest, SetSecretRequest, SetSecretRequestOptions,
+};
+use vaultrs::api::transit::requests::{
+    DecryptDataRequest, EncryptDataRequest, ReadKeyRequest, RewrapDataRequest, SignDataRequest,
+};
+use vaultrs::api::transit::responses::ReadKeyData;
+use zeroize::{Zeroize, Zeroizing};
+
+pub use auth::{AuthMethod, SERVICE_ACCOUNT_TOKEN};
+use auth::{EnvSecrets, Token};
+pub use health::{Health, TokenSeen, ahead, health};
+pub use raw::wipe_map;
+use raw::{Method, Raw};
+use wire::{Answer, Wire};
+
+use crate::error::{Class, Code, Error, Result};
+use crate::mem::{LockedBuf, Secret};
+use crate::refuse;
+use crate::telemetry::Telemetry;
+use crate::telemetry::events::{Event, Kind, Severity};
+
+/// Waits between attempts within one call, doubled each time.
+const RETRY_FIRST: Duration = Duration::from_millis(100);
+/// Waits between attempts of the background, doubled up to the second.
+const AWAY_FIRST: Duration = Duration::from_secs(1);
+const AWAY_LAST: Duration = Duration::from_secs(60);
+/// The shortest time between two looks at a token: the last renewals before its longest life ends give less and less.
+const LOOK_FIRST: Duration = Duration::from_millis(500);
+/// The longest time between two looks at a token that never expires.
+const LOOK_LAST: Duration = Duration::from_secs(3600);
+
+/// How to reach Vault and as whom. Holds names and places, no secret.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VaultSettings {
+    /// Without a path below it, as in `https://vault.example:8200`.
+    pub address: String,
+    pub namespace: Option<String>,
+    /// PEM; then no other certificate authority is believed.
+    pub ca_cert: Option<PathBuf>,
+    pub client_cert: Option<PathBuf>,
+    pub client_key: Option<PathBuf>,
+    pub auth: AuthMethod,
+    /// For a whole call, attempts included.
+    pub timeout: Duration,
+    /// How often the background asks whether the token still holds.
+    pub check: Duration,
+    /// A token that ends before its time was taken away by somebody: do not log in again by ourselves.
+    pub lock_on_loss: bool,
+}
+
+/// A key of the transit engine.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct TransitKey {
+    pub mount: String,
+    pub key: String,
+}
+
+impl std::fmt::Display for TransitKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.mount, self.key)
+    }
+}
+
+/// How it stands between Vault and us.
+#[derive(Debug, Clone)]
+pub enum VaultState {
+    /// Nothing was asked yet.
+    Idle,
+    /// `expires`: `None` for a token that does not.
+    Live {
+        expires: Option<Instant>,
+    },
+    /// No answer; what was obtained goes on.
+    Away {
+        why: Error,
+    },
+    Sealed {
+        why: Error,
+    },
+    /// Our token does not hold any more, and we may not or shall not get another.
+    Lost {
+        why: Error,
+    },
+}
+
+impl VaultState {
+    pub const fn name(&self) -> &'static str {
+        match self {
+            VaultState::Idle => "idle",
+            VaultState::Live { .. } => "live",
+            VaultState::Away { .. } => "away",
+            VaultState::Sealed { .. } => "sealed",
+            VaultState::Lost { .. } => "lost",
+        }
+    }
+
+    pub fn is_lost(&self) -> bool {
+        matches!(self, VaultState::Lost { .. })
+    }
+}
+
+/// Storage credentials of Vault's making.
+pub struct AwsLease {
+    pub key_id: LockedBuf,
+    pub secret: LockedBuf,
+    pub session: Option<LockedBuf>,
+    pub ttl: Duration,
+    pub lease_id: String,
+    pub renewable: bool,
+}
+
+/// A client of one Vault. Cheap to clone; its thread ends with the last clone.
+#[derive(Clone)]
+pub struct Vault {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    settings: VaultSettings,
+    wire: Wire,
+    secrets: EnvSecrets,
+    session: Mutex<Option<Arc<Token>>>,
+    /// Whether the task that keeps the token alive was started.
+    tended: AtomicBool,
+    state: watch::Sender<VaultState>,
+    /// Who is told of logins and losses.
+    telemetry: OnceLock<Arc<Telemetry>>,
+    runtime: tokio::runtime::Handle,
+    /// Dropped with the last clone: the thread ends.
+    _alive: tokio::sync::oneshot::Sender<()>,
+}
+
+impl std::fmt::Debug for Vault {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Vault({} by {})", self.inner.settings.address, self.inner.settings.auth.name())
+    }
+}
+
+impl Vault {
+    /// Asks nothing yet. Takes secrets of the login out of the environment.
+    ///
+    /// # Errors
+    /// `USAGE` for an address, a certificate or a key that cannot be used.
+    pub fn open(settings: &VaultSettings) -> Result<Vault> {
+        let secrets = EnvSecrets::take(&settings.auth)?;
+        let wire = Wire::new(http_client(settings)?, &settings.address, settings.namespace.clone(), settings.timeout);
+        let host = |err| Error::new(Code::Host, "cannot start the thread that speaks with Vault").with_source(err);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(host)?;
+        let (alive, ended) = tokio::sync::oneshot::channel::<()>();
+        let handle = runtime.handle().clone();
+        std::thread::Builder::new()
+            .name("vault".into())
+            .spawn(move || {
+                // Ends when the sender is dropped, which is what an error says here.
+                let _ = runtime.block_on(ended);
+                runtime.shutdown_background();
+            })
+            .map_err(host)?;
+        Ok(Vault {
+            inner: Arc::new(Inner {
+                settings: settings.clone(),
+                wire,
+                secrets,
+                session: Mutex::new(None),
+                tended: AtomicBool::new(false),
+                state: watch::Sender::new(VaultState::Idle),
+                telemetry: OnceLock::new(),
+                runtime: handle,
+                _alive: alive,
+            }),
+        })
+    }
+
+    /// Tells of logins, renewals, losses and outages there from now on. Only the first call counts.
+    pub fn report_to(&self, telemetry: Arc<Telemetry>) {
+        // One client belongs to one process, whose telemetry is one.
+        let _ = self.inner.telemetry.set(telemetry);
+    }
+
+    pub fn settings(&self) -> &VaultSettings {
+        &self.inner.settings
+    }
+
+    pub fn state(&self) -> VaultState {
+        self.inner.state.borrow().clone()
+    }
+
+    pub fn watch(&self) -> watch::Receiver<VaultState> {
+        self.inner.state.subscribe()
+    }
+
+    /// For `status`: address, method, state, seconds left, why.
+    pub fn status(&self) -> Value {
+        let state = self.state();
+        let mut shown = json!({
+            "address": self.inner.settings.address,
+            "auth": self.inner.settings.auth.name(),
+            "state": state.name(),
+        });
+        match state {
+            VaultState::Idle => {}
+            VaultState::Live { expires } => {
+                let left = expires.map(|at| at.saturating_duration_since(Instant::now()).as_secs());
+                shown["token_seconds_left"] = json!(left);
+            }
+            VaultState::Away { why } | VaultState::Sealed { why } | VaultState::Lost { why } => {
+                shown["why"] = json!(why.chain());
+                shown["code"] = json!(why.code().name());
+            }
+        }
+        shown
+    }
+
+    /// Forgets a lost token, so that the next call logs in again: the operator said that it may (`unlock`).
+    pub fn forgive(&self) {
+        let inner = self.inner.clone();
+        self.run(async move {
+            *inner.session.lock().await = None;
+            inner.state.send_replace(VaultState::Idle);
+        });
+    }
+
+    /// Logs in now, if that was not done yet.
+    pub fn login(&self) -> Result<()> {
+        let inner = self.inner.clone();
+        self.run(async move { inner.patiently(|inner| async move { inner.token().await.map(drop) }).await })
+    }
+
+    /// A data key, wrapped for the model and version that `context` stands for: `vault:vN:…`.
+    pub fn transit_wrap(&self, at: &TransitKey, context: &[u8; 32], key: &Secret<32>) -> Result<String> {
+        let plain = Zeroizing::new(STANDARD.encode(key.expose()));
+        let what = format!("cannot wrap a key with transit {at}");
+        let (at, context) = (at.clone(), STANDARD.encode(context));
+        let answer = self.call(what.clone(), move || {
+            let mut request = EncryptDataRequest::builder();
+            let text: &str = &plain;
+            request.mount(&at.mount).name(&at.key).context(&context).plaintext(text);
+            WipedEncrypt(request.build().expect("every field has a value"))
+        })?;
+        let wrapped = answer.data.map(|data| data.ciphertext).unwrap_or_default();
+        if !wrapped.starts_with("vault:v") {
+            refuse!(VaultAnswer, "{what}: the answer is not vault:vN:…");
+        }
+        Ok(wrapped)
+    }
+
+    /// What [`Vault::transit_wrap`] wrapped.
+    ///
+    /// # Errors
+    /// `SLOT_COMMIT` if it was wrapped for another context or with another key; `KEY_FORMAT` if it is no 32 bytes.
+    pub fn transit_unwrap(&self, at: &TransitKey, context: &[u8; 32], wrapped: &str) -> Result<Secret<32>> {
+        let what = format!("cannot unwrap a key with transit {at}");
+        let (at, context, wrapped) = (at.clone(), STANDARD.encode(context), wrapped.to_owned());
+        let answer = self.call(what.clone(), move || {
+            let mut request = DecryptDataRequest::builder();
+            request.mount(&at.mount).name(&at.key).context(&context).ciphertext(&wrapped);
+            request.build().expect("every field has a value")
+        })?;
+        let plain = Zeroizing::new(answer.data.map(|data| data.plaintext).unwrap_or_default());
+        decode_32(&plain, &what)
+    }
+
+    /// The same key under the newest version of the transit key. It does not leave Vault.
+    pub fn transit_rewrap(&self, at: &TransitKey, context: &[u8; 32], wrapped: &str) -> Result<String> {
+        let what = format!("cannot rewrap a key with transit {at}");
+        let (at, context, wrapped) = (at.clone(), STANDARD.encode(context), wrapped.to_owned());
+        let answer = self.call(what.clone(), move || {
+            let mut request = RewrapDataRequest::builder();
+            request.mount(&at.mount).name(&at.key).context(&context).ciphertext(&wrapped);
+            request.build().expect("every field has a value")
+        })?;
+        let wrapped = answer.data.map(|data| data.ciphertext).unwrap_or_default();
+        if !wrapped.starts_with("vault:v") {
+            refuse!(VaultAnswer, "{what}: the answer is not vault:vN:…");
+        }
+        Ok(wrapped)
+    }
+
+    /// The newest version of a transit key.
+    pub fn transit_latest_version(&self, at: &TransitKey) -> Result<u32> {
+        let keys = match self.transit_key(at)? {
+            ReadKeyData::Symmetric(keys) => keys.into_keys().collect::<Vec<_>>(),
+            ReadKeyData::Asymmetric(keys) => keys.into_keys().collect(),
+        };
+        let newest = keys.iter().filter_map(|version| version.parse().ok()).max();
+        newest.ok_or_else(|| Error::new(Code::VaultAnswer, format!("transit {at} has no versions")))
+    }
+
+    /// The Ed25519 signature of `message` under the newest version of a transit key.
+    pub fn transit_sign(&self, at: &TransitKey, message: &[u8]) -> Result<[u8; 64]> {
+        let what = format!("cannot sign with transit {at}");
+        let (at, input) = (at.clone(), STANDARD.encode(message));
+        let answer = self.call(what.clone(), move || {
+            let mut request = SignDataRequest::builder();
+            request.mount(&at.mount).name(&at.key).input(&input);
+            request.build().expect("every field has a value")
+        })?;
+        let text = answer.data.map(|data| data.signature).unwrap_or_default();
+        let decoded = text.rsplit_once(':').and_then(|(_, base64)| STANDARD.decode(base64).ok());
+        match decoded.and_then(|bytes| <[u8; 64]>::try_from(bytes).ok()) {
+            Some(signature) => Ok(signature),
+            None => refuse!(VaultAnswer, "{what}: the answer is no Ed25519 signature; is the key of type ed25519?"),
+        }
+    }
+
+    /// The public half of the newest version of an Ed25519 transit key.
+    pub fn transit_public_key(&self, at: &TransitKey) -> Result<[u8; 32]> {
+        let ReadKeyData::Asymmetric(keys) = self.transit_key(at)? else {
+            refuse!(Usage, "transit key {at} has no public half; make one with type=ed25519");
+        };
+        let newest =
+            keys.iter().filter_map(|(version, key)| Some((version.parse::<u32>().ok()?, key))).max_by_key(|k| k.0);
+        let decoded = newest.and_then(|(_, key)| STANDARD.decode(&key.public_key).ok());
+        match decoded.and_then(|bytes| <[u8; 32]>::try_from(bytes).ok()) {
+            Some(public) => Ok(public),
+            None => refuse!(Usage, "transit key {at} is not of type ed25519"),
+        }
+    }
+
+    fn transit_key(&self, at: &TransitKey) -> Result<ReadKeyData> {
+        let what = format!("cannot read about transit {at}");
+        let at = at.clone();
+        let answer = self.call(what.clone(), move || {
+            ReadKeyRequest::builder().mount(&at.mount).name(&at.key).build().expect("every field has a value")
+        })?;
+        let data = answer.data.map(|data| data.keys);
+        data.ok_or_else(|| Error::new(Code::VaultAnswer, format!("{what}: the answer has no data")))
+    }
+
+    /// The text of one field of a KV v2 record, and the version it was read from.
+    ///
+    /// # Errors
+    /// `VAULT_NOT_FOUND` naming the record or the field.
+    pub fn kv_field(&self, mount: &str, path: &str, field: &str, version: Option<u32>) -> Result<(LockedBuf, u32)> {
+        let of = version.map_or(String::new(), |version| format!(" version {version}"));
+        let Some((mut data, read)) = self.kv_read(mount, path, version)? else {
+            refuse!(VaultNotFound, "there is no record {mount}/{path}{of} in Vault (or it was deleted)");
+        };
+        let text = data.get(field).and_then(Value::as_str).map(|text| LockedBuf::copy_of(text.as_bytes()));
+        wipe_map(&mut data);
+        match text {
+            Some(text) => Ok((text?, read)),
+            None => refuse!(VaultNotFound, "record {mount}/{path}{of} in Vault has no text field {field}"),
+        }
+    }
+
+    /// A KV v2 record and its version; `None` if there is none. The caller wipes what is secret in it ([`wipe_map`]).
+    pub fn kv_read(&self, mount: &str, path: &str, version: Option<u32>) -> Result<Option<(Map<String, Value>, u32)>> {
+        let what = format!("cannot read {mount}/{path} in Vault");
+        let (mount, path) = (mount.to_owned(), path.to_owned());
+        let answer = self.call(what.clone(), move || {
+            let mut request = ReadSecretRequest::builder();
+            request.mount(&mount).path(&path).version(version.map(u64::from));
+            request.build().expect("every field has a value")
+        });
+        let data = match answer {
+            Ok(answer) => answer.data,
+            Err(missing) if missing.code() == Code::VaultNotFound => return Ok(None),
+            Err(other) => return Err(other),
+        };
+        let Some(data) = data else { refuse!(VaultAnswer, "{what}: the answer has no data; is {what} a KV v2 mount?") };
+        let (Value::Object(fields), Ok(read)) = (data.data, u32::try_from(data.metadata.version)) else {
+            refuse!(VaultAnswer, "{what}: the record is no set of fields");
+        };
+        Ok(Some((fields, read)))
+    }
+
+    /// The names one level below `path`; folders end in `/`. Nothing there lists nothing.
+    pub fn kv_list(&self, mount: &str, path: &str) -> Result<Vec<String>> {
+        let what = format!("cannot list {mount}/{path} in Vault");
+        let (mount, path) = (mount.to_owned(), path.trim_end_matches('/').to_owned());
+        let answer = self.call(what, move || {
+            ListSecretsRequest::builder().mount(&mount).path(&path).build().expect("every field has a value")
+        });
+        match answer {
+            Ok(answer) => Ok(answer.data.map(|data| data.keys).unwrap_or_default()),
+            Err(missing) if missing.code() == Code::VaultNotFound => Ok(Vec::new()),
+            Err(other) => Err(other),
+        }
+    }
+
+    /// Writes a KV v2 record if its newest version is `cas` (0: if it is not there). Answers the version written.
+    ///
+    /// # Errors
+    /// `EXISTS` if another version is there.
+    pub fn kv_write(&self, mount: &str, path: &str, data: &Map<String, Value>, cas: u32) -> Result<u32> {
+        let what = format!("cannot write {mount}/{path} in Vault");
+        let (mount, path, data) = (mount.to_owned(), path.to_owned(), WipedMap(data.clone()));
+        let answer = self.call(what.clone(), move || {
+            let mut request = SetSecretRequest::builder();
+            request.mount(&mount).path(&path).data(Value::Object(data.0.clone()));
+            request.options(SetSecretRequestOptions { cas });
+            request.build().expect("every field has a value")
+        })?;
+        let version = answer.data.and_then(|data| u32::try_from(data.version).ok());
+        version.ok_or_else(|| Error::new(Code::VaultAnswer, format!("{what}: the answer names no version")))
+    }
+
+    /// Removes versions of a record for good.
+    pub fn kv_destroy(&self, mount: &str, path: &str, versions: &[u32]) -> Result<()> {
+        let what = format!("cannot destroy versions of {mount}/{path} in Vault");
+        let (mount, path) = (mount.to_owned(), path.to_owned());
+        let versions: Vec<u64> = versions.iter().copied().map(u64::from).collect();
+        self.call(what, move || {
+            let mut request = DestroySecretVersionsRequest::builder();
+            request.mount(&mount).path(&path).versions(versions.clone());
+            request.build().expect("every field has a value")
+        })
+        .map(drop)
+    }
+
+    /// Credentials of a role of the aws engine.
+    pub fn aws_credentials(&self, mount: &str, role: &str) -> Result<AwsLease> {
+        let what = format!("cannot get storage credentials from {mount}/creds/{role}");
+        let (mount, role) = (mount.to_owned(), role.to_owned());
+        // Not by vaultrs: its answer has no room for `ttl`, which is all that is said of how long those of STS last.
+        let answer = self.call(what.clone(), move || Raw::new(Method::Get, format!("{mount}/creds/{role}"), None))?;
+        let Some(Value::Object(mut data)) = answer.data else { refuse!(VaultAnswer, "{what}: the answer has no data") };
+        let locked = |field: &str| {
+            let text = data.get(field).and_then(Value::as_str).filter(|text| !text.is_empty());
+            text.map(|text| LockedBuf::copy_of(text.as_bytes())).transpose()
+        };
+        let (key_id, secret, session) = (locked("access_key"), locked("secret_key"), locked("security_token"));
+        // Vault makes no lease of what ends by itself.
+        let ttl = data.get("ttl").and_then(Value::as_u64).map(Duration::from_secs);
+        let ttl = if answer.lease.is_zero() { ttl.unwrap_or_default() } else { answer.lease };
+        wipe_map(&mut data);
+        let (Some(key_id), Some(secret)) = (key_id?, secret?) else {
+            refuse!(VaultAnswer, "{what}: the answer holds no key");
+        };
+        Ok(AwsLease { key_id, secret, session: session?, ttl, lease_id: answer.lease_id, renewable: answer.renewable })
+    }
+
+    /// Answers how long the lease lives from now.
+    pub fn renew_lease(&self, lease_id: &str) -> Result<Duration> {
+        let id = lease_id.to_owned();
+        let answer = self.call("cannot renew a lease".into(), move || {
+            Raw::new(Method::Post, "sys/leases/renew".into(), Some(Map::from_iter([("lease_id".into(), json!(id))])))
+        })?;
+        Ok(answer.lease)
+    }
+
+    pub fn revoke_lease(&self, lease_id: &str) -> Result<()> {
+        let id = lease_id.to_owned();
+        self.call("cannot revoke a lease".into(), move || {
+            Raw::new(Method::Post, "sys/leases/revoke".into(), Some(Map::from_iter([("lease_id".into(), json!(id))])))
+        })
+        .map(drop)
+    }
+
+    /// Ends our token, at a clean end. A token that was given to us (`VAULT_TOKEN`, a file) is not ours to end.
+    pub fn revoke_self(&self) -> Result<()> {
+        if matches!(self.inner.settings.auth, AuthMethod::Token { .. }) {
+            return Ok(());
+        }
+        let inner = self.inner.clone();
+        self.run(async move {
+            let Some(token) = inner.session.lock().await.take() else { return Ok(()) };
+            inner.state.send_replace(VaultState::Idle);
+            let request = Raw::new(Method::Post, "auth/token/revoke-self".into(), None);
+            inner.wire.send(request, Some(&token.text), "cannot revoke our token").await.map(drop)
+        })
+    }
+
+    /// One request, logged in, tried again while Vault does not answer and time is left.
+    fn call<E>(&self, what: String, request: impl Fn() -> E + Send + Sync + 'static) -> Result<Answer<E::Response>>
+    where
+        E: Endpoint + 'static,
+        E::Response: 'static,
+    {
+        let inner = self.inner.clone();
+        let request = Arc::new(request);
+        let what: Arc<str> = what.into();
+        self.run(async move {
+            inner
+                .patiently(|inner| {
+                    let (request, what) = (request.clone(), what.clone());
+                    async move { inner.ask(&*request, &what).await }
+                })
+                .await
+        })
+    }
+
+    /// Runs on the client's own thread, so that it may be called from within another runtime.
+    fn run<T: Send + 'static>(&self, work: impl Future<Output = T> + Send + 'static) -> T {
+        let (sender, receiver) = std::sync::mpsc::sync_channel(1);
+        self.inner.runtime.spawn(async move {
+            // Nobody waits any more: then the answer is of no use.
+            let _ = sender.send(work.await);
+        });
+        receiver.recv().expect("the client's thread lives as long as the client")
+    }
+}
+
+impl Inner {
+    /// Tries again while Vault is unreachable, until the timeout.
+    async fn patiently<T, F>(self: &Arc<Self>, attempt: impl Fn(Arc<Inner>) -> F) -> Result<T>
+    where
+        F: Future<Output = Result<T>>,
+    {
+        let deadline = Instant::now() + self.settings.timeout;
+        let mut wait = RETRY_FIRST;
+        loop {
+            let within = deadline.saturating_duration_since(Instant::now());
+            let outcome = match tokio::time::timeout(within, attempt(self.clone())).await {
+                Ok(outcome) => outcome,
+                Err(_) => Err(Error::new(
+                    Code::VaultUnreachable,
+                    format!("Vault at {} did not answer within {:?}", self.settings.address, self.settings.timeout),
+                )),
+            };
+            self.note(&outcome);
+            match outcome {
+                Err(lost) if lost.code() == Code::VaultUnreachable && Instant::now() + wait < deadline => {
+                    tokio::time::sleep(wait).await;
+                    wait = (wait * 2).min(Duration::from_secs(2));
+                }
+                other => return other,
+            }
+        }
+    }
+
+    fn tell(&self, event: Event) {
+        let Some(telemetry) = self.telemetry.get().filter(|telemetry| telemetry.events.any()) else { return };
+        let at = format!("Vault at {} by {}", self.settings.address, self.settings.auth.name());
+        let detail = event.detail.as_ref().map_or_else(|| at.clone(), |detail| format!("{at}: {detail}"));
+        telemetry.events.tell(&event.detail(detail));
+    }
+
+    /// Enters a state. Only that it is another one than before is worth telling.
+    fn turn(&self, state: VaultState) {
+        let was = self.state.send_replace(state.clone());
+        let is_down = |state: &VaultState| matches!(state, VaultState::Away { .. } | VaultState::Sealed { .. });
+        match &state {
+            VaultState::Away { why } | VaultState::Sealed { why } if !is_down(&was) => {
+                self.tell(Event::new(Kind::VaultDown).severity(Severity::Medium).error(why));
+            }
+            VaultState::Live { .. } if is_down(&was) => self.tell(Event::new(Kind::VaultUp)),
+            VaultState::Lost { why } if !was.is_lost() => {
+                self.tell(Event::new(Kind::LeaseLost).severity(Severity::High).error(why));
+            }
+            VaultState::Idle
+            | VaultState::Live { .. }
+            | VaultState::Away { .. }
+            | VaultState::Sealed { .. }
+            | VaultState::Lost { .. } => {}
+        }
+    }
+
+    /// Says who we are. A Vault that does not answer is told of by its state.
+    async fn log_in(&self) -> Result<Arc<Token>> {
+        let token = auth::login(&self.settings.auth, &self.secrets, &self.wire).await;
+        match &token {
+            Ok(token) => {
+                let lasts = token.ttl.map_or("it does not end".to_owned(), |ttl| format!("{} s", ttl.as_secs()));
+                self.tell(Event::new(Kind::Login).detail(lasts));
+            }
+            Err(refused) if refused.class() != Class::Unreachable => {
+                self.tell(Event::new(Kind::Login).severity(Severity::Medium).error(refused));
+            }
+            Err(_) => {}
+        }
+        token.map(Arc::new)
+    }
+
+    /// What an outcome says about Vault itself.
+    fn note<T>(&self, outcome: &Result<T>) {
+        let lost = self.state.borrow().is_lost();
+        match outcome {
+            Err(why) if why.code() == Code::VaultSealed && !lost => {
+                self.turn(VaultState::Sealed { why: why.clone() });
+            }
+            Err(why) if why.code() == Code::VaultUnreachable && !lost => {
+                self.turn(VaultState::Away { why: why.clone() });
+            }
+            _ => {}
+        }
+    }
+
+    /// One request with our token. A token that Vault does not know any more is replaced once by a new login.
+    async fn ask<E: Endpoint>(
+        self: &Arc<Self>,
+        request: &(impl Fn() -> E + Sync),
+        what: &str,
+    ) -> Result<Answer<E::Response>> {
+        let token = self.token().await?;
+        let first = self.wire.send(request(), Some(&token.text), what).await;
+        let refused = match first {
+            Err(refused) if refused.code() == Code::VaultDenied => refused,
+            Err(other) => return Err(other),
+            Ok(answer) => {
+                self.live(&token);
+                return Ok(answer);
+            }
+        };
+        // Is it this request that is not allowed, or is the token no more?
+        match self.look(&token).await {
+            Err(gone) if gone.code() == Code::VaultDenied => {
+                let token = self.after_loss(&token, gone).await?;
+                self.wire.send(request(), Some(&token.text), what).await
+            }
+            _ => Err(refused),
+        }
+    }
+
+    fn live(&self, token: &Token) {
+        self.turn(VaultState::Live { expires: token.expires() });
+    }
+
+    async fn look(&self, token: &Token) -> Result<()> {
+        let request = Raw::new(Method::Get, "auth/token/lookup-self".into(), None);
+        let mut answer = self.wire.send(request, Some(&token.text), "cannot look up our token").await?;
+        if let Some(Value::Object(data)) = &mut answer.data {
+            wipe_map(data);
+        }
+        Ok(())
+    }
+
+    /// The token at hand, or a new one by logging in.
+    async fn token(self: &Arc<Self>) -> Result<Arc<Token>> {
+        let mut session = self.session.lock().await;
+        if let VaultState::Lost { why } = &*self.state.borrow() {
+            return Err(why.clone());
+        }
+        if let Some(token) = &*session
+            && token.expires().is_none_or(|at| at > Instant::now())
+        {
+            return Ok(token.clone());
+        }
+        let token = match self.log_in().await {
+            Ok(token) => token,
+            // We were in once, and that has ended.
+            Err(refused) if session.is_some() => return Err(self.refused_again(refused)),
+            Err(refused) => return Err(refused),
+        };
+        *session = Some(token.clone());
+        self.live(&token);
+        if !self.tended.swap(true, Ordering::Relaxed) {
+            tracing::debug!(auth = self.settings.auth.name(), "logged in to Vault");
+            tokio::spawn(tend(Arc::downgrade(self)));
+        }
+        Ok(token)
+    }
+
+    /// The token ended: after its time a new login is what anyone expects; before it, somebody took it away.
+    async fn after_loss(self: &Arc<Self>, old: &Arc<Token>, gone: Error) -> Result<Arc<Token>> {
+        let expired = old.expires().is_some_and(|at| at <= Instant::now() + Duration::from_secs(1));
+        let given = matches!(self.settings.auth, AuthMethod::Token { .. });
+        if given || (!expired && self.settings.lock_on_loss) {
+            let why = gone.context("our Vault token was revoked or has expired");
+            self.turn(VaultState::Lost { why: why.clone() });
+            return Err(why);
+        }
+        let mut session = self.session.lock().await;
+        if let Some(newer) = session.as_ref().filter(|newer| !Arc::ptr_eq(newer, old)) {
+            return Ok(newer.clone());
+        }
+        match self.log_in().await {
+            Ok(token) => {
+                tracing::info!("logged in to Vault again");
+                *session = Some(token.clone());
+                self.live(&token);
+                Ok(token)
+            }
+            Err(refused) => Err(self.refused_again(refused)),
+        }
+    }
+
+    /// A login that followed a token which has ended: if it is refused, rather than not answered, all is lost.
+    fn refused_again(&self, refused: Error) -> Error {
+        if !matches!(refused.class(), Class::Denied | Class::Usage) {
+            return refused;
+        }
+        let why = refused.context("our Vault token is gone and a new login is refused");
+        self.turn(VaultState::Lost { why: why.clone() });
+        why
+    }
+
+    /// Renews the token, or replaces it where it cannot be renewed (for long enough).
+    async fn renew(self: &Arc<Self>, token: &Arc<Token>) -> Result<()> {
+        if token.renewable {
+            let request = Raw::new(Method::Post, "auth/token/renew-self".into(), None);
+            let answer = self.wire.send(request, Some(&token.text), "cannot renew our token").await;
+            match answer {
+                Ok(answer) => {
+                    let fresh = Arc::new(Token::of(answer)?);
+                    // Near the end of its longest life a renewal gives less and less: log in while the old one holds.
+                    let worth = fresh.ttl.is_none_or(|ttl| token.ttl.is_none_or(|old| ttl * 2 >= old));
+                    *self.session.lock().await = Some(fresh.clone());
+                    self.live(&fresh);
+                    self.tell(Event::new(Kind::Renewal));
+                    if worth || matches!(self.settings.auth, AuthMethod::Token { .. }) {
+                        return Ok(());
+                    }
+                }
+                Err(gone) if gone.code() == Code::VaultDenied => {
+                    return match self.look(token).await {
+                        Err(gone) if gone.code() == Code::VaultDenied => self.after_loss(token, gone).await.map(drop),
+                        // The policy does not let us renew: the token still holds.
+                        _ => self.log_in_anew(token).await,
+                    };
+                }
+                Err(other) => return Err(other),
+            }
+        }
+        self.log_in_anew(token).await
+    }
+
+    async fn log_in_anew(self: &Arc<Self>, old: &Token) -> Result<()> {
+        if matches!(self.settings.auth, AuthMethod::Token { .. }) {
+            return Ok(());
+        }
+        match self.log_in().await {
+            Ok(token) => {
+                *self.session.lock().await = Some(token.clone());
+                self.live(&token);
+                Ok(())
+            }
+            Err(refused) if old.expires().is_some_and(|at| at <= Instant::now()) => Err(self.refused_again(refused)),
+            // The old token still holds: there is time to try again.
+            Err(refused) => Err(refused),
+        }
+    }
+}
+
+/// Keeps the token alive and learns when it is taken away; ends with the client.
+async fn tend(inner: Weak<Inner>) {
+    let mut away = AWAY_FIRST;
+    let mut pause = Duration::ZERO;
+    loop {
+        let Some(now) = inner.upgrade() else { return };
+        let token = now.session.lock().await.clone();
+        let check = now.settings.check;
+        drop(now);
+        let due = match &token {
+            // At two thirds of its life, a little earlier or later each time, so that a fleet does not come at once.
+            Some(token) => token.ttl.map_or(LOOK_LAST, |ttl| {
+                let at = token.got + ttl.mul_f64(0.6 + 0.1 * dice());
+                at.saturating_duration_since(Instant::now()).max(LOOK_FIRST)
+            }),
+            None => LOOK_LAST,
+        };
+        tokio::time::sleep(if pause.is_zero() { due.min(check) } else { pause }).await;
+        let Some(now) = inner.upgrade() else { return };
+        if now.state.borrow().is_lost() {
+            pause = check;
+            continue;
+        }
+        let Some(token) = now.session.lock().await.clone() else { continue };
+        let renew = token.ttl.is_some_and(|ttl| token.got.elapsed() >= ttl.mul_f64(0.6));
+        let given = matches!(now.settings.auth, AuthMethod::Token { .. });
+        let outcome = if renew && (token.renewable || !given) {
+            now.renew(&token).await
+        } else {
+            match now.look(&token).await {
+                Err(gone) if gone.code() == Code::VaultDenied => now.after_loss(&token, gone).await.map(drop),
+                other => other,
+            }
+        };
+        now.note(&outcome);
+        match outcome {
+            Ok(()) => {
+                // A token that cannot be renewed, given to us so that we cannot log in, is watched until it ends.
+                let same = now.session.lock().await.as_ref().is_some_and(|held| Arc::ptr_eq(held, &token));
+                (away, pause) = (AWAY_FIRST, if renew && same { check } else { Duration::ZERO });
+                if !renew {
+                    now.live(&token);
+                }
+            }
+            Err(error) => {
+                tracing::warn!("Vault: {}", error.chain());
+                pause = away.min(check.max(AWAY_FIRST)).mul_f64(0.9 + 0.2 * dice());
+                away = (away * 2).min(AWAY_LAST);
+            }
+        }
+    }
+}
+
+/// Between 0 and 1; where there are no random bytes, the middle.
+fn dice() -> f64 {
+    let mut byte = [128u8];
+    let _ = getrandom::fill(&mut byte);
+    f64::from(byte[0]) / 255.0
+}
+
+fn decode_32(text: &str, what: &str) -> Result<Secret<32>> {
+    let mut wide = Zeroizing::new([0u8; 64]);
+    let len = STANDARD.decode_slice(text, &mut wide[..]).ok();
+    if len != Some(32) {
+        refuse!(KeyFormat, "{what}: Vault's answer is not 32 bytes in base64");
+    }
+    let mut key = [0u8; 32];
+    key.copy_from_slice(&wide[..32]);
+    Ok(Secret::from_bytes(&mut key))
+}
+
+fn http_client(settings: &VaultSettings) -> Result<reqwest::Client> {
+    let usage = |err: reqwest::Error| Error::new(Code::Usage, "Vault cannot be reached this way").with_source(err);
+    let read = |path: &PathBuf| {
+        std::fs::read(path)
+            .map_err(|err| Error::new(Code::Usage, format!("cannot read {}", path.display())).with_source(err))
+    };
+    let mut builder = reqwest::Client::builder()
+        .user_agent(concat!("modelfs/", env!("CARGO_PKG_VERSION")))
+        .redirect(reqwest::redirect::Policy::none())
+        .connect_timeout(settings.timeout)
+        .no_proxy();
+    if let Some(path) = &settings.ca_cert {
+        let certificates = reqwest::Certificate::from_pem_bundle(&read(path)?);
+        let certificates =
+            certificates.map_err(|err| usage(err).context(format!("vault-ca-cert {}", path.display())))?;
+        if certificates.is_empty() {
+            refuse!(Usage, "vault-ca-cert {} holds no certificate in PEM", path.display());
+        }
+        builder = builder.tls_certs_only(certificates);
+    }
+    match (&settings.client_cert, &settings.client_key) {
+        (Some(cert), Some(key)) => {
+            let mut pem = Zeroizing::new(read(cert)?);
+            pem.push(b'\n');
+            pem.extend_from_slice(&crate::mem::read_private_file(key, 64 << 10)?);
+            let identity = reqwest::Identity::from_pem(&pem);
+            let identity = identity.map_err(|err| usage(err).context("vault-client-cert and vault-client-key"))?;
+            builder = builder.identity(identity);
+        }
+        (None, None) => {}
+        _ => refuse!(Usage, "vault-client-cert and vault-client-key belong together; give both"),
+    }
+    builder.build().map_err(usage)
+}
+
+/// A request that holds a data key, wiped when it was sent.
+struct WipedEncrypt(EncryptDataRequest);
+
+impl Drop for WipedEncrypt {
+    fn drop(&mut self) {
+        self.0.plaintext.zeroize();
+    }
+}
+
+impl Endpoint for WipedEncrypt {
+    type Response = vaultrs::api::transit::responses::EncryptDataResponse;
+    const REQUEST_BODY_TYPE: rustify::enums::RequestType = EncryptDataRequest::REQUEST_BODY_TYPE;
+    const RESPONSE_BODY_TYPE: rustify::enums::ResponseType = EncryptDataRequest::RESPONSE_BODY_TYPE;
+
+    fn path(&self) -> String {
+        self.0.path()
+    }
+    fn method(&self) -> rustify::enums::RequestMethod {
+        self.0.method()
+    }
+    fn body(&self) -> Result<Option<Vec<u8>>, rustify::errors::ClientError> {
+        self.0.body()
+    }
+}
+
+struct WipedMap(Map<String, Value>);
+
+impl Drop for WipedMap {
+    fn drop(&mut self) {
+        wipe_map(&mut self.0);
+    }
+}

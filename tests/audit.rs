@@ -1,0 +1,993 @@
+//! The audit log: what was done to a log is found and named, what cannot be recorded does as configured, and a log goes on
+//! over restarts, crashes and full files.
+
+#[path = "common/fixture.rs"]
+mod fixture;
+#[path = "common/program.rs"]
+mod program;
+
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use fixture::Random;
+use modelfs::audit::index::Index;
+use modelfs::audit::record::{Link, hash_of, stamp};
+use modelfs::audit::show::{Query, files_of, find};
+use modelfs::audit::verify::{Fault, Report, verify};
+use modelfs::audit::{self, Audit};
+use modelfs::config::oversight::{AuditMode, AuditPlan};
+use modelfs::crypto::PublicKey;
+use modelfs::error::{Code, Result};
+use modelfs::keys;
+use modelfs::telemetry::Telemetry;
+use modelfs::telemetry::events::{Actor, Event, Kind, Outcome, Severity, Sink, Subject};
+use program::{Program, can_mount, run_ok};
+use serde_json::Value;
+
+/// A folder with a log in it, and how it is written.
+struct Scene {
+    dir: tempfile::TempDir,
+    plan: AuditPlan,
+    key: PublicKey,
+}
+
+impl Scene {
+    fn new() -> Scene {
+        let dir = tempfile::tempdir().expect("a folder");
+        let key_path = dir.path().join("audit.key");
+        let key = keys::generate_signing_pair(&key_path).expect("a key");
+        let plan = AuditPlan {
+            mode: AuditMode::Required,
+            file: Some(dir.path().join("log")),
+            key: Some(key_path),
+            checkpoint_file: Some(dir.path().join("checkpoints")),
+            checkpoint_records: 10,
+            ..AuditPlan::default()
+        };
+        Scene { dir, plan, key }
+    }
+
+    fn path(&self) -> &Path {
+        self.plan.file.as_deref().expect("a file")
+    }
+
+    fn checkpoints(&self) -> &Path {
+        self.plan.checkpoint_file.as_deref().expect("a file")
+    }
+
+    fn open(&self) -> Audit {
+        Audit::open(&self.plan, Weak::new()).expect("opened").0
+    }
+
+    /// Writes `count` events and ends the log as a process does.
+    fn write(&self, count: u32) {
+        let audit = self.open();
+        for number in 0..count {
+            audit.take(&open_event(number)).expect("recorded");
+        }
+        audit.close();
+    }
+
+    fn verify(&self) -> Report {
+        let files = files_of(self.path()).expect("files");
+        verify(&files, &[self.key], Some(self.checkpoints())).expect("read")
+    }
+
+    /// The same by who knows neither key nor checkpoints.
+    fn verify_alone(&self) -> Report {
+        verify(&files_of(self.path()).expect("files"), &[], None).expect("read")
+    }
+
+    fn lines(&self) -> Vec<String> {
+        fs::read_to_string(self.path()).expect("text").lines().map(str::to_owned).collect()
+    }
+
+    fn put(&self, lines: &[String]) {
+        fs::write(self.path(), lines.iter().map(|line| format!("{line}\n")).collect::<String>()).expect("written");
+    }
+}
+
+fn open_event(number: u32) -> Event {
+    Event::new(Kind::Open)
+        .severity(if number % 50 == 7 { Severity::High } else { Severity::Low })
+        .outcome(if number % 50 == 7 { Outcome::Denied } else { Outcome::Allowed })
+        .actor(Actor { uid: Some(1000 + number % 3), pid: Some(number), ..Actor::default() })
+        .subject(Subject {
+            model: Some(format!("acme/{}", number % 4)),
+            version: Some(3),
+            file: Some(format!("shard \u{202e}{number}.safetensors")),
+            key: Some("raw/node".into()),
+            ..Subject::default()
+        })
+}
+
+#[track_caller]
+fn genuine(report: &Report) {
+    assert_eq!(report.bad, None, "{report:?}");
+}
+
+#[track_caller]
+fn found(report: &Report, fault: Fault, line: usize) {
+    let bad = report.bad.as_ref().unwrap_or_else(|| panic!("nothing found, wanted {} at {line}", fault.name()));
+    assert_eq!((bad.fault, bad.line), (fault, line as u64), "{}", bad.why);
+}
+
+fn text(line: &str, field: &str) -> String {
+    let value: Value = serde_json::from_str(line).expect("JSON");
+    value[field].as_str().map_or_else(|| value[field].to_string(), str::to_owned)
+}
+
+#[test]
+fn a_line_says_who_did_what_to_which_model_by_which_key() {
+    let scene = Scene::new();
+    let audit = scene.open();
+    let event = Event::new(Kind::Open)
+        .severity(Severity::High)
+        .outcome(Outcome::Denied)
+        .actor(Actor {
+            uid: Some(1000),
+            gid: Some(100),
+            pid: Some(42),
+            command: Some("python3".into()),
+            exe: Some("/usr/bin/python3".into()),
+            cgroup: Some("/kubepods/pod1/abc".into()),
+            container: Some("abc".into()),
+            pod: Some("1".into()),
+            service_account: Some("prod/reader".into()),
+        })
+        .subject(Subject {
+            mountpoint: Some("/mnt".into()),
+            store: Some("s3://models".into()),
+            model: Some("acme/llama".into()),
+            version: Some(7),
+            manifest: Some("sha256:51d0".into()),
+            file: Some("a\nb".into()),
+            key: Some("vault-transit/node".into()),
+        })
+        .detail("uid 1000 may not read it");
+    audit.take(&event).expect("recorded");
+    audit.close();
+    let lines = scene.lines();
+    assert_eq!(text(&lines[0], "kind"), "head");
+    for (field, wanted) in [
+        ("seq", "1"),
+        ("kind", "open"),
+        ("severity", "high"),
+        ("outcome", "denied"),
+        ("uid", "1000"),
+        ("gid", "100"),
+        ("pid", "42"),
+        ("command", "python3"),
+        ("exe", "/usr/bin/python3"),
+        ("cgroup", "/kubepods/pod1/abc"),
+        ("container", "abc"),
+        ("pod", "1"),
+        ("service_account", "prod/reader"),
+        ("mountpoint", "/mnt"),
+        ("store", "s3://models"),
+        ("model", "acme/llama"),
+        ("version", "7"),
+        ("manifest", "sha256:51d0"),
+        ("file", "a\nb"),
+        ("key", "vault-transit/node"),
+        ("detail", "uid 1000 may not read it"),
+    ] {
+        assert_eq!(text(&lines[1], field), wanted, "{field}");
+    }
+    assert_eq!(text(&lines[2], "kind"), "checkpoint");
+    assert_eq!(fs::metadata(scene.path()).expect("there").permissions().mode() & 0o777, 0o600);
+    genuine(&scene.verify());
+}
+
+#[test]
+fn an_untouched_log_is_genuine_and_says_what_vouches_for_it() {
+    let scene = Scene::new();
+    scene.write(25);
+    let report = scene.verify();
+    genuine(&report);
+    // A head, 25 events, three checkpoints.
+    assert_eq!((report.records, report.last, report.checkpoints_signed), (29, 28, 3));
+    assert_eq!((report.uncovered, report.signers.as_slice()), (0, &[scene.key.to_string()][..]));
+    assert!(report.elsewhere >= 1, "{report:?}");
+    genuine(&scene.verify_alone());
+    let other = keys::generate_signing_pair(&scene.dir.path().join("other")).expect("a key");
+    let report = verify(&[scene.path().to_owned()], &[other], None).expect("read");
+    assert_eq!(report.bad.expect("another key").fault, Fault::Unsigned);
+}
+
+#[test]
+fn an_edited_line_is_found_and_named() {
+    let scene = Scene::new();
+    scene.write(25);
+    let lines = scene.lines();
+    for at in 0..lines.len() {
+        genuine(&scene.verify());
+        let mut edited = lines.clone();
+        edited[at] = match text(&lines[at], "kind").as_str() {
+            "open" => lines[at].replace("\"uid\":100", "\"uid\":200"),
+            "head" => lines[at].replace("\"number\":1", "\"number\":1,\"boot\":\"x\",\"x\":1"),
+            _ => lines[at].replace("\"due\":10", "\"due\":99"),
+        };
+        assert_ne!(edited[at], lines[at], "line {} was not changed", at + 1);
+        scene.put(&edited);
+        found(&scene.verify(), Fault::Edited, at + 1);
+        found(&scene.verify_alone(), Fault::Edited, at + 1);
+        // Not even JSON any more.
+        edited[at] = "{\"time\":".into();
+        scene.put(&edited);
+        found(&scene.verify(), Fault::Edited, at + 1);
+        scene.put(&lines);
+    }
+}
+
+#[test]
+fn deleted_lines_are_found_where_they_are_missing() {
+    let scene = Scene::new();
+    scene.write(25);
+    let lines = scene.lines();
+    for (from, count) in [(0, 1), (1, 1), (5, 1), (5, 7), (lines.len() - 2, 1)] {
+        genuine(&scene.verify());
+        let mut less = lines.clone();
+        less.drain(from..from + count);
+        scene.put(&less);
+        found(&scene.verify(), Fault::Deleted, from + 1);
+        found(&scene.verify_alone(), Fault::Deleted, from + 1);
+        scene.put(&lines);
+    }
+}
+
+#[test]
+fn reordered_duplicated_and_inserted_lines_are_found_and_told_apart() {
+    let scene = Scene::new();
+    scene.write(25);
+    let lines = scene.lines();
+    let last = lines.len() - 1;
+    let changed = |change: &dyn Fn(&mut Vec<String>)| {
+        scene.put(&lines);
+        genuine(&scene.verify());
+        let mut other = lines.clone();
+        change(&mut other);
+        scene.put(&other);
+        scene.verify()
+    };
+    found(&changed(&|lines| lines.swap(4, 5)), Fault::Reordered, 5);
+    found(&changed(&|lines| lines.swap(4, 17)), Fault::Reordered, 5);
+    found(&changed(&|lines| lines.swap(last - 1, last)), Fault::Reordered, last);
+    let later = |lines: &mut Vec<String>| {
+        let line = lines.remove(3);
+        lines.insert(9, line);
+    };
+    found(&changed(&later), Fault::Reordered, 4);
+    found(&changed(&|lines| lines.insert(5, lines[4].clone())), Fault::Duplicated, 6);
+    found(&changed(&|lines| lines.insert(15, lines[4].clone())), Fault::Duplicated, 16);
+    found(&changed(&|lines| lines.insert(4, lines[15].clone())), Fault::Duplicated, 5);
+    found(&changed(&|lines| lines.push(lines[4].clone())), Fault::Duplicated, last + 2);
+    // As somebody would who knows how a chain is made.
+    let insert = |lines: &mut Vec<String>| {
+        let forged = lines[8].replace("\"uid\":100", "\"uid\":200");
+        lines.insert(8, forged);
+    };
+    found(&changed(&insert), Fault::Inserted, 9);
+}
+
+#[test]
+fn lines_of_another_log_are_found() {
+    let (scene, other) = (Scene::new(), Scene::new());
+    scene.write(25);
+    other.write(25);
+    let (lines, others) = (scene.lines(), other.lines());
+    genuine(&scene.verify());
+    genuine(&other.verify());
+    let mut spliced = lines.clone();
+    spliced[6] = others[6].clone();
+    scene.put(&spliced);
+    found(&scene.verify(), Fault::Spliced, 7);
+    scene.put(&[&lines[..12], &others[12..]].concat());
+    found(&scene.verify(), Fault::Spliced, 13);
+    // All of it.
+    scene.put(&others);
+    assert_eq!(scene.verify_alone().bad, None, "it is genuine, only another one");
+    let bad = scene.verify().bad.expect("not what was told elsewhere");
+    assert!(matches!(bad.fault, Fault::Rewritten | Fault::Unsigned), "{bad:?}");
+}
+
+#[test]
+fn a_cut_is_found_in_a_line_by_itself_and_at_the_end_of_one_by_what_was_told_elsewhere() {
+    let scene = Scene::new();
+    scene.write(25);
+    let lines = scene.lines();
+    let all = fs::read(scene.path()).expect("bytes");
+    genuine(&scene.verify());
+    fs::write(scene.path(), &all[..all.len() - 30]).expect("cut");
+    found(&scene.verify_alone(), Fault::Truncated, lines.len());
+    fs::write(scene.path(), &all[..all.len() - 1]).expect("cut");
+    found(&scene.verify_alone(), Fault::Truncated, lines.len());
+    for cut in 1..lines.len() - 1 {
+        let left = lines.len() - cut;
+        scene.put(&lines[..left]);
+        assert_eq!(scene.verify_alone().bad, None, "nothing in a log can tell this");
+        found(&scene.verify(), Fault::Truncated, left);
+    }
+    fs::write(scene.path(), "").expect("cut");
+    found(&scene.verify_alone(), Fault::Truncated, 1);
+}
+
+/// Whoever can write the log, and has no key: everything is made anew from the change on.
+#[test]
+fn a_log_that_was_written_anew_without_the_key_is_found() {
+    let scene = Scene::new();
+    scene.write(25);
+    genuine(&scene.verify());
+    let mut lines = scene.lines();
+    lines[3] = lines[3].replace("\"uid\":100", "\"uid\":200");
+    for at in 4..lines.len() {
+        let was = text(&lines[at], "prev");
+        lines[at] = lines[at].replace(&was, &hex::encode(hash_of(lines[at - 1].as_bytes())));
+    }
+    scene.put(&lines);
+    let first_checkpoint = lines.iter().position(|line| text(line, "kind") == "checkpoint").expect("one");
+    found(&scene.verify_alone(), Fault::Edited, first_checkpoint + 1);
+    // And the signatures left out.
+    let mut unsigned = lines.clone();
+    for at in 4..unsigned.len() {
+        if let Some(end) = unsigned[at].find(",\"signer\"") {
+            unsigned[at].truncate(end);
+            unsigned[at].push('}');
+        }
+        let was = text(&unsigned[at], "prev");
+        unsigned[at] = unsigned[at].replace(&was, &hex::encode(hash_of(unsigned[at - 1].as_bytes())));
+    }
+    scene.put(&unsigned);
+    assert_eq!(scene.verify_alone().bad, None, "without a key to trust it holds together");
+    found(
+        &verify(&[scene.path().to_owned()], &[scene.key], None).expect("read"),
+        Fault::Unsigned,
+        first_checkpoint + 1,
+    );
+    found(&verify(&[scene.path().to_owned()], &[], Some(scene.checkpoints())).expect("read"), Fault::Rewritten, {
+        let kept = fs::read_to_string(scene.checkpoints()).expect("text");
+        let seq = kept.lines().filter_map(|line| Some(Link::of(line.as_bytes())?.seq)).min().expect("one");
+        seq as usize + 1
+    });
+    // And no checkpoint at all any more, then a long tail.
+    let without: Vec<String> = unsigned[..first_checkpoint].to_vec();
+    scene.put(&without);
+    found(&verify(&[scene.path().to_owned()], &[scene.key], None).expect("read"), Fault::Unsigned, without.len());
+}
+
+/// Every change of one byte, and every cut, of random logs: found, at the line or at one beside it.
+#[test]
+fn no_change_of_a_byte_goes_unseen() {
+    let mut random = Random::announced("no_change_of_a_byte_goes_unseen");
+    for _ in 0..8 {
+        let mut scene = Scene::new();
+        scene.plan.checkpoint_records = 1 + random.below(12);
+        scene.plan.file_bytes_max = 1500 + random.below(6000);
+        scene.write(1 + random.below(40) as u32);
+        if random.one_in(2) {
+            scene.write(1 + random.below(20) as u32);
+        }
+        genuine(&scene.verify());
+        let files = files_of(scene.path()).expect("files");
+        for _ in 0..25 {
+            let file = random.pick(&files).clone();
+            let bytes = fs::read(&file).expect("bytes");
+            let at = random.below(bytes.len() as u64) as usize;
+            let mut bent = bytes.clone();
+            bent[at] ^= 1 << random.below(7);
+            let line = 1 + bytes[..at].iter().filter(|byte| **byte == b'\n').count() as u64;
+            fs::write(&file, &bent).expect("bent");
+            let bad = scene.verify().bad.unwrap_or_else(|| {
+                panic!(
+                    "byte {at} of {}, line {line}, was {:?}, in\n{}",
+                    file.display(),
+                    bytes[at] as char,
+                    String::from_utf8_lossy(&bent)
+                )
+            });
+            let near = bad.file == file && bad.line.abs_diff(line) <= 1;
+            // A head that is none has its file sorted elsewhere.
+            assert!(
+                near || line <= 1 || bytes[at] == b'\n',
+                "byte {at} is of line {line} of {}: {bad:?}",
+                file.display()
+            );
+            fs::write(&file, &bytes[..at]).expect("cut");
+            assert_ne!(scene.verify().bad, None, "cut at {at} of {}", file.display());
+            fs::write(&file, &bytes).expect("as it was");
+        }
+        genuine(&scene.verify());
+    }
+}
+
+#[test]
+fn files_are_closed_at_their_size_and_the_chain_goes_on() {
+    let mut scene = Scene::new();
+    scene.plan.file_bytes_max = 4000;
+    scene.write(40);
+    let files = files_of(scene.path()).expect("files");
+    assert!(files.len() > 3, "{files:?}");
+    assert!(files[0].ends_with("log.000001"), "{files:?}");
+    let report = scene.verify();
+    genuine(&report);
+    assert_eq!(report.notes, Vec::<String>::new());
+    // In any order.
+    let mut mixed = files.clone();
+    mixed.reverse();
+    genuine(&verify(&mixed, &[scene.key], None).expect("read"));
+    // One in the middle, or the end of one.
+    let middle = fs::read(&files[1]).expect("bytes");
+    fs::remove_file(&files[1]).expect("removed");
+    let bad = scene.verify().bad.expect("a file is missing");
+    assert_eq!((bad.fault, bad.file.as_path(), bad.line), (Fault::Deleted, files[2].as_path(), 1));
+    let end = middle[..middle.len() - 1].iter().rposition(|byte| *byte == b'\n').expect("lines") + 1;
+    fs::write(&files[1], &middle[..end]).expect("cut");
+    let bad = scene.verify().bad.expect("the end of one is missing");
+    assert_eq!((bad.fault, bad.file.as_path(), bad.line), (Fault::Deleted, files[2].as_path(), 1));
+    assert!(bad.why.contains("the end of"), "{bad:?}");
+    fs::write(&files[1], &middle).expect("as it was");
+    genuine(&scene.verify());
+    // The first ones may be gone.
+    fs::remove_file(&files[0]).expect("removed");
+    let report = scene.verify();
+    genuine(&report);
+    assert!(report.notes[0].contains("not in the files given"), "{report:?}");
+}
+
+#[test]
+fn a_restart_goes_on_where_the_log_ended() {
+    let scene = Scene::new();
+    scene.write(3);
+    let before = scene.lines();
+    scene.write(3);
+    let after = scene.lines();
+    assert_eq!(&after[..before.len()], before);
+    assert_eq!(text(&after[before.len()], "kind"), "checkpoint", "a new process says what it found");
+    genuine(&scene.verify());
+    // The file was just closed when it died.
+    fs::rename(scene.path(), scene.path().with_file_name("log.000001")).expect("renamed");
+    scene.write(3);
+    assert_eq!(text(&scene.lines()[0], "number"), "2");
+    genuine(&scene.verify());
+    // Or the next one was begun, and nothing written.
+    fs::rename(scene.path(), scene.path().with_file_name("log.000002")).expect("renamed");
+    let mut begun = fs::OpenOptions::new();
+    begun.write(true).create_new(true).mode(0o600).open(scene.path()).expect("begun");
+    scene.write(3);
+    assert_eq!(text(&scene.lines()[0], "number"), "3");
+    genuine(&scene.verify());
+}
+
+#[test]
+fn a_piece_of_a_line_that_a_crash_left_is_closed_off_and_no_alarm_for_ever() {
+    let scene = Scene::new();
+    scene.write(5);
+    let whole = fs::read(scene.path()).expect("bytes");
+    let line = scene.lines()[3].clone();
+    for piece in [&line.as_bytes()[..line.len() / 2], b"\0\0\0\0", b"x\ny\n", b"{", line.replace(':', ";").as_bytes()] {
+        fs::write(scene.path(), [&whole[..], piece].concat()).expect("torn");
+        assert_ne!(scene.verify_alone().bad, None, "until somebody closes it off");
+        scene.write(2);
+        let report = scene.verify();
+        genuine(&report);
+        assert!(report.notes.iter().any(|note| note.contains("closed off")), "{report:?}");
+        scene.write(2);
+        genuine(&scene.verify());
+        // What was closed off is known to the byte.
+        let all = fs::read(scene.path()).expect("bytes");
+        let mut bent = all.clone();
+        bent[whole.len()] ^= 1;
+        fs::write(scene.path(), &bent).expect("bent");
+        assert_ne!(scene.verify_alone().bad, None);
+        fs::write(scene.path(), &whole).expect("as it was");
+        fs::remove_file(scene.checkpoints()).expect("as it was");
+    }
+    // Only the newline is missing.
+    fs::write(scene.path(), &whole[..whole.len() - 1]).expect("torn");
+    scene.write(2);
+    let report = scene.verify();
+    genuine(&report);
+    assert_eq!(report.notes, Vec::<String>::new());
+}
+
+#[test]
+fn a_tail_that_was_cut_is_told_when_the_log_is_opened_again() {
+    let scene = Scene::new();
+    scene.write(25);
+    let lines = scene.lines();
+    let whole = Scene::new();
+    whole.write(25);
+    assert!(Audit::open(&whole.plan, Weak::new()).expect("opened").1.is_none());
+    scene.put(&lines[..lines.len() - 3]);
+    let telemetry = Arc::new(Telemetry::default());
+    let audit = audit::start(&scene.plan, &telemetry).expect("opened").expect("a log");
+    audit.close();
+    let told = scene.lines().into_iter().find(|line| text(line, "kind") == "tamper").expect("told");
+    assert_eq!(text(&told, "severity"), "critical");
+    assert!(text(&told, "detail").contains("its end was cut"), "{told}");
+    found(&scene.verify(), Fault::Rewritten, lines.len());
+}
+
+#[test]
+fn a_second_process_is_told_who_writes_the_log() {
+    let scene = Scene::new();
+    let audit = scene.open();
+    let Err(error) = Audit::open(&scene.plan, Weak::new()) else { panic!("two write one log") };
+    assert_eq!(error.code(), Code::Audit);
+    assert!(error.message().contains(&format!("pid {}", std::process::id())), "{error:?}");
+    assert!(error.message().contains("audit-file of its own"), "{error:?}");
+    drop(audit);
+    drop(scene.open());
+}
+
+#[test]
+fn what_is_no_log_of_ours_is_not_written_to() {
+    let scene = Scene::new();
+    let refused = |what: &str| {
+        let Err(error) = Audit::open(&scene.plan, Weak::new()) else { panic!("{what} was opened") };
+        assert_eq!(error.code(), Code::Audit, "{what}: {error:?}");
+        error.chain()
+    };
+    let make = |mode: u32| {
+        let _ = fs::remove_file(scene.path());
+        let mut options = fs::OpenOptions::new();
+        options.write(true).create_new(true).mode(mode).open(scene.path()).expect("made")
+    };
+    make(0o600).write_all(b"some other text\nof lines\n").expect("written");
+    assert!(refused("another file").contains("move it away"));
+    make(0o640);
+    assert!(refused("one that others read").contains("chmod"));
+    fs::remove_file(scene.path()).expect("removed");
+    std::os::unix::fs::symlink("/dev/null", scene.path()).expect("linked");
+    refused("a link");
+    fs::remove_file(scene.path()).expect("removed");
+    fs::create_dir(scene.path()).expect("made");
+    refused("a folder");
+    fs::remove_dir(scene.path()).expect("removed");
+    let lost = AuditPlan { file: Some(scene.dir.path().join("no/such/log")), ..scene.plan.clone() };
+    assert_eq!(Audit::open(&lost, Weak::new()).err().expect("no folder").code(), Code::Audit);
+    scene.write(1);
+    genuine(&scene.verify());
+}
+
+#[test]
+fn old_files_are_removed_with_a_record_of_it() {
+    let mut scene = Scene::new();
+    scene.plan.file_bytes_max = 4000;
+    scene.write(40);
+    let files = files_of(scene.path()).expect("files");
+    for file in &files[..files.len() - 1] {
+        let _ = Index::of(file).expect("an index");
+    }
+    (scene.plan.file_bytes_max, scene.plan.keep) = (1 << 20, Some(Duration::from_secs(3600)));
+    scene.write(1);
+    assert!(files.iter().all(|file| file.exists()), "an hour is not over");
+    scene.plan.keep = Some(Duration::from_micros(1));
+    let audit = scene.open();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while files_of(scene.path()).expect("files").len() > 1 {
+        assert!(Instant::now() < deadline, "old files stay");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    audit.take(&open_event(0)).expect("recorded");
+    audit.close();
+    let removed = scene.lines().into_iter().filter(|line| text(line, "kind") == "removed").count();
+    assert_eq!(removed, files.len() - 1);
+    let report = scene.verify();
+    genuine(&report);
+    assert!(report.notes.iter().any(|note| note.contains("older than they were to be kept")), "{report:?}");
+}
+
+#[test]
+fn a_checkpoint_comes_by_time_too() {
+    let mut scene = Scene::new();
+    scene.plan.checkpoint_records = 1_000_000;
+    scene.plan.checkpoint_every = Duration::from_millis(50);
+    let audit = scene.open();
+    audit.take(&open_event(0)).expect("recorded");
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !scene.checkpoints().exists() || fs::read(scene.checkpoints()).expect("bytes").is_empty() {
+        assert!(Instant::now() < deadline, "no checkpoint");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let line = scene.lines().pop().expect("lines");
+    assert_eq!(text(&line, "kind"), "checkpoint");
+    assert_eq!(fs::read_to_string(scene.checkpoints()).expect("text").trim_end(), line);
+    drop(audit);
+    genuine(&scene.verify());
+}
+
+/// A small filesystem of its own, unmounted when dropped.
+struct Small(tempfile::TempDir);
+
+impl Small {
+    fn new() -> Option<Small> {
+        if !can_mount() {
+            return None;
+        }
+        let dir = tempfile::tempdir().expect("a folder");
+        run_ok(Command::new("mount").args(["-t", "tmpfs", "-o", "size=128k,mode=0700", "audit"]).arg(dir.path()));
+        Some(Small(dir))
+    }
+
+    /// Takes all room that is left.
+    fn fill(&self) {
+        let mut filler = fs::File::create(self.0.path().join("filler")).expect("made");
+        let full = (0..1000).find_map(|_| filler.write_all(&[1; 4096]).err()).expect("it is small");
+        assert_eq!(full.raw_os_error(), Some(libc::ENOSPC));
+    }
+
+    fn clear(&self) {
+        fs::remove_file(self.0.path().join("filler")).expect("removed");
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(self.0.path()).status();
+    }
+}
+
+/// Events until the room of the last page is used up too.
+fn take_until_refused(audit: &Audit) -> modelfs::error::Error {
+    (0..1000).find_map(|number| audit.take(&open_event(number)).err()).expect("the disk is full")
+}
+
+#[test]
+fn a_full_disk_refuses_what_must_be_recorded_until_there_is_room_again() {
+    let Some(small) = Small::new() else { return };
+    let mut scene = Scene::new();
+    scene.plan.file = Some(small.0.path().join("log"));
+    let telemetry = Arc::new(Telemetry::default());
+    let audit = audit::start(&scene.plan, &telemetry).expect("opened").expect("a log");
+    telemetry.events.emit(&open_event(0)).expect("there is room");
+    small.fill();
+
+    let error = take_until_refused(&audit);
+
+    assert_eq!((error.code(), error.errno()), (Code::Audit, libc::EACCES), "{error:?}");
+    assert!(error.chain().contains("audit=required"), "{error:?}");
+    assert_eq!(telemetry.events.emit(&open_event(1)).expect_err("still full").code(), Code::Audit);
+    assert!(telemetry.audit_failures.get() >= 2);
+    let full = fs::read(scene.path()).expect("bytes");
+    assert!(full.ends_with(b"\n"), "no piece of a line stays");
+    genuine(&scene.verify_alone());
+
+    small.clear();
+    telemetry.events.emit(&open_event(2)).expect("there is room again");
+    audit.close();
+    let gap = scene.lines().into_iter().find(|line| text(line, "kind") == "gap").expect("a gap");
+    assert!(text(&gap, "records").parse::<u64>().expect("a number") >= 2, "{gap}");
+    assert_eq!(text(&gap, "severity"), "high");
+    genuine(&scene.verify());
+}
+
+#[test]
+fn a_full_disk_is_counted_and_told_where_the_log_is_not_required() {
+    let Some(small) = Small::new() else { return };
+    let mut scene = Scene::new();
+    scene.plan.file = Some(small.0.path().join("log"));
+    scene.plan.mode = AuditMode::On;
+    let telemetry = Arc::new(Telemetry::default());
+    let audit = audit::start(&scene.plan, &telemetry).expect("opened").expect("a log");
+    small.fill();
+    for number in 0..1000 {
+        telemetry.events.emit(&open_event(number)).expect("readers go on");
+    }
+    let (records, failures) = (telemetry.audit_records.get(), telemetry.audit_failures.get());
+    assert!(failures > 0 && records > 0 && records < 1001, "{records} {failures}");
+    small.clear();
+    telemetry.events.emit(&open_event(0)).expect("recorded");
+    audit.close();
+    let gap = scene.lines().into_iter().find(|line| text(line, "kind") == "gap").expect("a gap");
+    assert_eq!(text(&gap, "records").parse::<u64>().expect("a number"), 1001 - records);
+    genuine(&scene.verify());
+}
+
+/// The checkpoint file is on another disk, which is full.
+#[test]
+fn a_checkpoint_that_cannot_be_told_elsewhere_refuses_too() {
+    let Some(small) = Small::new() else { return };
+    let mut scene = Scene::new();
+    scene.plan.checkpoint_file = Some(small.0.path().join("checkpoints"));
+    scene.plan.checkpoint_records = 1;
+    small.fill();
+    let audit = scene.open();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let error = loop {
+        assert!(Instant::now() < deadline, "nothing is refused");
+        if let Err(error) = audit.take(&open_event(0)) {
+            break error;
+        }
+    };
+    assert_eq!(error.code(), Code::Audit, "{error:?}");
+    assert!(error.chain().contains("checkpoint"), "{error:?}");
+    small.clear();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while audit.take(&open_event(1)).is_err() {
+        assert!(Instant::now() < deadline, "still refused");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    audit.close();
+    genuine(&scene.verify());
+}
+
+fn collect(files: &[PathBuf], query: &Query) -> Result<Vec<String>> {
+    let mut found = Vec::new();
+    find(files, query, |line| {
+        found.push(String::from_utf8_lossy(line).trim_end().to_owned());
+        Ok(())
+    })?;
+    Ok(found)
+}
+
+/// Against a plain look at every line.
+#[test]
+fn what_is_shown_is_what_a_look_at_every_line_finds() {
+    let mut random = Random::announced("what_is_shown_is_what_a_look_at_every_line_finds");
+    let mut scene = Scene::new();
+    scene.plan.file_bytes_max = 2 << 20;
+    scene.plan.checkpoint_records = 100;
+    scene.write(20_000);
+    let files = files_of(scene.path()).expect("files");
+    assert!(files.len() > 2, "{files:?}");
+    let all: Vec<String> = files
+        .iter()
+        .flat_map(|file| fs::read_to_string(file).expect("text").lines().map(str::to_owned).collect::<Vec<_>>())
+        .collect();
+    let values: Vec<Value> = all.iter().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    let times: Vec<u64> = values
+        .iter()
+        .map(|value| modelfs::audit::record::parse_stamp(value["time"].as_str().expect("a time")).expect("a time"))
+        .collect();
+    let ranks = ["low", "medium", "high", "critical"];
+    for _ in 0..60 {
+        let mut query = Query::default();
+        if random.one_in(2) {
+            query.since = Some(*random.pick(&times));
+        }
+        if random.one_in(2) {
+            query.until = Some(*random.pick(&times));
+        }
+        if random.one_in(2) {
+            query.uids = vec![1000 + random.below(5) as u32];
+        }
+        if random.one_in(2) {
+            query.models = vec![["acme/1", "acme/9", "acme/*", "ac*", "*"][random.below(5) as usize].to_owned()];
+        }
+        if random.one_in(2) {
+            query.severity = Some(*random.pick(&Severity::ALL));
+        }
+        if random.one_in(2) {
+            query.kinds = vec![["open", "checkpoint", "head", "tamper"][random.below(4) as usize].to_owned()];
+        }
+        if random.one_in(3) {
+            query.outcomes = vec![*random.pick(&Outcome::ALL)];
+        }
+        if random.one_in(3) {
+            query.last = Some(random.below(50) as usize);
+        }
+        let fits = |(value, time): (&Value, &u64)| {
+            let word = |name: &str| value[name].as_str().unwrap_or_default();
+            let rank = |name: &str| ranks.iter().position(|rank| *rank == name);
+            query.since.is_none_or(|since| *time >= since)
+                && query.until.is_none_or(|until| *time <= until)
+                && (query.uids.is_empty() || query.uids.iter().any(|uid| value["uid"] == *uid))
+                && (query.models.is_empty()
+                    || !value["model"].is_null()
+                        && query.models.iter().any(|model| match model.strip_suffix('*') {
+                            Some(start) => word("model").starts_with(start),
+                            None => word("model") == model,
+                        }))
+                && query.severity.is_none_or(|severity| rank(word("severity")) >= rank(severity.name()))
+                && (query.kinds.is_empty() || query.kinds.iter().any(|kind| word("kind") == kind))
+                && (query.outcomes.is_empty() || query.outcomes.iter().any(|outcome| word("outcome") == outcome.name()))
+        };
+        let mut wanted: Vec<&String> =
+            all.iter().zip(values.iter().zip(&times)).filter(|(_, both)| fits(*both)).map(|(line, _)| line).collect();
+        if let Some(last) = query.last {
+            wanted = wanted.split_off(wanted.len().saturating_sub(last));
+        }
+        let found = collect(&files, &query).expect("found");
+        assert!(found.iter().eq(wanted.iter().copied()), "{query:?}: {} for {}", found.len(), wanted.len());
+    }
+    assert!(stamp(times[0]).starts_with("20"));
+}
+
+/// Outages begin and end once, however many chunks are asked for meanwhile; a wrong byte is told with its place.
+#[test]
+fn a_store_that_falls_silent_is_told_of_once_and_one_that_lies_each_time() {
+    use modelfs::cache::{Cache, CacheLimits};
+    use modelfs::crypto::Verify;
+    use modelfs::format::ChunkIndex;
+    use modelfs::mem::{Arena, ArenaPlan};
+    use modelfs::store::fault::{Call, Fault as StoreFault, Faulty, When};
+
+    let scene = Scene::new();
+    let telemetry = Arc::new(Telemetry::default());
+    let audit = audit::start(&scene.plan, &telemetry).expect("opened").expect("a log");
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("runtime");
+    let mut random = Random::announced("a_store_that_falls_silent_is_told_of_once_and_one_that_lies_each_time");
+    let files = vec![("a/weights.bin".to_owned(), random.bytes(4 << 20))];
+    let sealed = runtime.block_on(fixture::Fixture::seal(files, fixture::Style::default(), &mut random));
+    let faulty = Faulty::new((*sealed.store).clone());
+    let model = sealed.model(Arc::new(faulty.clone()), Verify::Strict);
+    // As a mount names it.
+    model.vitals.set_store("s3://models");
+    let limits =
+        CacheLimits { refusal_memory: Duration::ZERO, outage_memory: Duration::ZERO, ..CacheLimits::default() };
+    let arena = Arena::open(ArenaPlan { bytes: 32 << 20 }).expect("arena");
+    let cache = Cache::new(arena, 16 << 20, limits, runtime.handle().clone(), telemetry.clone()).expect("cache");
+    let object = cache.object(&model, 0, true);
+    let pin = |index: u32| runtime.block_on(cache.pin(&object, ChunkIndex(index))).map(drop);
+
+    faulty.on(When::call(Call::ReadRange), StoreFault::Fail(Code::Unreachable));
+    for index in [0, 1, 2, 0] {
+        assert_eq!(pin(index).expect_err("silent").code(), Code::Unreachable);
+    }
+    faulty.heal();
+    pin(0).expect("it answers again");
+    pin(1).expect("it goes on");
+    faulty.on(When::call(Call::ReadRange), StoreFault::FlipBit { offset: 3_500_000, bit: 1 });
+    assert_eq!(pin(3).expect_err("another byte").code(), Code::ChunkHash);
+    audit.close();
+
+    let of_kind = |kind: &str| {
+        let query = Query { kinds: vec![kind.to_owned()], ..Query::default() };
+        let found = collect(&[scene.path().to_owned()], &query).expect("found");
+        found.iter().map(|line| serde_json::from_str::<Value>(line).expect("JSON")).collect::<Vec<_>>()
+    };
+    assert_eq!((of_kind("store-down").len(), of_kind("store-up").len()), (1, 1));
+    let down = &of_kind("store-down")[0];
+    assert_eq!((&down["code"], &down["store"]), (&"UNREACHABLE".into(), &"s3://models".into()));
+    let tampered = of_kind("tamper");
+    let severities: Vec<_> = tampered.iter().map(|record| record["severity"].as_str().expect("told")).collect();
+    assert_eq!(severities, ["high", "critical"], "asked for once more, then refused");
+    for record in &tampered {
+        assert_eq!((&record["file"], &record["model"]), (&"a/weights.bin".into(), &fixture::NAME.into()));
+        assert!(record["detail"].as_str().expect("told").contains("chunk 3 of object"), "{record}");
+    }
+    genuine(&scene.verify());
+}
+
+/// The events of a real mount, and a store whose bytes were changed.
+#[test]
+fn a_mount_records_its_life_and_a_store_that_lies() {
+    if !can_mount() {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let program = Program::in_folder(folder.path());
+    let source = folder.path().join("source");
+    fs::create_dir(&source).expect("mkdir");
+    fs::write(source.join("good.bin"), vec![1; 3 << 20]).expect("write");
+    fs::write(source.join("bad.bin"), vec![2; 5 << 20]).expect("write");
+    program.seal(&source, "acme/m");
+    let (log, key) = (folder.path().join("audit.log"), folder.path().join("audit.key"));
+    run_ok(program.command(&["keygen", "--signing"]).arg(&key));
+    let (log_text, key_text) = (log.to_str().expect("text"), key.to_str().expect("text"));
+    let options = ["--audit", "required", "--audit-file", log_text, "--audit-key", key_text];
+    let mount = program.mount(&options);
+    run_ok(program.command(&["lock"]).arg(program.mountpoint()));
+    run_ok(program.command(&["unlock"]).arg(program.mountpoint()));
+    assert_eq!(fs::read(program.mountpoint().join("acme/m/good.bin")).expect("read").len(), 3 << 20);
+    // The largest object is the bad file.
+    let mut objects = Vec::new();
+    let mut folders = vec![PathBuf::from(program.store())];
+    while let Some(at) = folders.pop() {
+        for entry in fs::read_dir(at).expect("listed") {
+            let path = entry.expect("listed").path();
+            if path.is_dir() { folders.push(path) } else { objects.push(path) }
+        }
+    }
+    let object = objects.into_iter().max_by_key(|path| path.metadata().expect("there").len()).expect("objects");
+    let mut bytes = fs::read(&object).expect("bytes");
+    bytes[2 << 20] ^= 1;
+    fs::set_permissions(&object, fs::Permissions::from_mode(0o600)).expect("ours");
+    fs::write(&object, &bytes).expect("changed");
+    assert!(fs::read(program.mountpoint().join("acme/m/bad.bin")).is_err());
+    mount.unmount();
+
+    let show = |more: &[&str]| {
+        let shown = run_ok(program.command(&["audit", "show", log_text, "--json"]).args(more));
+        let text = String::from_utf8(shown.stdout).expect("text");
+        text.lines().map(|line| serde_json::from_str::<Value>(line).expect("JSON")).collect::<Vec<_>>()
+    };
+    for kind in ["start", "mount", "lock", "unlock", "rotation", "tamper", "unmount", "stop"] {
+        let of_kind = show(&["--kind", kind]);
+        assert!(!of_kind.is_empty(), "no {kind} among {:?}", show(&[]));
+    }
+    let mounted = &show(&["--kind", "mount"])[0];
+    assert_eq!((&mounted["model"], &mounted["version"]), (&"acme/m".into(), &1.into()));
+    assert_eq!(mounted["key"], "raw/key-file");
+    assert!(mounted["manifest"].as_str().expect("told").starts_with("sha256:"));
+    let tampered = show(&["--kind", "tamper", "--severity", "critical"]);
+    assert_eq!(tampered[0]["file"], "bad.bin");
+    assert_eq!((&tampered[0]["code"], &tampered[0]["outcome"]), (&"CHUNK_HASH".into(), &"failed".into()));
+    assert_eq!(show(&["--kind", "start"])[0]["uid"], 0);
+
+    let public = format!("{key_text}.pub");
+    let verified = run_ok(&mut program.command(&["audit", "verify", log_text, "--trust", &public, "--json"]));
+    let report: Value = serde_json::from_slice(&verified.stdout).expect("JSON");
+    assert_eq!((&report["ok"], &report["uncovered"]), (&true.into(), &0.into()));
+    let text = fs::read_to_string(&log).expect("text");
+    fs::write(&log, text.replacen("\"kind\":\"lock\"", "\"kind\":\"open\"", 1)).expect("edited");
+    let refused = program.command(&["audit", "verify", log_text, "--trust", &public]).output().expect("runs");
+    assert_eq!(refused.status.code(), Some(20));
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    let line = 1 + text[..text.find("\"kind\":\"lock\"").expect("there")].matches('\n').count();
+    assert!(said.contains(&format!("line {line}: edited")) && said.contains("[AUDIT_CHAIN]"), "{said}");
+}
+
+/// `audit=required`: a file is not opened unless that is on record, and opened again once there is room.
+#[test]
+fn a_full_disk_refuses_opens_of_a_mount_until_there_is_room_again() {
+    let Some(small) = Small::new() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let program = Program::in_folder(folder.path());
+    let source = folder.path().join("source");
+    fs::create_dir(&source).expect("mkdir");
+    fs::write(source.join("a.bin"), vec![1; 1 << 20]).expect("write");
+    program.seal(&source, "acme/m");
+    let log = small.0.path().join("audit.log");
+    let log = log.to_str().expect("text");
+    let mount = program.mount(&["--audit", "required", "--audit-file", log]);
+    let file = program.mountpoint().join("acme/m/a.bin");
+    assert_eq!(fs::read(&file).expect("read").len(), 1 << 20);
+    small.fill();
+
+    // The last page of the log has room for some.
+    let refused = (0..1000).find_map(|_| fs::File::open(&file).err()).expect("refused");
+
+    assert_eq!(refused.kind(), std::io::ErrorKind::PermissionDenied);
+    assert!(fs::File::open(&file).is_err(), "still full");
+    small.clear();
+    assert_eq!(fs::read(&file).expect("read").len(), 1 << 20);
+    mount.unmount();
+    let shown = run_ok(&mut program.command(&["audit", "show", log, "--json"]));
+    let records: Vec<Value> =
+        String::from_utf8_lossy(&shown.stdout).lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    let gap = records.iter().find(|record| record["kind"] == "gap").expect("a gap");
+    assert!(gap["records"].as_u64() >= Some(2), "{gap}");
+    let open = records.iter().rfind(|record| record["kind"] == "open").expect("an open");
+    assert_eq!((&open["uid"], &open["file"], &open["key"]), (&0.into(), &"a.bin".into(), &"raw/key-file".into()));
+    run_ok(&mut program.command(&["audit", "verify", log]));
+}
+
+/// `audit=required` on a disk that is full: nothing is mounted.
+#[test]
+fn a_mount_that_cannot_be_recorded_is_not_made() {
+    let Some(small) = Small::new() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let program = Program::in_folder(folder.path());
+    let source = folder.path().join("source");
+    fs::create_dir(&source).expect("mkdir");
+    fs::write(source.join("a.bin"), vec![1; 1 << 20]).expect("write");
+    program.seal(&source, "acme/m");
+    small.fill();
+    let log = small.0.path().join("audit.log");
+    let log = log.to_str().expect("text");
+    let mut command = program.command(&["mount", program.store()]);
+    command.arg(program.mountpoint()).args(["--key", &program.key(), "--trust"]).arg(program.trusted_key());
+    command.args(["--audit", "required", "--audit-file", log]);
+    let refused = command.output().expect("runs");
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(25), "{said}");
+    assert!(said.contains("[AUDIT]") && said.contains("No space left"), "{said}");
+    assert!(!program::is_mountpoint(program.mountpoint()));
+
+    let mount = program.mount(&["--audit", "on", "--audit-file", log]);
+    assert_eq!(fs::read(program.mountpoint().join("acme/m/a.bin")).expect("read").len(), 1 << 20);
+    assert!(program.log().contains("the audit log is not written"), "{}", program.log());
+    small.clear();
+    mount.unmount();
+    let shown = run_ok(&mut program.command(&["audit", "show", log]));
+    let text = String::from_utf8_lossy(&shown.stdout).into_owned();
+    assert!(text.contains("gap") && text.contains("could not be recorded"), "{text}");
+    run_ok(&mut program.command(&["audit", "verify", log]));
+}

@@ -1,0 +1,272 @@
+//! A catalog in a real Vault, models in a real S3 server, the program as a user runs it.
+
+mod common;
+#[path = "common/dev_vault.rs"]
+mod dev_vault;
+#[path = "common/program.rs"]
+mod program;
+
+use std::path::PathBuf;
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
+
+use common::S3Server;
+use dev_vault::DevVault;
+use modelfs::catalog::{Records, VaultRecords};
+use modelfs::error::Code;
+use program::{Program, can_mount, is_mountpoint, run_ok};
+use serde_json::{Value, json};
+
+struct World {
+    vault: DevVault,
+    s3: S3Server,
+    program: Program,
+    source: PathBuf,
+    _dir: tempfile::TempDir,
+}
+
+const CATALOG: &str = "vault-kv://secret/models";
+const STORE: &str = "s3://models/prod";
+
+impl World {
+    fn start() -> Option<World> {
+        let (vault, s3) = (DevVault::start()?, S3Server::start()?);
+        let dir = tempfile::tempdir().expect("a folder");
+        let program = Program::in_folder(dir.path());
+        let source = dir.path().join("source");
+        std::fs::create_dir(&source).expect("mkdir");
+        std::fs::write(source.join("config.json"), b"{\"a\": 1}\n").expect("write");
+        std::fs::write(source.join("weights.bin"), common::hostile::object(3_000_000)).expect("write");
+        Some(World { vault, s3, program, source, _dir: dir })
+    }
+
+    fn command(&self, words: &[&str]) -> Command {
+        let mut command = self.program.command(words);
+        command.env("VAULT_ADDR", self.vault.address()).envs(self.s3.settings());
+        command.env("MODELFS_VAULT_TOKEN_FILE", self.vault.token_file());
+        command
+    }
+
+    fn seal(&self, name: &str, more: &[&str]) -> Value {
+        let mut command = self.command(&["seal", "--json"]);
+        command.arg(&self.source).args([STORE, name]).args(more);
+        serde_json::from_slice(&run_ok(&mut command).stdout).expect("JSON")
+    }
+
+    fn seal_raw(&self, name: &str, record: &str) -> Value {
+        let at = format!("{CATALOG}/{record}");
+        self.seal(name, &["--key", &self.program.key(), "--register", &at, "--register-raw-key"])
+    }
+
+    fn ls(&self) -> Value {
+        serde_json::from_slice(&run_ok(&mut self.command(&["ls", "--json", CATALOG])).stdout).expect("JSON")
+    }
+
+    /// Mounts with `more` options, looks with `look`, unmounts.
+    fn mounted(&self, more: &[&str], look: impl FnOnce(&std::path::Path)) {
+        let mountpoint = self.program.mountpoint();
+        let mut command = self.command(&["mount", CATALOG, "--daemon"]);
+        run_ok(command.arg(mountpoint).arg("--trust").arg(self.program.trusted_key()).args(more));
+        assert!(is_mountpoint(mountpoint));
+        look(mountpoint);
+        run_ok(self.command(&["umount"]).arg(mountpoint));
+    }
+
+    /// A mount that must be refused: its exit code and what it said.
+    fn refused(&self, trusted: bool, more: &[&str]) -> (i32, String) {
+        let mut command = self.command(&["mount", CATALOG]);
+        command.arg(self.program.mountpoint());
+        if trusted {
+            command.arg("--trust").arg(self.program.trusted_key());
+        }
+        let output = end_of(command.args(more));
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        (output.status.code().expect("an exit"), text)
+    }
+
+    fn record(&self, name: &str) -> serde_json::Map<String, Value> {
+        let records = VaultRecords(self.vault.client());
+        records.read("secret", &format!("models/{name}")).expect("read").expect("there").0
+    }
+
+    fn put(&self, name: &str, record: &serde_json::Map<String, Value>) {
+        let records = VaultRecords(self.vault.client());
+        let path = format!("models/{name}");
+        let before = records.read("secret", &path).expect("read").map_or(0, |(_, version)| version);
+        records.write("secret", &path, record, before).expect("written");
+    }
+}
+
+/// Runs to its end, which must come: a mount that stands would run for ever.
+fn end_of(command: &mut Command) -> Output {
+    let mut child = command
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .expect("the binary runs");
+    let start = Instant::now();
+    while child.try_wait().expect("our child").is_none() {
+        if start.elapsed() > Duration::from_secs(60) {
+            // SAFETY: our own child, not yet waited for.
+            unsafe { libc::kill(child.id() as i32, libc::SIGTERM) };
+            let output = child.wait_with_output().expect("ended");
+            panic!("it was not refused: {}", String::from_utf8_lossy(&output.stderr));
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    child.wait_with_output().expect("ended")
+}
+
+#[test]
+fn what_is_sealed_and_registered_is_listed_and_mounted_by_its_record_alone() {
+    let Some(world) = World::start() else { return };
+    let sealed = world.seal_raw("acme/llama", "acme/llama");
+    assert_eq!(sealed["registered"]["version"], 1);
+    world.seal_raw("acme/other", "short-name");
+
+    let listed = world.ls();
+    let models = listed["models"].as_array().expect("models");
+    let names: Vec<&str> = models.iter().filter_map(|model| model["name"].as_str()).collect();
+    assert_eq!(names, ["acme/llama", "short-name"]);
+    assert_eq!(models[0]["manifest"].as_str(), sealed["manifest"].as_str().and_then(|m| m.strip_prefix("sha256:")));
+    assert_eq!((&models[0]["bytes"], &models[0]["key"]), (&sealed["bytes"], &json!("raw")));
+    let key = world.record("acme/llama")["encryption_key"].as_str().expect("text").to_owned();
+    assert!(!listed.to_string().contains(&key), "no key is shown");
+
+    if !can_mount() {
+        return;
+    }
+    // No key and no store is named: the records say it all. `vault kv put` would have written the size as text.
+    let mut record = world.record("short-name");
+    record["size_bytes"] = json!(record["size_bytes"].to_string());
+    record.insert("owner".into(), json!({"team": "x"}));
+    world.put("short-name", &record);
+    world.mounted(&[], |mountpoint| {
+        for name in ["acme/llama", "short-name"] {
+            let read = std::fs::read(mountpoint.join(name).join("weights.bin")).expect("read");
+            assert!(read == common::hostile::object(3_000_000), "{name}");
+        }
+    });
+    world.mounted(&["--model", "short-name"], |mountpoint| {
+        assert!(mountpoint.join("short-name/config.json").exists());
+        assert!(!mountpoint.join("acme").exists());
+    });
+
+    // A new version is served when the record names it, and the fields of others stay.
+    std::fs::write(world.source.join("config.json"), b"{\"a\": 2}\n").expect("write");
+    assert_eq!(world.seal_raw("acme/other", "short-name")["registered"]["version"], 3);
+    assert_eq!(world.record("short-name")["owner"], json!({"team": "x"}));
+    world.mounted(&["--model", "short-name"], |mountpoint| {
+        assert_eq!(std::fs::read(mountpoint.join("short-name/config.json")).expect("read"), b"{\"a\": 2}\n");
+    });
+}
+
+/// The record holds what transit made of the data key; which transit key that was, the mount says.
+#[test]
+fn a_record_with_a_transit_ciphertext_opens_with_the_transit_key_that_the_mount_names() {
+    let Some(world) = World::start() else { return };
+    world.vault.admin(&["secrets", "enable", "transit"]);
+    for key in ["models", "foreign"] {
+        world.vault.admin(&["write", "-f", &format!("transit/keys/{key}"), "derived=true"]);
+    }
+    let at = format!("{CATALOG}/acme/llama");
+    world.seal("acme/llama", &["--key", "vault-transit:transit/models", "--register", &at]);
+    let record = world.record("acme/llama");
+    assert!(record["encryption_key"].as_str().expect("text").starts_with("vault:v1:"));
+    assert_eq!(world.ls()["models"][0]["key"], "vault-transit");
+
+    let (exit, text) = world.refused(true, &["--model", "acme/llama"]);
+    assert_eq!((exit, text.contains("--key vault-transit:MOUNT/KEY")), (2, true), "{text}");
+    let (_, text) = world.refused(true, &["--model", "acme/llama", "--key", "vault-transit:transit/foreign"]);
+    assert!(text.contains("does not open"), "{text}");
+    if can_mount() {
+        let keys = ["--key", "vault-transit:transit/foreign", "--key", "vault-transit:transit/models"];
+        world.mounted(&keys, |mountpoint| {
+            let read = std::fs::read(mountpoint.join("acme/llama/weights.bin")).expect("read");
+            assert!(read == common::hostile::object(3_000_000));
+        });
+    }
+}
+
+/// Each by its name: a record decides where to look and what to expect, never whom to trust.
+#[test]
+fn records_that_lie_are_refused_by_name() {
+    let Some(world) = World::start() else { return };
+    world.seal_raw("acme/llama", "acme/llama");
+    world.seal_raw("acme/other", "other");
+    let good = world.record("acme/llama");
+    let other = world.record("other");
+    std::fs::write(world.source.join("config.json"), b"{\"a\": 2}\n").expect("write");
+    world.seal("acme/llama", &["--key", &world.program.key()]);
+
+    let (exit, text) = world.refused(false, &["--model", "acme/llama"]);
+    assert_eq!((exit, text.contains("NO_TRUST")), (2, true), "{text}");
+    let (exit, text) = world.refused(false, &["--trust-on-first-use"]);
+    assert_eq!((exit, text.contains("--trust KEY")), (2, true), "{text}");
+    let (exit, text) = world.refused(true, &["--model", "acme/llama@3"]);
+    assert_eq!((exit, text.contains("names its version itself")), (2, true), "{text}");
+
+    let cases = [
+        ("size_bytes", json!(good["size_bytes"].as_u64().expect("a number") + 1), 20, "CATALOG"),
+        ("size_bytes", json!(null), 20, "CATALOG"),
+        ("checksum", other["checksum"].clone(), 20, "CATALOG"),
+        ("checksum", json!(format!("sha256:{}", "0".repeat(64))), 20, "CATALOG"),
+        ("s3_key", other["s3_key"].clone(), 20, "CATALOG"),
+        ("s3_key", json!("prod"), 20, "CATALOG"),
+        ("s3_bucket", json!("no-such-bucket"), 20, "CATALOG"),
+        ("encryption_key", json!("BwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwc="), 25, "NO_KEY"),
+        ("encryption_key", json!("vault:v1:abcd"), 2, "--key vault-transit"),
+    ];
+    for (field, value, wanted_exit, wanted) in cases {
+        let mut record = good.clone();
+        record.insert(field.into(), value.clone());
+        world.put("acme/llama", &record);
+        let (exit, text) = world.refused(true, &["--model", "acme/llama"]);
+        assert_eq!((exit, text.contains(wanted)), (wanted_exit, true), "{field} = {value}: {text}");
+        assert!(text.contains("acme/llama"), "{field}: {text}");
+        let key = good["encryption_key"].as_str().expect("text");
+        assert!(!text.contains(key), "{field}: {text}");
+    }
+    let mut record = good.clone();
+    record.remove("encryption_key");
+    world.put("acme/llama", &record);
+    let listed = world.ls();
+    assert!(listed["models"][0]["trouble"].as_str().expect("told").contains("encryption_key is missing"), "{listed}");
+    assert_eq!(listed["models"][1]["trouble"], Value::Null, "the others are listed all the same");
+}
+
+#[test]
+fn what_cannot_be_registered_is_refused_before_it_is_sealed() {
+    let Some(world) = World::start() else { return };
+    let key = world.program.key();
+    let at = format!("{CATALOG}/x");
+    let local = world.program.store().to_owned();
+    let cases: [(&str, Vec<&str>, &str); 4] = [
+        (STORE, vec!["--register", &at], "--register-raw-key"),
+        (&local, vec!["--register", &at, "--register-raw-key"], "names a bucket"),
+        (STORE, vec!["--register", "secret/models/x", "--register-raw-key"], "vault-kv://MOUNT/PATH"),
+        (STORE, vec!["--register-raw-key"], "--register"),
+    ];
+    for (store, more, wanted) in cases {
+        let mut command = world.command(&["seal"]);
+        command.arg(&world.source).args([store, "acme/llama", "--key", &key]).args(&more);
+        let output = end_of(&mut command);
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!((output.status.code(), text.contains(wanted)), (Some(2), true), "{more:?}: {text}");
+    }
+    assert_eq!(std::fs::read_dir(world.s3.bucket_dir()).expect("the bucket").count(), 0, "nothing was sealed");
+}
+
+/// Check-and-set as the real server does it.
+#[test]
+fn a_record_that_someone_else_wrote_meanwhile_is_not_overwritten() {
+    let Some(vault) = DevVault::start() else { return };
+    let records = VaultRecords(vault.client());
+    let data = json!({"x": "1"}).as_object().expect("an object").clone();
+    assert_eq!(records.write("secret", "models/x", &data, 0).expect("new"), 1);
+    assert_eq!(records.write("secret", "models/x", &data, 0).expect_err("is there").code(), Code::Exists);
+    assert_eq!(records.write("secret", "models/x", &data, 1).expect("the next"), 2);
+    assert_eq!(records.write("secret", "models/x", &data, 1).expect_err("was sooner").code(), Code::Exists);
+    assert_eq!(records.list("secret", "models").expect("listed"), ["x"]);
+    assert!(records.read("secret", "models/none").expect("read").is_none());
+}

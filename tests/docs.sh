@@ -1,0 +1,98 @@
+#!/usr/bin/env bash
+# Whether pages say what is there: alerts and their sections, requirements and their tests, links between pages.
+#
+#   tests/docs.sh
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source tests/steps.sh
+
+# Each test and step that a page names: after a path in backticks, functions in backticks and steps in quotes are of that file.
+named_tests_exist() { # PAGE
+  python3 - "$1" <<'PYTHON'
+import re, sys
+from pathlib import Path
+page, wrong, seen = Path(sys.argv[1]), [], 0
+for number, line in enumerate(page.read_text().splitlines(), 1):
+    path = text = None
+    for token in re.finditer(r'`((?:tests|src|benches|\.github)/[A-Za-z0-9_./-]+)`|`([a-z0-9]+(?:_[a-z0-9]+){2,})`|"([^"]+)"', line):
+        file, function, step = token.groups()
+        if file:
+            path = Path(file)
+            text = path.read_text() if path.is_file() else None
+            seen += 1
+            if not path.exists():
+                wrong.append(f"line {number}: {file} is not there")
+        elif path and text is not None and function:
+            seen += 1
+            if not re.search(rf"\bfn {function}\b", text):
+                wrong.append(f"line {number}: {path} has no test {function}")
+        elif path and text is not None and step and path.suffix == ".sh":
+            seen += 1
+            if f'"{step}"' not in text:
+                wrong.append(f'line {number}: {path} has no step "{step}"')
+print(f"{page}: {seen} names")
+if wrong or seen < int(sys.argv[2] if len(sys.argv) > 2 else 1):
+    sys.exit("\n".join(wrong) or f"only {seen} names were understood")
+PYTHON
+}
+# Sees a name that is wrong; else it would be worth nothing.
+named_tests_can_fail() {
+  local page rc=0
+  page=$(mktemp)
+  # shellcheck disable=SC2016
+  printf '%s\n' '| `tests/lock.rs` `a_test_that_is_not_there` |' '| `tests/nowhere.rs` |' '| `tests/e2e.sh` "a step that is not there" |' >"$page"
+  named_tests_exist "$page" >"$page.log" 2>&1 && rc=1
+  [[ $(grep -c '^line' "$page.log") == 3 ]] || rc=1
+  rm -f "$page" "$page.log"
+  return $rc
+}
+alerts_have_sections() {
+  diff <(sed -n 's/^ *- alert: *//p' docs/monitoring/alerts.yaml | sort) <(sed -n 's/^## \(Modelfs.*\)/\1/p' docs/RUNBOOK.md | sort) || return 1
+  # Where an alert sends whoever is on call must be there.
+  local url
+  grep -oE 'runbook_url: *[^ ]+' docs/monitoring/alerts.yaml | grep -oE '#.*' | tr -d '#"' | while read -r url; do
+    grep -iE "^## $url$" docs/RUNBOOK.md >/dev/null || { echo "no section for $url"; exit 1; }
+  done
+}
+# Relative links, with the heading after #.
+links_lead_somewhere() {
+  python3 - <<'PYTHON'
+import re, subprocess, sys
+from pathlib import Path
+def anchors(path):
+    found, inside = set(), False
+    for line in path.read_text().splitlines():
+        if line.startswith("```"):
+            inside = not inside
+        if not inside and (heading := re.match(r"#+ (.*)", line)):
+            text = re.sub(r"[`*]", "", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading[1])).strip().lower()
+            found.add(re.sub(r"[^\w\- ]", "", text).replace(" ", "-"))
+    return found
+wrong, seen = [], 0
+for page in subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.md"], capture_output=True, text=True, check=True).stdout.split("\n"):
+    if not page or not Path(page).is_file():
+        continue
+    text = re.sub(r"^```.*?^```", "", Path(page).read_text(), flags=re.S | re.M)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", link):
+            continue
+        seen += 1
+        file, _, anchor = link.partition("#")
+        target = (Path(page).parent / file) if file else Path(page)
+        if not target.exists():
+            wrong.append(f"{page}: {link}: no such file")
+        elif anchor and target.suffix == ".md" and anchor not in anchors(target):
+            wrong.append(f"{page}: {link}: no such heading")
+if wrong or seen < 20:
+    sys.exit("\n".join(wrong) or f"only {seen} links were understood")
+print(seen, "links")
+PYTHON
+}
+step "the check of names can fail" named_tests_can_fail
+step "every test that docs/COMPLIANCE.md names is there" named_tests_exist docs/COMPLIANCE.md
+step "every test that docs/SECURE_CODING.md names is there" named_tests_exist docs/SECURE_CODING.md
+if [[ -f docs/monitoring/alerts.yaml ]]; then
+  step "every alert has a section in docs/RUNBOOK.md, and every section an alert" alerts_have_sections
+fi
+step "every link between pages leads somewhere" links_lead_somewhere
+finish

@@ -1,0 +1,236 @@
+//! Several mounts of one process: one memory for one version, a right for each mount.
+
+#[path = "common/program.rs"]
+mod program;
+
+use std::fs;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use modelfs::config::{self, MountPlan};
+use modelfs::control::{AccessRequest, ControlTarget};
+use modelfs::error::{Code, Result};
+use modelfs::host::{Host, HostPlan, Mounted};
+use program::{Program, can_mount, is_mountpoint, run_ok};
+
+const NAME: &str = "acme/m";
+const BYTES: usize = (9 << 20) + 99;
+const GRACE: Duration = Duration::from_secs(5);
+
+/// Says to a test that it is the child, and where its files are.
+const ROOT: &str = "MODELFS_TEST_HOST_ROOT";
+
+struct Scene {
+    root: PathBuf,
+    store: String,
+    host: Arc<Host>,
+}
+
+/// Runs the test `name` again as a process of its own, since where versions are remembered is said by the environment.
+/// In that process: a store with one model, and a host without mounts.
+fn scene(name: &str) -> Option<Scene> {
+    if !can_mount() {
+        return None;
+    }
+    if let Some(root) = std::env::var_os(ROOT) {
+        let root = PathBuf::from(root);
+        let host = Host::start(&HostPlan { cache_bytes: 128 << 20, oversight: Default::default() }).expect("a host");
+        return Some(Scene { store: root.join("store").to_str().expect("utf-8").to_owned(), root, host });
+    }
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let program = Program::in_folder(folder.path());
+    run_ok(program.command(&["keygen"]).arg(folder.path().join("home/other.key")));
+    let source = folder.path().join("source");
+    fs::create_dir(&source).expect("mkdir");
+    fs::write(source.join("first.bin"), vec![1; BYTES]).expect("write");
+    fs::write(source.join("second.bin"), vec![2; BYTES]).expect("write");
+    program.seal(&source, NAME);
+    fs::create_dir(folder.path().join("other")).expect("mkdir");
+    let mut child = Command::new(std::env::current_exe().expect("this test"));
+    child.args([name, "--exact", "--nocapture", "--test-threads=1"]);
+    child.env(ROOT, folder.path()).env("MODELFS_STATE_DIR", folder.path().join("state"));
+    let output = run_ok(&mut child);
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(said.contains("1 passed"), "the child ran no test: {said}");
+    None
+}
+
+impl Scene {
+    fn mount(&self, place: &str, key: &str, more: &[&str]) -> Result<Arc<Mounted>> {
+        let mut layers = config::base_layers(None)?;
+        let home = self.root.join("home");
+        let mut words = vec![
+            format!("key=file:{}", home.join(key).display()),
+            format!("trust={}", home.join(".config/modelfs/signing.key.pub").display()),
+        ];
+        words.extend(more.iter().map(|word| (*word).to_string()));
+        layers.mount_options(&words, false)?;
+        self.host.mount(MountPlan::from_layers(&layers, &self.store, &self.root.join(place), true)?)
+    }
+
+    fn fetched(&self) -> u64 {
+        self.host.telemetry().fetch_bytes.get()
+    }
+
+    fn wait_until(&self, what: &str, done: impl Fn() -> bool) {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !done() {
+            assert!(Instant::now() < deadline, "waited 20 s for {what}");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+fn file(mounted: &Mounted, name: &str) -> PathBuf {
+    mounted.mountpoint().join(NAME).join(name)
+}
+
+fn holds(path: &Path, byte: u8) -> bool {
+    fs::read(path).is_ok_and(|bytes| bytes.len() == BYTES && bytes.iter().all(|is| *is == byte))
+}
+
+#[test]
+fn two_mounts_of_one_version_share_its_memory_and_either_may_go_first() {
+    let Some(scene) = scene("two_mounts_of_one_version_share_its_memory_and_either_may_go_first") else { return };
+    let one = scene.mount("mnt", "model.key", &[]).expect("mounted");
+    let two = scene.mount("other", "model.key", &[]).expect("mounted");
+    let before = scene.fetched();
+    assert!(holds(&file(&one, "first.bin"), 1));
+    let once = scene.fetched();
+    assert!(once > before, "the first read fetches");
+    let resident = scene.host.cache().budget().in_use();
+
+    assert!(holds(&file(&two, "first.bin"), 1));
+    assert_eq!(scene.fetched(), once, "what one mount fetched the other has");
+    assert_eq!(scene.host.cache().budget().in_use(), resident);
+
+    one.unmount(GRACE).expect("unmounted");
+    assert!(!is_mountpoint(one.mountpoint()) && !one.is_mounted());
+    assert!(holds(&file(&two, "first.bin"), 1), "what is resident stays for the other");
+    assert_eq!(scene.fetched(), once);
+    assert!(holds(&file(&two, "second.bin"), 2), "and what is not is fetched through its own access");
+    assert!(scene.fetched() > once);
+
+    two.unmount(GRACE).expect("unmounted");
+    scene.wait_until("the wipe", || scene.host.cache().budget().in_use() == 0);
+    scene.host.stop().expect("stopped");
+}
+
+#[test]
+fn a_mount_without_a_key_of_its_own_gets_nothing_that_another_has() {
+    let Some(scene) = scene("a_mount_without_a_key_of_its_own_gets_nothing_that_another_has") else { return };
+    let one = scene.mount("mnt", "model.key", &[]).expect("mounted");
+    assert!(holds(&file(&one, "first.bin"), 1));
+
+    let refused = scene.mount("other", "other.key", &[]).err().expect("another key opens nothing");
+
+    assert_eq!(refused.code(), Code::NoKey, "{refused:?}");
+    assert!(!is_mountpoint(&scene.root.join("other")));
+    assert!(holds(&file(&one, "second.bin"), 2), "the first mount goes on");
+    assert_eq!(scene.host.mounted().len(), 1);
+    scene.host.stop().expect("stopped");
+    assert!(!is_mountpoint(&scene.root.join("mnt")));
+}
+
+#[test]
+fn one_mount_is_refused_and_served_again_while_the_other_goes_on() {
+    let Some(scene) = scene("one_mount_is_refused_and_served_again_while_the_other_goes_on") else { return };
+    let one = scene.mount("mnt", "model.key", &[]).expect("mounted");
+    let two = scene.mount("other", "model.key", &["open=lazy"]).expect("mounted");
+    assert!(holds(&file(&two, "first.bin"), 1));
+
+    two.refuse(Some("its right was taken back"));
+
+    for name in ["first.bin", "second.bin"] {
+        let refused = fs::File::open(file(&two, name)).expect_err("refused");
+        assert_eq!(refused.kind(), ErrorKind::PermissionDenied, "{name}");
+        assert!(fs::File::open(file(&one, name)).is_ok(), "{name}");
+    }
+    assert_eq!(two.status()["refused"], true);
+    two.refuse(None);
+    assert!(holds(&file(&two, "first.bin"), 1));
+    scene.host.stop().expect("stopped");
+}
+
+#[test]
+fn a_recheck_tells_whether_the_own_access_still_opens_the_version_and_changes_nothing() {
+    let Some(scene) = scene("a_recheck_tells_whether_the_own_access_still_opens_the_version_and_changes_nothing")
+    else {
+        return;
+    };
+    let one = scene.mount("mnt", "model.key", &[]).expect("mounted");
+    one.recheck().expect("the key is there");
+    let key = scene.root.join("home/model.key");
+    fs::copy(scene.root.join("home/other.key"), &key).expect("replaced");
+
+    assert_eq!(one.recheck().expect_err("another key").code(), Code::NoKey);
+    fs::remove_file(&key).expect("removed");
+    assert!(one.recheck().is_err());
+
+    assert!(holds(&file(&one, "first.bin"), 1));
+    scene.host.stop().expect("stopped");
+}
+
+#[test]
+fn a_mount_that_somebody_unmounts_ends_and_the_others_go_on() {
+    let Some(scene) = scene("a_mount_that_somebody_unmounts_ends_and_the_others_go_on") else { return };
+    let one = scene.mount("mnt", "model.key", &[]).expect("mounted");
+    let two = scene.mount("other", "model.key", &[]).expect("mounted");
+    assert!(holds(&file(&two, "first.bin"), 1));
+
+    run_ok(Command::new("umount").arg(two.mountpoint()));
+
+    scene.wait_until("the end of the mount", || *two.gone().borrow());
+    assert!(!two.is_mounted());
+    assert_eq!(scene.host.mounted().len(), 1);
+    assert!(holds(&file(&one, "second.bin"), 2));
+    let again = scene.mount("other", "model.key", &[]).expect("the place is free again");
+    assert!(holds(&file(&again, "first.bin"), 1));
+    scene.host.stop().expect("stopped");
+    assert!(scene.host.mounted().is_empty());
+}
+
+#[test]
+fn a_mount_whose_files_are_held_is_detached_and_wiped_when_they_are_let_go() {
+    let Some(scene) = scene("a_mount_whose_files_are_held_is_detached_and_wiped_when_they_are_let_go") else { return };
+    let one = scene.mount("mnt", "model.key", &["open=whole"]).expect("mounted");
+    assert!(holds(&file(&one, "first.bin"), 1));
+    let held = fs::File::open(file(&one, "first.bin")).expect("open");
+
+    let told = one.unmount(Duration::from_millis(200)).expect_err("held");
+
+    assert_eq!(told.code(), Code::Held);
+    assert!(!is_mountpoint(&scene.root.join("mnt")));
+    assert!(scene.host.cache().budget().in_use() > 0 || !one.ready().passthrough);
+    drop(held);
+    scene.wait_until("the wipe", || scene.host.cache().budget().in_use() == 0);
+    scene.host.stop().expect("stopped");
+}
+
+#[test]
+fn a_locked_version_is_given_to_no_newcomer() {
+    let Some(scene) = scene("a_locked_version_is_given_to_no_newcomer") else { return };
+    let one = scene.mount("mnt", "model.key", &[]).expect("mounted");
+    one.access(AccessRequest::Lock { model: None }).expect("locked");
+
+    let refused = scene.mount("other", "model.key", &["model=acme/m"]).err().expect("locked for newcomers too");
+    assert_eq!(refused.code(), Code::Locked, "{refused:?}");
+
+    one.access(AccessRequest::Unlock { model: None }).expect("unlocked");
+    let two = scene.mount("other", "model.key", &[]).expect("mounted");
+    assert!(holds(&file(&two, "first.bin"), 1));
+    scene.host.stop().expect("stopped");
+}
+
+#[test]
+fn what_only_fits_a_mount_of_its_own_process_is_refused_by_name() {
+    let Some(scene) = scene("what_only_fits_a_mount_of_its_own_process_is_refused_by_name") else { return };
+    let refused = scene.mount("mnt", "model.key", &["lock-when-idle=60s"]).err().expect("refused");
+    assert_eq!(refused.code(), Code::Usage);
+    assert!(refused.message().contains("lock-when-idle"), "{refused:?}");
+    assert!(!is_mountpoint(&scene.root.join("mnt")));
+    scene.host.stop().expect("stopped");
+}

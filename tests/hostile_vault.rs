@@ -1,0 +1,297 @@
+//! Answers that a healthy Vault never gives: each ends in the code and the message that name the cause, in bounded time and
+//! memory, and nothing that was told to the server comes back in a message. THREATS f 40 and 41.
+
+mod common;
+
+use std::io::Write;
+use std::net::TcpStream;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use common::hostile::{Hostile, Request, head, respond};
+use modelfs::error::{Code, Error};
+use modelfs::mem::Secret;
+use modelfs::vault::{AuthMethod, TransitKey, Vault, VaultSettings};
+use serde_json::{Value, json};
+
+const TOKEN: &str = "canary-token-0123456789";
+/// Long for an answer of this machine, short for a test.
+const TIMEOUT: Duration = Duration::from_secs(2);
+/// A call that should end after `TIMEOUT` may take this long on a busy machine; one without a bound takes forever.
+const BOUND: Duration = Duration::from_secs(60);
+
+const JSON: &[(&str, &str)] = &[("Content-Type", "application/json")];
+
+/// An answer as Vault makes it, with this data.
+fn answer(data: Value) -> String {
+    let whole = json!({
+        "request_id": "r", "lease_id": "", "renewable": false, "lease_duration": 0, "data": data, "wrap_info": null,
+        "warnings": null, "auth": null,
+    });
+    whole.to_string()
+}
+
+fn lookup() -> String {
+    answer(json!({ "ttl": 3600, "renewable": false, "expire_time": "2099-01-01T00:00:00Z" }))
+}
+
+/// A client whose token is good and whose every other question is answered by `lie`.
+struct Liar {
+    server: Hostile,
+    vault: Vault,
+    _dir: tempfile::TempDir,
+}
+
+fn settings(address: &str, dir: &tempfile::TempDir) -> VaultSettings {
+    let file = dir.path().join("token");
+    let mut options = std::fs::OpenOptions::new();
+    let opened = options.create(true).write(true).truncate(true).mode(0o600).open(&file);
+    opened.expect("our folder").write_all(TOKEN.as_bytes()).expect("written");
+    VaultSettings {
+        address: address.to_owned(),
+        namespace: None,
+        ca_cert: None,
+        client_cert: None,
+        client_key: None,
+        auth: AuthMethod::Token { file: Some(file) },
+        timeout: TIMEOUT,
+        check: Duration::from_secs(600),
+        lock_on_loss: false,
+    }
+}
+
+impl Liar {
+    fn new(lie: impl Fn(&Request, &mut TcpStream) -> std::io::Result<()> + Send + Sync + 'static) -> Liar {
+        let server = Hostile::start(move |request: &Request, stream: &mut TcpStream| {
+            match request.target.ends_with("/auth/token/lookup-self") {
+                true => respond(stream, "200 OK", JSON, lookup().as_bytes()),
+                false => lie(request, stream),
+            }
+        });
+        let dir = tempfile::tempdir().expect("a folder");
+        let vault = Vault::open(&settings(&server.endpoint(), &dir)).expect("usable");
+        Liar { server, vault, _dir: dir }
+    }
+
+    fn saying(status: &'static str, headers: &'static [(&str, &str)], body: impl Into<Vec<u8>>) -> Liar {
+        let body = body.into();
+        Liar::new(move |_, stream| respond(stream, status, headers, &body))
+    }
+
+    fn unwrap_key(&self) -> Error {
+        let start = Instant::now();
+        let answer = self.vault.transit_unwrap(&at(), &[7; 32], "vault:v1:AAAA");
+        assert!(start.elapsed() < BOUND, "{:?}", start.elapsed());
+        let Err(error) = answer else { panic!("a lie was believed") };
+        let chain = error.chain();
+        assert!(!chain.contains("canary") && !chain.contains('\n') && chain.len() < 1000, "{chain}");
+        error
+    }
+}
+
+fn at() -> TransitKey {
+    TransitKey { mount: "transit".into(), key: "models".into() }
+}
+
+fn says(error: &Error, code: Code, words: &[&str]) {
+    let chain = error.chain();
+    assert_eq!(error.code(), code, "{chain}");
+    for word in words {
+        assert!(chain.contains(word), "{word:?} is not in: {chain}");
+    }
+}
+
+/// That these tests can fail: the same client believes an answer that is right.
+#[test]
+fn an_honest_answer_is_believed() {
+    let body = answer(json!({ "plaintext": STANDARD.encode([9; 32]) }));
+    let honest = Liar::saying("200 OK", JSON, body);
+    let key: Secret<32> = honest.vault.transit_unwrap(&at(), &[7; 32], "vault:v1:AAAA").expect("a key");
+    assert!(key.ct_eq(&[9; 32]));
+    let request = honest.server.requests().pop().expect("asked");
+    assert_eq!(request.target, "/v1/transit/decrypt/models");
+    assert_eq!(request.header("x-vault-token"), Some(TOKEN));
+}
+
+#[test]
+fn a_refusal_is_named_with_its_cause_and_what_to_do() {
+    for (status, body, code, words) in [
+        ("503 x", r#"{"errors":["Vault is sealed"]}"#, Code::VaultSealed, &["is sealed", "unseal it"][..]),
+        ("501 x", r#"{"errors":["not initialized"]}"#, Code::VaultSealed, &["not initialised"]),
+        ("403 x", r#"{"errors":["permission denied"]}"#, Code::VaultDenied, &["transit/decrypt/models", "policy"]),
+        ("404 x", r#"{"errors":["no handler for route"]}"#, Code::VaultNotFound, &["no handler for route"]),
+        ("400 x", r#"{"errors":["cipher: message authentication failed"]}"#, Code::SlotCommit, &["not wrapped"]),
+        ("429 x", r#"{"errors":["too many"]}"#, Code::VaultUnreachable, &["429"]),
+        ("473 x", r#"{"errors":[]}"#, Code::VaultUnreachable, &["473"]),
+        ("500 x", r#"{"errors":["internal error"]}"#, Code::VaultUnreachable, &["500", "internal error"]),
+        ("502 x", "<html>bad gateway</html>", Code::VaultAnswer, &["is this address Vault's?"]),
+        ("403 x", "<html>proxy</html>", Code::VaultAnswer, &["not Vault's"]),
+    ] {
+        says(&Liar::saying(status, JSON, body).unwrap_key(), code, words);
+    }
+}
+
+#[test]
+fn a_key_of_another_length_or_no_base64_is_refused() {
+    for text in [
+        STANDARD.encode([1; 31]),
+        STANDARD.encode([1; 33]),
+        STANDARD.encode([1; 4096]),
+        "canary, no base64".to_owned(),
+        "\u{e9}\u{0}".to_owned(),
+        String::new(),
+    ] {
+        let body = answer(json!({ "plaintext": text }));
+        says(&Liar::saying("200 OK", JSON, body).unwrap_key(), Code::KeyFormat, &["not 32 bytes in base64"]);
+    }
+}
+
+#[test]
+fn an_answer_of_another_shape_is_none_of_vaults() {
+    let deep = "[".repeat(200_000);
+    for body in [
+        "<html><body>Welcome to the canary portal</body></html>",
+        &answer(json!({ "plaintext": 7 })),
+        &answer(json!("canary")),
+        r#"{"data":{"plaintext":"canary"}"#,
+        "[]",
+        "\"canary\"",
+        "\u{0}\u{0}",
+        &deep,
+    ] {
+        says(&Liar::saying("200 OK", JSON, body).unwrap_key(), Code::VaultAnswer, &["has not the shape it should"]);
+    }
+    for body in ["{}", "null", "", &answer(Value::Null)] {
+        let code = Liar::saying("200 OK", JSON, body).unwrap_key().code();
+        assert!(matches!(code, Code::VaultAnswer | Code::KeyFormat), "{body}: {code:?}");
+    }
+    let wrapped = Liar::saying("200 OK", JSON, answer(json!({ "ciphertext": "not wrapped" })));
+    let key = Secret::from_bytes(&mut [1; 32]);
+    says(&wrapped.vault.transit_wrap(&at(), &[7; 32], &key).expect_err("a lie"), Code::VaultAnswer, &["vault:vN"]);
+    says(&wrapped.vault.transit_sign(&at(), b"m").expect_err("a lie"), Code::VaultAnswer, &[]);
+    says(&wrapped.vault.transit_public_key(&at()).expect_err("a lie"), Code::VaultAnswer, &[]);
+    says(&wrapped.vault.kv_read("secret", "a", None).expect_err("a lie"), Code::VaultAnswer, &[]);
+    says(&wrapped.vault.kv_list("secret", "a").expect_err("a lie"), Code::VaultAnswer, &[]);
+}
+
+#[test]
+fn a_redirect_is_not_followed_and_its_target_never_sees_the_token() {
+    let target =
+        Hostile::start(|_: &Request, stream: &mut TcpStream| respond(stream, "200 OK", JSON, lookup().as_bytes()));
+    for status in ["301 x", "302 x", "307 x", "308 x"] {
+        let location = format!("{}/v1/transit/decrypt/models", target.endpoint());
+        let liar = Liar::new(move |_, stream| respond(stream, status, &[("Location", &location)], b""));
+        says(&liar.unwrap_key(), Code::VaultAnswer, &["redirects", "not followed"]);
+    }
+    assert!(target.requests().is_empty());
+}
+
+#[test]
+fn an_endless_body_is_cut_off_after_a_mebibyte() {
+    for announced in [None, Some(10_000_000_000)] {
+        let sent = Arc::new(AtomicU64::new(0));
+        let counted = sent.clone();
+        let liar = Liar::new(move |_, stream| {
+            head(stream, "200 OK", JSON, announced)?;
+            let block = [b' '; 64 << 10];
+            // Ends with an error when the client has had enough.
+            for _ in 0..10_000_000_000u64 / block.len() as u64 {
+                stream.write_all(&block)?;
+                counted.fetch_add(block.len() as u64, Ordering::SeqCst);
+            }
+            Ok(())
+        });
+        says(&liar.unwrap_key(), Code::VaultAnswer, &["more than 1048576 bytes"]);
+        // What was not read lies in the sockets' buffers, which the kernel bounds.
+        let sent = sent.load(Ordering::SeqCst);
+        assert!(sent < 64 << 20, "{sent} bytes were taken");
+    }
+}
+
+#[test]
+fn an_answer_that_comes_a_byte_at_a_time_or_never_ends_with_the_timeout() {
+    let slow = Liar::new(|_, stream| {
+        head(stream, "200 OK", JSON, Some(1000))?;
+        for _ in 0..1000 {
+            stream.write_all(b" ")?;
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        Ok(())
+    });
+    let refused = slow.unwrap_key();
+    says(&refused, Code::VaultUnreachable, &[]);
+    // One answer and the whole call have a clock each, and both end at the same moment.
+    let clocks = ["no answer in time", "did not answer within"];
+    assert!(clocks.iter().any(|words| refused.chain().contains(words)), "{}", refused.chain());
+    let silent = Liar::new(|_, stream| {
+        // Until the client hangs up.
+        let _ = std::io::Read::read(stream, &mut [0]);
+        Ok(())
+    });
+    says(&silent.unwrap_key(), Code::VaultUnreachable, &[]);
+    let cut = Liar::new(|_, stream| head(stream, "200 OK", JSON, Some(1000)));
+    says(&cut.unwrap_key(), Code::VaultUnreachable, &[]);
+    let nonsense = Liar::new(|_, stream| stream.write_all(b"SSH-2.0-OpenSSH_9.2\r\n"));
+    nonsense.unwrap_key();
+    assert_eq!(slow.vault.state().name(), "away");
+}
+
+#[test]
+fn what_the_server_was_told_comes_back_in_no_message() {
+    let echo = Liar::new(|request, stream| {
+        let told = request.header("x-vault-token").unwrap_or_default();
+        let body = String::from_utf8_lossy(&request.body).into_owned();
+        let said = format!("bad\r\n\u{1b}[31mtoken {told} in {body} {}", "x".repeat(100_000));
+        respond(stream, "400 Bad Request", JSON, json!({ "errors": [said] }).to_string().as_bytes())
+    });
+    says(&echo.unwrap_key(), Code::VaultDenied, &["token [masked] in"]);
+    let plain = STANDARD.encode([0x5a; 32]);
+    let key = Secret::from_bytes(&mut [0x5a; 32]);
+    let error = echo.vault.transit_wrap(&at(), &[7; 32], &key).expect_err("refused");
+    assert!(!error.chain().contains(&plain) && !format!("{error:?}").contains(&plain), "{}", error.chain());
+    assert!(!format!("{error:?} {:?} {:?}", echo.vault, echo.vault.state()).contains("canary"));
+}
+
+#[test]
+fn a_login_that_echoes_the_password_is_not_repeated() {
+    let server = Hostile::start(|request: &Request, stream: &mut TcpStream| {
+        let body = String::from_utf8_lossy(&request.body).into_owned();
+        let said = json!({ "errors": [format!("no such login: {body}")] });
+        respond(stream, "400 Bad Request", JSON, said.to_string().as_bytes())
+    });
+    let dir = tempfile::tempdir().expect("a folder");
+    let file = dir.path().join("password");
+    std::fs::write(&file, "canary-password").expect("written");
+    std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o600)).expect("chmod");
+    let auth = AuthMethod::Userpass { mount: "userpass".into(), username: "ann".into(), password_file: Some(file) };
+    let vault = Vault::open(&VaultSettings { auth, ..settings(&server.endpoint(), &dir) }).expect("usable");
+    let error = vault.login().expect_err("refused");
+    says(&error, Code::VaultDenied, &["auth/userpass/login/ann", "[masked]"]);
+    assert!(!error.chain().contains("canary"));
+}
+
+#[test]
+fn a_login_without_a_token_in_its_answer_is_none() {
+    for body in [answer(Value::Null), answer(json!({ "client_token": "not here" }))] {
+        let server =
+            Hostile::start(move |_: &Request, stream: &mut TcpStream| respond(stream, "200 OK", JSON, body.as_bytes()));
+        let dir = tempfile::tempdir().expect("a folder");
+        let auth = AuthMethod::Cert { mount: "cert".into(), role: None };
+        let vault = Vault::open(&VaultSettings { auth, ..settings(&server.endpoint(), &dir) }).expect("usable");
+        says(&vault.login().expect_err("no token"), Code::VaultAnswer, &["holds no token"]);
+    }
+}
+
+#[test]
+fn nobody_listening_is_said_within_the_timeout() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let vault = Vault::open(&settings(&format!("http://127.0.0.1:{}", common::free_port()), &dir)).expect("usable");
+    let start = Instant::now();
+    says(&vault.login().expect_err("nobody"), Code::VaultUnreachable, &["Vault at http://127.0.0.1"]);
+    assert!(start.elapsed() < BOUND);
+    assert_eq!(vault.state().name(), "away");
+}

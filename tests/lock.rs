@@ -1,0 +1,832 @@
+//! Revocation, through the kernel: what programs have of a locked model ends at once, nothing of it stays in memory, and
+//! one session alone can be shut out.
+//!
+//! Readers are other processes: a map of a locked model is SIGBUS. Every byte of the models is other than zero, so that a
+//! zero in place of data is noticed. How long after `lock` the last access came is printed, not asserted; asserted is the
+//! order: no access that began after the lock was done has succeeded.
+
+#[path = "common/fixture.rs"]
+mod fixture;
+#[path = "common/mounted.rs"]
+mod mounted;
+#[path = "common/needle.rs"]
+mod needle;
+#[path = "common/no_uring.rs"]
+mod no_uring;
+#[path = "common/program.rs"]
+mod program;
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::fs::FileExt;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use fixture::{Fixture, Random, Style};
+use modelfs::cache::LockReport;
+use modelfs::control::{self, Taken};
+use modelfs::crypto::Verify;
+use modelfs::fuse::{Behaviour, OpenBy, OpenPolicy};
+use modelfs::host::Revoker;
+use modelfs::mem::{ArenaKind, can_pin};
+use modelfs::store::fault::{Call, Fault, Faulty, When};
+use mounted::{How, Mounted, can_mount};
+use needle::{MARKER_BYTES, Needle};
+use no_uring::without_io_uring;
+use program::{Program, run_ok};
+
+const WISH: &str = "MODELFS_TEST_LOCK_CHILD";
+const BIG: &str = "model.safetensors";
+const BIG_BYTES: usize = (40 << 20) + 12_345;
+
+fn sample() -> Fixture {
+    let mut random = Random::announced("lock");
+    let mut bytes = |len| random.bytes(len).into_iter().map(|byte| byte | 1).collect::<Vec<u8>>();
+    let files = vec![("config.json".to_owned(), bytes(700)), (BIG.to_owned(), bytes(BIG_BYTES))];
+    let style = Style { chunk_log2: 23, pack_below: 2 << 20, ..Style::default() };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
+    runtime.block_on(Fixture::seal(files, style, &mut Random(7)))
+}
+
+fn mount(fixture: &Fixture, open: OpenPolicy, arena: Option<ArenaKind>) -> Mounted {
+    let behaviour = Behaviour { open, no_page_cache: false };
+    Mounted::new(How { behaviour, arena, ..How::default() }, || fixture.model(fixture.store.clone(), Verify::Strict))
+}
+
+fn lock(mount: &Mounted) -> LockReport {
+    mount.fs.lock(&mount.fs.vfs().models())
+}
+
+fn arenas() -> [ArenaKind; 2] {
+    [ArenaKind::DetachedTmpfs, ArenaKind::LockedMemfd]
+}
+
+fn errno(result: std::io::Result<impl Sized>) -> Option<i32> {
+    result.err().and_then(|error| error.raw_os_error())
+}
+
+fn is_refused(path: &Path) -> bool {
+    errno(File::open(path)) == Some(libc::EACCES)
+}
+
+/// Nanoseconds of the clock that all processes share.
+fn now_ns() -> u64 {
+    // SAFETY: fills our own variable.
+    unsafe {
+        let mut time: libc::timespec = std::mem::zeroed();
+        libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut time);
+        time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+    }
+}
+
+// ---- The readers ----------------------------------------------------------------------------------------------------
+
+/// When the last access that succeeded began.
+static LAST: AtomicU64 = AtomicU64::new(0);
+
+/// Not a test of its own: a reader in another process, which reads until it may not.
+#[test]
+fn child() {
+    let Ok(wish) = std::env::var(WISH) else { return };
+    let (verb, path) = wish.split_once('|').expect("a verb and a path");
+    let file = File::open(path).expect("open");
+    match verb {
+        "read" => read_on(&file),
+        "map" => map_on(&file),
+        "hold" => {
+            let len = file.metadata().expect("stat").len();
+            println!("READING {}", map(&file, len as usize)[0]);
+            std::thread::sleep(Duration::from_secs(60));
+        }
+        _ => panic!("{verb}?"),
+    }
+}
+
+fn end(how: &str) -> ! {
+    println!("END {} {how}", LAST.load(Ordering::SeqCst));
+    std::process::exit(0)
+}
+
+fn read_on(file: &File) {
+    let size = file.metadata().expect("stat").len();
+    let mut piece = vec![0; 1 << 20];
+    let mut at = 0;
+    let mut told = false;
+    loop {
+        let began = now_ns();
+        match file.read_at(&mut piece, at) {
+            Ok(0) => end("eof"),
+            Ok(got) if piece[..got].contains(&0) => end("ZEROS"),
+            Ok(got) => at += got as u64,
+            Err(error) => end(&format!("errno {}", error.raw_os_error().expect("an errno"))),
+        }
+        LAST.store(began, Ordering::SeqCst);
+        if at >= size {
+            at = 0;
+            if !told {
+                println!("READING");
+                told = true;
+            }
+        }
+    }
+}
+
+fn map(file: &File, len: usize) -> &'static [u8] {
+    // SAFETY: a fresh read-only map of an open file, never unmapped.
+    unsafe {
+        let at = libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ, libc::MAP_SHARED, file.as_raw_fd(), 0);
+        assert_ne!(at, libc::MAP_FAILED, "{}", std::io::Error::last_os_error());
+        std::slice::from_raw_parts(at.cast(), len)
+    }
+}
+
+extern "C" fn on_sigbus(_signal: libc::c_int) {
+    // Raised by the read below and nowhere else, so that no lock of the allocator or of standard output is held.
+    end("SIGBUS")
+}
+
+fn map_on(file: &File) {
+    let bytes = map(file, file.metadata().expect("stat").len() as usize);
+    // SAFETY: a handler for this process.
+    unsafe { libc::signal(libc::SIGBUS, on_sigbus as *const () as libc::sighandler_t) };
+    let mut told = false;
+    loop {
+        for at in (0..bytes.len()).step_by(1024) {
+            let began = now_ns();
+            // SAFETY: inside the map; what the kernel makes of it is the test.
+            let byte = unsafe { std::ptr::read_volatile(&bytes[at]) };
+            if byte == 0 {
+                end("ZEROS");
+            }
+            LAST.store(began, Ordering::SeqCst);
+        }
+        if !told {
+            println!("READING");
+            told = true;
+        }
+    }
+}
+
+struct Reader {
+    child: Child,
+    lines: std::io::Lines<BufReader<ChildStdout>>,
+}
+
+impl Reader {
+    /// Started, and once through the file.
+    fn start(verb: &str, path: &Path) -> Reader {
+        let mut command = Command::new(std::env::current_exe().expect("this test"));
+        command.args(["child", "--exact", "--nocapture", "--test-threads=1"]);
+        command.env(WISH, format!("{verb}|{}", path.display())).stdout(Stdio::piped());
+        let mut child = command.spawn().expect("started");
+        let lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+        let mut reader = Reader { child, lines };
+        reader.wait_for("READING");
+        reader
+    }
+
+    fn wait_for(&mut self, word: &str) -> String {
+        for line in self.lines.by_ref() {
+            let line = line.expect("text");
+            // The harness may have written `test child ... ` before it.
+            if let Some(at) = line.find(word) {
+                return line[at..].to_owned();
+            }
+            assert!(!line.contains("END"), "{line}");
+        }
+        panic!("the reader ended without {word}: {:?}", self.child.wait());
+    }
+
+    /// How it ended, and when its last access that succeeded began.
+    fn end(mut self) -> (String, u64) {
+        let line = self.wait_for("END");
+        let (last, how) = line["END ".len()..].split_once(' ').expect("a time and a word");
+        (how.to_owned(), last.parse().expect("a number"))
+    }
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Locks while `readers` read; each must end as it says, before the lock was done.
+fn lock_under(mount: &Mounted, readers: Vec<(&str, &str)>, what: &str) -> LockReport {
+    let path = mount.path(BIG);
+    let running: Vec<(Reader, &str)> =
+        readers.into_iter().map(|(verb, ends)| (Reader::start(verb, &path), ends)).collect();
+    let began = now_ns();
+    let report = lock(mount);
+    let done = now_ns();
+    for (reader, wanted) in running {
+        let (how, last) = reader.end();
+        println!(
+            "{what}, {wanted}: last access {:+.2} ms from the lock, which took {:.1} ms",
+            (last as f64 - began as f64) / 1e6,
+            (done - began) as f64 / 1e6
+        );
+        assert_eq!(how, wanted, "{what}");
+        assert!(last < done, "{what}: an access that began {} ns after the lock was done succeeded", last - done);
+    }
+    report
+}
+
+// ---- The rules ------------------------------------------------------------------------------------------------------
+
+#[test]
+fn what_programs_have_past_the_daemon_ends_and_is_overwritten() {
+    if !can_mount() {
+        return;
+    }
+    for arena in arenas() {
+        let fixture = sample();
+        let mount = mount(&fixture, OpenPolicy::Whole, Some(arena));
+        if !mount.fs.passthrough() {
+            eprintln!("SKIPPED: this kernel has no passthrough");
+            return;
+        }
+        let held = File::open(mount.path(BIG)).expect("open");
+        assert!(mount.hot_opens() > 0);
+        // A pipe keeps pages of the model beyond its end: the witness of what became of them.
+        let mut pipe = pipe_of_pages(&held);
+
+        let report = lock_under(&mount, vec![("read", "eof"), ("map", "SIGBUS")], &format!("{arena:?}, passthrough"));
+
+        assert!(is_refused(&mount.path(BIG)) && is_refused(&mount.path("config.json")));
+        assert_eq!(held.read_at(&mut [0; 64], 0).expect("read"), 0, "an open descriptor is at its end");
+        assert_eq!(held.metadata().expect("stat").len(), BIG_BYTES as u64);
+        let (wiped, unwiped) = if can_pin().is_ok() { (report.wiped_bytes, 0) } else { (0, report.unwiped_bytes) };
+        assert!(wiped + unwiped >= BIG_BYTES as u64 && report.kept_bytes == 0, "{report:?}");
+        assert_eq!(report.unwiped_bytes, unwiped);
+        let mut seen = vec![0xff; 4096];
+        pipe.read_exact(&mut seen).expect("the pipe holds a page");
+        assert_eq!(seen.iter().all(|byte| *byte == 0), can_pin().is_ok(), "{arena:?}: the pages were not overwritten");
+        assert_eq!(mount.cache.budget().in_use(), 0);
+    }
+}
+
+fn pipe_of_pages(file: &File) -> File {
+    let mut ends = [0; 2];
+    let mut offset = 0;
+    // SAFETY: fills our own descriptors, then moves 4096 bytes' worth of pages into the pipe.
+    unsafe {
+        assert_eq!(libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC), 0);
+        let moved = libc::splice(file.as_raw_fd(), &mut offset, ends[1], std::ptr::null_mut(), 4096, 0);
+        assert_eq!(moved, 4096, "{}", std::io::Error::last_os_error());
+        libc::close(ends[1]);
+        File::from_raw_fd(ends[0])
+    }
+}
+
+#[test]
+fn where_pages_cannot_be_pinned_readers_are_cut_off_all_the_same_and_the_report_says_so() {
+    if !can_mount() {
+        return;
+    }
+    for arena in arenas() {
+        let fixture = sample();
+        let mount = mount(&fixture, OpenPolicy::Whole, Some(arena));
+        if !mount.fs.passthrough() {
+            eprintln!("SKIPPED: this kernel has no passthrough");
+            return;
+        }
+        let path = mount.path(BIG);
+        let readers = [("read", "eof"), ("map", "SIGBUS")].map(|(verb, ends)| (Reader::start(verb, &path), ends));
+        std::fs::read(mount.path("config.json")).expect("read");
+        // The kernel tells of a close when it likes; until then the file counts as held.
+        mount.wait_until("the close", |mount| {
+            let named = |open: &OpenBy| mount.fs.vfs().file_name(open.node);
+            mount.fs.open_by().iter().all(|open| named(open).is_none_or(|name| name != "config.json"))
+        });
+
+        let report = without_io_uring(|| lock(&mount));
+
+        for (reader, wanted) in readers {
+            assert_eq!(reader.end().0, wanted, "{arena:?}");
+        }
+        assert_eq!(report.unwiped_bytes, BIG_BYTES as u64, "{report:?}");
+        assert_eq!(mount.cache.telemetry().unwiped_bytes.get(), BIG_BYTES as u64);
+        // What nobody could hold was overwritten in place.
+        assert!(report.wiped_bytes >= 700 && report.kept_bytes == 0, "{report:?}");
+        assert!(is_refused(&path));
+    }
+}
+
+#[test]
+fn keys_that_are_taken_back_lock_the_mount() {
+    if !can_mount() {
+        return;
+    }
+    let fixture = sample();
+    let mount = mount(&fixture, OpenPolicy::Lazy, None);
+    let path = mount.path(BIG);
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("runtime");
+    let layers = modelfs::config::Layers::default();
+    let access = modelfs::config::Access::from_layers(&layers).expect("no options");
+    let revoker = Revoker::new(mount.fs.clone(), "/nowhere".parse().expect("a path"), access, runtime.handle().clone());
+    // How the keys' owner tells: away for a while, and lost for good.
+    let state = tokio::sync::watch::Sender::new("lent");
+    revoker.lock_when_lost(state.subscribe(), |state| (*state == "lost").then(|| "token revoked".to_string()));
+    state.send_replace("away");
+    assert!(std::fs::read(&path).expect("served while the owner is away").len() == BIG_BYTES);
+
+    let began = Instant::now();
+    state.send_replace("lost");
+
+    mount.wait_until("the lock", |mount| mount.fs.vfs().models()[0].is_locked());
+    println!("refused {:.2} ms after the loss was known", began.elapsed().as_secs_f64() * 1e3);
+    mount.wait_until("the wipe", |mount| mount.cache.budget().in_use() == 0);
+    assert!(is_refused(&path));
+
+    // Unlocked by hand and lost once more: locked once more.
+    mount.fs.vfs().models()[0].unlock(fixture.keys());
+    assert!(File::open(&path).is_ok());
+    state.send_replace("lost");
+    mount.wait_until("the second lock", |mount| mount.fs.vfs().models()[0].is_locked());
+}
+
+#[test]
+fn what_programs_read_through_the_daemon_is_refused_and_leaves_the_page_cache() {
+    if !can_mount() {
+        return;
+    }
+    for arena in arenas() {
+        let fixture = sample();
+        let mount = mount(&fixture, OpenPolicy::Lazy, Some(arena));
+        mount.fs.set_passthrough(false);
+        let held = File::open(mount.path(BIG)).expect("open");
+        let small = File::open(mount.path("config.json")).expect("open");
+        let mut piece = vec![0; 4096];
+        small.read_at(&mut piece, 0).expect("read");
+        let readers = vec![("read", "errno 13"), ("map", "SIGBUS")];
+
+        // That the page is in the page cache now: another read of it does not reach us.
+        held.read_at(&mut piece, 0).expect("read");
+        let before = mount.cache.telemetry().reads.get();
+        held.read_at(&mut piece, 0).expect("read");
+        assert_eq!(mount.cache.telemetry().reads.get(), before, "the test shows nothing: the page is not kept");
+
+        let report = lock_under(&mount, readers, &format!("{arena:?}, through the daemon"));
+
+        for file in [&held, &small] {
+            assert_eq!(errno(file.read_at(&mut piece, 0)), Some(libc::EACCES));
+        }
+        assert!(is_refused(&mount.path(BIG)) && is_refused(&mount.path("config.json")));
+        assert!(report.wiped_bytes >= BIG_BYTES as u64 && report.unwiped_bytes == 0, "{report:?}");
+        assert_eq!(mount.cache.budget().in_use(), 0);
+        // Names and sizes stay.
+        assert_eq!(std::fs::metadata(mount.path(BIG)).expect("stat").len(), BIG_BYTES as u64);
+        assert_eq!(std::fs::read_dir(mount.root()).expect("list").count(), 2);
+        // An unlock gives descriptors through the daemon back.
+        mount.fs.vfs().models()[0].unlock(fixture.keys());
+        assert_eq!(held.read_at(&mut piece, 0).expect("read"), 4096);
+        assert!(fixture.files.iter().any(|(path, bytes)| path == BIG && bytes[..4096] == piece[..]));
+    }
+}
+
+#[test]
+fn those_who_wait_for_a_silent_store_are_refused_at_once() {
+    if !can_mount() {
+        return;
+    }
+    for (open, word) in [(OpenPolicy::Lazy, "read"), (OpenPolicy::Whole, "open")] {
+        let fixture = sample();
+        let store = Faulty::new((*fixture.store).clone());
+        store.on(When::call(Call::ReadRange), Fault::Stall);
+        let behaviour = Behaviour { open, no_page_cache: false };
+        let source = Arc::new(store.clone());
+        let mount = Mounted::new(How { behaviour, ..How::default() }, || fixture.model(source, Verify::Strict));
+        let path = mount.path(BIG);
+        let held = open == OpenPolicy::Whole && mount.fs.passthrough();
+        let waiting =
+            std::thread::spawn(move || -> std::io::Result<usize> { File::open(path)?.read_at(&mut [0; 100], 0) });
+        let telemetry = mount.cache.telemetry();
+        mount.wait_until("somebody to wait", |_| {
+            if held { telemetry.opens_held.get() > 0 } else { telemetry.cache_misses.get() > 0 }
+        });
+        mount.wait_until("the store to be asked", |_| store.count(Call::ReadRange) > 0);
+        assert!(!waiting.is_finished());
+
+        let began = Instant::now();
+        lock(&mount);
+
+        assert_eq!(errno(waiting.join().expect("a reader")), Some(libc::EACCES), "{word}");
+        println!("a held {word} was refused within {:.1} ms of the lock", began.elapsed().as_secs_f64() * 1e3);
+    }
+}
+
+#[test]
+fn an_unlocked_model_is_served_again_from_an_empty_cache_beside_what_the_lock_ended() {
+    if !can_mount() {
+        return;
+    }
+    for arena in arenas() {
+        let fixture = sample();
+        let mount = mount(&fixture, OpenPolicy::Whole, Some(arena));
+        let model = mount.fs.vfs().models()[0].clone();
+        let plain = &fixture.files.iter().find(|(path, _)| path == BIG).expect("sealed").1;
+        // Held throughout: the kernel ties a node to one backing file while anyone has it open.
+        let mut held = Vec::new();
+        for round in 0..3 {
+            let file = File::open(mount.path(BIG)).expect("open");
+            assert!(std::fs::read(mount.path(BIG)).expect("read") == *plain, "round {round}");
+            assert!(std::fs::read(mount.path("config.json")).expect("read").len() == 700);
+            held.push(file);
+            let fetched = mount.cache.telemetry().fetch_requests.get();
+            lock(&mount);
+            assert!(is_refused(&mount.path(BIG)));
+            assert_eq!(mount.cache.resident_bytes(model.serial), 0);
+
+            model.unlock(fixture.keys());
+
+            assert!(std::fs::read(mount.path(BIG)).expect("read") == *plain, "round {round}");
+            assert!(mount.cache.telemetry().fetch_requests.get() > fetched, "what was locked came back from memory");
+        }
+        if mount.fs.passthrough() {
+            assert!(mount.hot_opens() >= 9, "{}", mount.hot_opens());
+            for file in &held {
+                assert_eq!(file.read_at(&mut [0; 64], 0).expect("read"), 0, "what was cut off stays so");
+            }
+        }
+        drop(held);
+        let report = mount.unmount();
+        assert_eq!(report.held_objects, 0, "{report:?}");
+    }
+}
+
+#[test]
+fn locks_and_unlocks_under_load_never_show_a_wrong_byte() {
+    if !can_mount() {
+        return;
+    }
+    for open in [OpenPolicy::Lazy, OpenPolicy::Auto, OpenPolicy::Whole] {
+        let fixture = sample();
+        let mount = mount(&fixture, open, None);
+        let model = mount.fs.vfs().models()[0].clone();
+        let plain = &fixture.files.iter().find(|(path, _)| path == BIG).expect("sealed").1;
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        let whole_reads = AtomicU64::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    while !stop.load(Ordering::SeqCst) {
+                        let Ok(file) = File::open(mount.path(BIG)) else { continue };
+                        let (mut piece, mut at) = (vec![0; 1 << 20], 0);
+                        // An error or an early end: cut off. Anything else is data.
+                        while let Ok(got @ 1..) = file.read_at(&mut piece, at as u64) {
+                            assert!(piece[..got] == plain[at..at + got], "wrong bytes at {at}");
+                            at += got;
+                        }
+                        whole_reads.fetch_add(u64::from(at == plain.len()), Ordering::SeqCst);
+                    }
+                });
+            }
+            for _ in 0..8 {
+                let before = whole_reads.load(Ordering::SeqCst);
+                mount.wait_until("a read from end to end", |_| whole_reads.load(Ordering::SeqCst) > before);
+                lock(&mount);
+                model.unlock(fixture.keys());
+            }
+            stop.store(true, Ordering::SeqCst);
+        });
+    }
+}
+
+fn tell_sessions(mount: &Mounted) -> Vec<control::SessionInfo> {
+    let mountpoint = mount.attachment.mountpoint();
+    let taken: Vec<Taken> = mount
+        .fs
+        .open_by()
+        .into_iter()
+        .map(|open| Taken {
+            pid: open.pid,
+            uid: open.uid,
+            since: open.since,
+            path: mount.path(&mount.fs.vfs().file_name(open.node).expect("a file")),
+            passthrough: open.passthrough,
+        })
+        .collect();
+    control::sessions(mountpoint, &taken, |uid, process| mount.fs.is_shut_out(uid, process))
+}
+
+#[test]
+fn sessions_names_who_has_what_and_how() {
+    if !can_mount() {
+        return;
+    }
+    let fixture = sample();
+    let mount = mount(&fixture, OpenPolicy::Whole, None);
+    let reader = Reader::start("hold", &mount.path(BIG));
+    let pid = reader.child.id();
+
+    let told = tell_sessions(&mount);
+
+    let session = told.iter().find(|it| it.process.pid == pid).unwrap_or_else(|| panic!("{pid} in {told:?}"));
+    // SAFETY: reads this process's credentials.
+    assert_eq!(session.process.uid, Some(unsafe { libc::getuid() }));
+    assert!(session.process.exe.as_ref().is_some_and(|exe| exe == &std::env::current_exe().expect("this test")));
+    let file = &session.files[0];
+    assert_eq!(session.files.len(), 1, "{session:?}");
+    assert!(file.path.ends_with(BIG) && file.mapped && file.opens == 1, "{session:?}");
+    assert_eq!(file.passthrough, u64::from(mount.fs.passthrough()));
+    drop(reader);
+    mount.wait_until("the session to end", |mount| tell_sessions(mount).iter().all(|it| it.process.pid != pid));
+}
+
+#[test]
+fn one_session_alone_is_shut_out_and_let_in_again() {
+    if !can_mount() {
+        return;
+    }
+    let fixture = sample();
+    let mount = mount(&fixture, OpenPolicy::Lazy, None);
+    mount.fs.set_passthrough(false);
+    let path = mount.path(BIG);
+    let reader = Reader::start("read", &path);
+    let session = format!("pid={}", reader.child.id()).parse().expect("a session");
+
+    let done = mount.fs.shut_out(session, None, false).expect("shut out");
+
+    assert_eq!((done.plain_handles, done.passthrough_handles), (1, 0));
+    let (how, _) = reader.end();
+    assert_eq!(how, "errno 13", "its reads through the daemon are refused");
+    assert!(std::fs::read(&path).expect("we are not shut out").len() == BIG_BYTES);
+
+    // SAFETY: reads this process's credentials.
+    let me: modelfs::fuse::Session = format!("uid={}", unsafe { libc::getuid() }).parse().expect("a session");
+    let held = File::open(&path).expect("open");
+    mount.fs.shut_out(me.clone(), None, false).expect("shut out");
+    assert!(is_refused(&path));
+    assert_eq!(errno(held.read_at(&mut [0; 100], 0)), Some(libc::EACCES));
+    assert!(mount.fs.let_in(&me) && !mount.fs.let_in(&me));
+    assert!(std::fs::read(&path).expect("let in").len() == BIG_BYTES);
+
+    // A rule with an end ends.
+    mount.fs.shut_out(me, Some(Duration::from_millis(20)), false).expect("shut out");
+    mount.wait_until("the rule to end", |_| File::open(&path).is_ok());
+    assert!(mount.fs.shut_out_now().iter().all(|(session, _)| session.to_string().starts_with("pid=")));
+}
+
+#[test]
+fn who_reads_past_the_daemon_is_told_and_only_hard_ends_it() {
+    if !can_mount() {
+        return;
+    }
+    let fixture = sample();
+    let mount = mount(&fixture, OpenPolicy::Whole, None);
+    if !mount.fs.passthrough() {
+        eprintln!("SKIPPED: this kernel has no passthrough");
+        return;
+    }
+    let path = mount.path(BIG);
+    let mut reader = Reader::start("map", &path);
+    let session: modelfs::fuse::Session = format!("pid={}", reader.child.id()).parse().expect("a session");
+
+    let soft = mount.fs.shut_out(session.clone(), None, false).expect("shut out");
+    assert_eq!((soft.passthrough_handles, soft.objects_retired), (1, 0));
+    assert!(reader.child.try_wait().expect("wait").is_none());
+    let told = tell_sessions(&mount);
+    assert!(told.iter().any(|it| it.shut_out && it.process.pid == reader.child.id() && it.files[0].mapped), "{told:?}");
+
+    let hard = mount.fs.shut_out(session, None, true).expect("shut out");
+
+    assert_eq!(hard.objects_retired, 1);
+    assert_eq!(reader.end().0, "SIGBUS");
+    assert!(std::fs::read(&path).expect("others go on, with new memory").len() == BIG_BYTES);
+}
+
+// ---- The program ----------------------------------------------------------------------------------------------------
+
+fn json_of(program: &Program, arguments: &[&str]) -> serde_json::Value {
+    let output = run_ok(program.command(arguments).arg("--json"));
+    serde_json::from_slice(&output.stdout).expect("JSON")
+}
+
+fn refusal_of(program: &Program, arguments: &[&str]) -> (i32, String) {
+    let output = program.command(arguments).output().expect("runs");
+    (output.status.code().expect("a code"), String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+/// Two models, each with a marker in every 200 KB.
+fn two_models(program: &Program, marker: &[u8]) -> Vec<u8> {
+    let source = tempfile::Builder::new().prefix("lock").tempdir_in("/dev/shm").expect("a folder in memory");
+    let mut weights = Random(3).bytes((24 << 20) + 777);
+    for at in (100..weights.len() - MARKER_BYTES).step_by(200_000) {
+        weights[at..at + MARKER_BYTES].copy_from_slice(marker);
+    }
+    std::fs::write(source.path().join(BIG), &weights).expect("write");
+    std::fs::write(source.path().join("config.json"), &weights[..3000]).expect("write");
+    program.seal(source.path(), "first");
+    program.seal(source.path(), "second");
+    weights
+}
+
+#[test]
+fn nothing_of_a_locked_model_is_left_in_the_memory_of_the_daemon() {
+    if !can_mount() {
+        return;
+    }
+    let marker: [u8; MARKER_BYTES] = Random::announced("canary").bytes(MARKER_BYTES).try_into().expect("64");
+    let needle = Needle::new(marker);
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let program = Program::in_folder(folder.path());
+    let weights = two_models(&program, &marker);
+    for open in ["lazy", "whole"] {
+        let running = program.mount(&["--open", open, "--cache", "128MiB"]);
+        let mnt = program.mountpoint();
+        for model in ["first", "second"] {
+            assert!(std::fs::read(mnt.join(model).join(BIG)).expect("read") == weights);
+            std::fs::read(mnt.join(model).join("config.json")).expect("read");
+        }
+        let held = File::open(mnt.join("first").join(BIG)).expect("open");
+        assert!(!needle.in_memory_of(running.pid()).is_empty(), "the detector finds nothing in a daemon that has it");
+
+        let done = json_of(&program, &["lock", mnt.to_str().expect("utf-8")]);
+
+        assert!(done["wiped_bytes"].as_u64().expect("a number") >= 2 * weights.len() as u64, "{done}");
+        if can_pin().is_ok() {
+            assert_eq!(done["unwiped_bytes"], 0, "{done}");
+        }
+        let found = needle.in_memory_of(running.pid());
+        assert!(found.is_empty(), "--open {open}: plaintext in {found:#?}");
+        println!("--open {open}: {done}");
+        drop(held);
+        running.unmount();
+    }
+}
+
+#[test]
+fn the_commands_lock_one_model_or_all_and_unlock_what_they_can() {
+    if !can_mount() {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let program = Program::in_folder(folder.path());
+    let weights = two_models(&program, &[9; MARKER_BYTES]);
+    let running = program.mount(&["--cache", "128MiB"]);
+    let mnt = program.mountpoint();
+    let at = mnt.to_str().expect("utf-8");
+    let reads = |model: &str| std::fs::read(mnt.join(model).join(BIG)).map(|bytes| bytes == weights);
+    let (first, second) = (mnt.join("first").join(BIG), mnt.join("second").join(BIG));
+
+    // One model alone, by name; a name that is not there is said.
+    assert!(reads("first").expect("read") && reads("second").expect("read"));
+    assert_eq!(json_of(&program, &["lock", at, "first"])["locked"], serde_json::json!(["first"]));
+    assert!(is_refused(&first));
+    assert!(reads("second").expect("the other model is served"));
+    let locked: Vec<bool> = json_of(&program, &["status", at])["models"]
+        .as_array()
+        .expect("models")
+        .iter()
+        .map(|model| model["locked"].as_bool().expect("said"))
+        .collect();
+    assert_eq!(locked, [true, false]);
+    let (code, said) = refusal_of(&program, &["lock", at, "third"]);
+    assert!(code == 3 && said.contains("third is not in this mount"), "{code} {said}");
+
+    // Locked twice is locked; unlocked from its sources, and once more when there is nothing to do.
+    json_of(&program, &["lock", at]);
+    assert!(is_refused(&first) && is_refused(&second));
+    assert_eq!(json_of(&program, &["unlock", at, "second"])["unlocked"], serde_json::json!(["second"]));
+    assert!(is_refused(&first));
+    assert!(reads("second").expect("served again"));
+
+    // No key, no unlock; it stays locked and says why.
+    let away = folder.path().join("home/away.key");
+    std::fs::rename(program.key_path(), &away).expect("rename");
+    let (code, said) = refusal_of(&program, &["unlock", at]);
+    assert!(code != 0 && said.contains("first stays locked") && said.contains("model.key"), "{code} {said}");
+    assert!(is_refused(&first));
+    std::fs::rename(&away, program.key_path()).expect("rename");
+    assert_eq!(json_of(&program, &["unlock", at])["unlocked"], serde_json::json!(["first"]));
+    assert!(reads("first").expect("served again"));
+    assert_eq!(json_of(&program, &["unlock", at])["unlocked"], serde_json::json!([]));
+
+    // Sessions, through the command.
+    let held = File::open(&first).expect("open");
+    let told = json_of(&program, &["sessions", at]);
+    let me = told["sessions"].as_array().expect("a list").iter().find(|it| it["pid"] == std::process::id());
+    let me = me.unwrap_or_else(|| panic!("{told}"));
+    assert_eq!(me["files"][0]["path"], first.to_str().expect("utf-8"), "{told}");
+    let shut = format!("pid={}", std::process::id());
+    let done = json_of(&program, &["sessions", at, "--shut-out", &shut, "--for", "10m"]);
+    assert_eq!(done["seconds"], 600);
+    assert!(is_refused(&second));
+    assert_eq!(json_of(&program, &["sessions", at])["shut_out"][0]["session"], shut.as_str());
+    assert_eq!(json_of(&program, &["sessions", at, "--let-in", &shut])["was_shut_out"], true);
+    assert!(reads("second").expect("let in"));
+    let (code, said) = refusal_of(&program, &["sessions", at, "--shut-out", "everyone"]);
+    assert!(code == 2 && said.contains("uid=1000"), "{code} {said}");
+    let text = String::from_utf8(run_ok(&mut program.command(&["sessions", at])).stdout).expect("text");
+    assert!(text.contains(BIG) && text.contains("pid"), "{text}");
+    drop(held);
+    running.unmount();
+}
+
+#[test]
+fn a_key_that_is_gone_once_read_cannot_unlock_and_the_refusal_says_so() {
+    if !can_mount() {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let program = Program::in_folder(folder.path());
+    two_models(&program, &[9; MARKER_BYTES]);
+    let mnt = program.mountpoint();
+    let at = mnt.to_str().expect("utf-8");
+    let mut mounting =
+        program.command(&["mount", program.store(), at, "--cache", "128MiB", "--key", "env:LOCK_TEST_KEY"]);
+    mounting.arg("--trust").arg(program.trusted_key()).arg("--daemon");
+    let key = std::fs::read_to_string(program.key_path()).expect("a key in hex");
+    run_ok(mounting.env("LOCK_TEST_KEY", key.trim()));
+    json_of(&program, &["lock", at, "first"]);
+
+    let (code, said) = refusal_of(&program, &["unlock", at]);
+
+    assert_eq!(code, 2, "{said}");
+    assert!(said.contains("LOCK_TEST_KEY") && said.contains("gone once read"), "{said}");
+    assert!(is_refused(&mnt.join("first").join(BIG)));
+    run_ok(&mut program.command(&["umount", at]));
+}
+
+#[test]
+fn a_daemon_unlocks_with_files_that_were_named_from_another_folder() {
+    if !can_mount() {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let program = Program::in_folder(folder.path());
+    two_models(&program, &[9; MARKER_BYTES]);
+    let at = program.mountpoint().to_str().expect("utf-8");
+    let trust = "home/.config/modelfs/signing.key.pub";
+    let words =
+        ["mount", "store", "mnt", "--cache", "128MiB", "--key", "file:home/model.key", "--trust", trust, "--daemon"];
+    run_ok(&mut program.command(&words));
+    json_of(&program, &["lock", at]);
+
+    assert_eq!(json_of(&program, &["unlock", at])["unlocked"], serde_json::json!(["first", "second"]));
+
+    run_ok(&mut program.command(&["umount", at]));
+}
+
+#[test]
+fn a_mount_that_nobody_uses_is_locked_and_stays_so() {
+    if !can_mount() {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let program = Program::in_folder(folder.path());
+    two_models(&program, &[9; MARKER_BYTES]);
+    let running = program.mount(&["--cache", "128MiB", "--open", "whole", "--lock-when-idle", "1s"]);
+    let mnt = program.mountpoint();
+    let at = mnt.to_str().expect("utf-8");
+    let first = mnt.join("first").join(BIG);
+    let is_locked = || json_of(&program, &["status", at])["models"][0]["locked"] == true;
+
+    // A map alone is use, though its descriptor is closed.
+    let reader = Reader::start("hold", &first);
+    std::thread::sleep(Duration::from_millis(2500));
+    assert!(!is_locked(), "locked under a reader");
+    drop(reader);
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !is_locked() {
+        assert!(Instant::now() < deadline, "not locked a minute after its last reader: {}", program.log());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert!(is_refused(&first), "an open does not unlock it");
+    json_of(&program, &["unlock", at]);
+    assert!(File::open(&first).is_ok());
+    running.unmount();
+}
+
+#[test]
+fn a_user_alone_is_shut_out() {
+    if !can_mount() {
+        return;
+    }
+    let fixture = sample();
+    let ownership = modelfs::vfs::Ownership { uid: 0, gid: 0, umask: 0 };
+    let how = How { allow_other: true, ownership, ..How::default() };
+    let mount = Mounted::new(how, || fixture.model(fixture.store.clone(), Verify::Strict));
+    let nobody = 65534;
+    // Below a folder that only we may enter, it would fail for another reason.
+    let cat = || {
+        let mut command = Command::new("cat");
+        command.uid(nobody).arg("config.json").current_dir(mount.root()).stdout(Stdio::null()).stderr(Stdio::piped());
+        let output = command.output().expect("cat runs");
+        (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    assert_eq!(cat(), (true, String::new()), "the test shows nothing: another user cannot read at all");
+
+    mount.fs.shut_out(format!("uid={nobody}").parse().expect("a session"), None, false).expect("shut out");
+
+    let (read, said) = cat();
+    assert!(!read && said.contains("Permission denied"), "{said}");
+    assert!(std::fs::read(mount.path("config.json")).is_ok());
+}

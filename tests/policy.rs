@@ -1,0 +1,867 @@
+//! Who sees, who opens, who is refused: through the kernel, with real users and supplementary groups, and every refusal told.
+//!
+//! Askers are other processes under other users (setpriv). What they are told is compared by errno, as their programs print
+//! it. The order matters where the kernel could answer one by what it told another: the allowed one asks first.
+
+#[path = "common/fixture.rs"]
+mod fixture;
+#[path = "common/program.rs"]
+mod program;
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use fixture::{Fixture, Random, Style};
+use modelfs::cache::{Cache, CacheLimits, Model};
+use modelfs::crypto::{self, Verify};
+use modelfs::error::{Code, Error};
+use modelfs::format::ManifestDigest;
+use modelfs::fuse::attach::{self, Attachment, MountLook};
+use modelfs::fuse::{Behaviour, ModelFs, OpenPolicy, Place, Session};
+use modelfs::mem::{Arena, ArenaPlan};
+use modelfs::policy::Policy;
+use modelfs::read::Reader;
+use modelfs::telemetry::Telemetry;
+use modelfs::telemetry::events::{Event, Kind, Outcome, Severity, Sink};
+use modelfs::vfs::{Layout, Ownership, Shown, Vfs};
+use program::{Program, can_mount, run_ok};
+
+const BIG: &str = "model.safetensors";
+const BIG_BYTES: usize = (3 << 20) + 77;
+const GROUP: u32 = 4300;
+
+/// uid, primary group, supplementary groups.
+type User = (u32, u32, &'static [u32]);
+const ROOT: User = (0, 0, &[]);
+/// Of the group by its supplementary groups alone.
+const TRAINER: User = (4301, 4301, &[27, GROUP]);
+/// Of the group by its primary one.
+const MEMBER: User = (4302, GROUP, &[]);
+const STRANGER: User = (4303, 4303, &[]);
+/// Of the group, and taken out by name.
+const BANNED: User = (4304, GROUP, &[GROUP]);
+
+const RULES: &str = "
+[[rule]]
+name = \"banned\"
+uids = [4304]
+models = [\"*\"]
+may = \"none\"
+
+[[rule]]
+name = \"trainers\"
+gids = [4300]
+models = [\"acme/secret\", \"lone/*\"]
+may = \"read\"
+
+[[rule]]
+name = \"everybody\"
+everybody = true
+models = [\"acme/shown\"]
+may = \"see\"
+
+[[rule]]
+name = \"open\"
+everybody = true
+models = [\"open\"]
+may = \"read\"
+";
+
+/// So that no test of something else blocks anybody.
+const PATIENT: &str = "[denials]\ncount = 1000\n";
+
+const MODELS: [&str; 4] = ["acme/secret", "acme/shown", "lone/hidden", "open"];
+
+#[derive(Default)]
+struct Notes {
+    events: Mutex<Vec<Event>>,
+    full: std::sync::atomic::AtomicBool,
+}
+
+impl Sink for Notes {
+    fn take(&self, event: &Event) -> modelfs::error::Result<()> {
+        self.events.lock().expect("a test").push(event.clone());
+        if self.full.load(std::sync::atomic::Ordering::SeqCst) {
+            return Err(Error::new(Code::Host, "the audit log is full"));
+        }
+        Ok(())
+    }
+}
+
+impl Notes {
+    fn of(&self, kind: Kind) -> Vec<Event> {
+        self.events.lock().expect("a test").iter().filter(|event| event.kind == kind).cloned().collect()
+    }
+
+    fn clear(&self) {
+        self.events.lock().expect("a test").clear();
+    }
+
+    /// Whether somebody was denied something of a model.
+    fn has_denial(&self, kind: Kind, uid: u32, model: &str) -> bool {
+        self.of(kind).iter().any(|event| {
+            event.outcome == Outcome::Denied
+                && event.code == Some(Code::Policy)
+                && event.actor.uid == Some(uid)
+                && event.subject.model.as_deref() == Some(model)
+        })
+    }
+}
+
+struct Mount {
+    fs: ModelFs,
+    notes: Arc<Notes>,
+    folder: tempfile::TempDir,
+    fixture: Fixture,
+    cache: Cache,
+    attachment: Attachment,
+    session: Option<fuser::BackgroundSession>,
+    runtime: Option<tokio::runtime::Runtime>,
+}
+
+impl Mount {
+    fn new(open: OpenPolicy, layout: Layout, rules: Option<&str>) -> Mount {
+        Mount::of_files(open, layout, rules, |random| {
+            vec![("config.json".to_owned(), b"{}".to_vec()), (BIG.to_owned(), random.bytes(BIG_BYTES))]
+        })
+    }
+
+    fn of_files(
+        open: OpenPolicy,
+        layout: Layout,
+        rules: Option<&str>,
+        files: impl FnOnce(&mut Random) -> Vec<(String, Vec<u8>)>,
+    ) -> Mount {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("rt");
+        let mut random = Random::announced("policy");
+        let files = files(&mut random);
+        let fixture = runtime.block_on(Fixture::seal(files, Style::default(), &mut random));
+        let telemetry = Arc::new(Telemetry::default());
+        let notes = Arc::new(Notes::default());
+        telemetry.events.add(notes.clone());
+        let budget = 64 << 20;
+        let arena = Arena::open(ArenaPlan { bytes: budget }).expect("arena");
+        let handle = runtime.handle().clone();
+        let cache = Cache::new(arena, budget, CacheLimits::default(), handle.clone(), telemetry).expect("cache");
+        let reader = Reader::new(cache.clone(), Duration::from_secs(30)).expect("reader");
+        let model = |(serial, name): (usize, &&str)| {
+            let opened = crypto::open_manifest(&fixture.manifest, fixture.dek()).expect("opens");
+            let digest = ManifestDigest::of(&fixture.manifest);
+            let (serial, name) = (serial as u32, (*name).to_owned());
+            Shown {
+                model: Arc::new(Model::new(serial, name, digest, opened, fixture.store.clone(), Verify::Strict)),
+                current: true,
+            }
+        };
+        let models = MODELS.iter().enumerate().map(model).collect();
+        let ownership = Ownership { uid: 0, gid: 0, umask: 0o222 };
+        let vfs = Vfs::with_layout(layout, models, ownership, cache.clone()).expect("a tree");
+        let fs = ModelFs::new(vfs, reader, Behaviour { open, no_page_cache: false }, handle);
+        cache.add_gate(fs.gate());
+        let folder = tempfile::tempdir().expect("a folder");
+        fs.set_place(Place {
+            mountpoint: folder.path().to_owned(),
+            store: "memory".into(),
+            service_account: Some("ml/llama".into()),
+        });
+        fs.set_policy(rules.map(|rules| Policy::parse(rules).expect("a policy")));
+        let look = MountLook { source: "memory".into(), allow_other: true };
+        let (session, attachment) = attach::attach(fs.clone(), folder.path(), &look).expect("mounted");
+        let (session, runtime) = (Some(session), Some(runtime));
+        Mount { fs, notes, folder, fixture, cache, attachment, session, runtime }
+    }
+
+    fn set_policy(&self, rules: &str) {
+        self.fs.set_policy(Some(Policy::parse(rules).expect("a policy")));
+    }
+
+    fn path(&self, below: &str) -> PathBuf {
+        self.folder.path().join(below)
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while !self.attachment.unmount().expect("unmount") {
+            if Instant::now() > deadline {
+                self.attachment.detach().expect("detach");
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        if let Some(session) = self.session.take() {
+            let _ = session.join();
+        }
+        self.fs.drop_backings(true);
+        self.cache.wipe_all(true);
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_timeout(Duration::from_millis(200));
+        }
+    }
+}
+
+fn command_as((uid, gid, groups): User, program: &str) -> Command {
+    let mut command = Command::new("setpriv");
+    command.args(["--reuid", &uid.to_string(), "--regid", &gid.to_string()]);
+    if groups.is_empty() {
+        command.arg("--clear-groups");
+    } else {
+        let groups: Vec<String> = groups.iter().map(u32::to_string).collect();
+        command.args(["--groups", &groups.join(",")]);
+    }
+    command.args(["--", program]).env("LC_ALL", "C").current_dir("/").stdin(Stdio::null());
+    command
+}
+
+/// What a program was told, by its words.
+#[derive(Debug, PartialEq, Eq)]
+enum Told {
+    Let(Vec<u8>),
+    NotFound,
+    Denied,
+    Busy,
+}
+
+fn told(output: Output) -> Told {
+    let words = String::from_utf8_lossy(&output.stderr).into_owned();
+    match words {
+        _ if output.status.success() => Told::Let(output.stdout),
+        words if words.contains("No such file") => Told::NotFound,
+        words if words.contains("Permission denied") => Told::Denied,
+        words if words.contains("resource busy") => Told::Busy,
+        words => panic!("{}: {words}", output.status),
+    }
+}
+
+fn cat(user: User, path: &Path) -> Told {
+    told(command_as(user, "cat").arg(path).output().expect("setpriv"))
+}
+
+fn stat(user: User, path: &Path) -> Told {
+    match told(command_as(user, "stat").args(["-c", "%s"]).arg(path).output().expect("setpriv")) {
+        Told::Let(_) => Told::Let(Vec::new()),
+        other => other,
+    }
+}
+
+fn seen() -> Told {
+    Told::Let(Vec::new())
+}
+
+/// Names in a folder, sorted.
+fn list(user: User, path: &Path) -> Vec<String> {
+    match told(command_as(user, "ls").args(["-1", "-a"]).arg(path).output().expect("setpriv")) {
+        Told::Let(names) => {
+            let names = String::from_utf8(names).expect("utf-8");
+            names.lines().filter(|name| !matches!(*name, "." | "..")).map(str::to_owned).collect()
+        }
+        other => panic!("{path:?} is not listed: {other:?}"),
+    }
+}
+
+fn rules(more: &str) -> String {
+    format!("{more}{RULES}")
+}
+
+// ---- Who sees and who reads ----------------------------------------------------------------------------------------
+
+/// The matrix, twice over, so that every answer comes once before and once after somebody else was told otherwise; served
+/// through the daemon and past it.
+#[test]
+fn each_sees_and_reads_what_the_first_rule_that_fits_grants_and_every_refusal_is_told() {
+    if !can_mount() {
+        return;
+    }
+    for open in [OpenPolicy::Lazy, OpenPolicy::Whole] {
+        let mount = Mount::new(open, Layout::Plain, Some(&rules(PATIENT)));
+        let big = &mount.fixture.files[1].1;
+        let file = |model: &str| mount.path(model).join(BIG);
+        for round in 0..2 {
+            let why = |user: User| format!("{user:?}, {open:?}, round {round}");
+            for user in [TRAINER, MEMBER] {
+                assert_eq!(list(user, &mount.path("")), ["acme", "lone", "open"], "{}", why(user));
+                assert_eq!(list(user, &mount.path("acme")), ["secret", "shown"], "{}", why(user));
+                assert_eq!(list(user, &mount.path("lone")), ["hidden"], "{}", why(user));
+                for model in ["acme/secret", "lone/hidden", "open"] {
+                    assert!(cat(user, &file(model)) == Told::Let(big.clone()), "{model}, {}", why(user));
+                }
+                assert_eq!(cat(user, &file("acme/shown")), Told::Denied, "{}", why(user));
+            }
+            for user in [STRANGER, ROOT] {
+                assert_eq!(list(user, &mount.path("")), ["acme", "open"], "{}", why(user));
+                assert_eq!(list(user, &mount.path("acme")), ["shown"], "{}", why(user));
+                assert_eq!(list(user, &mount.path("acme/shown")), ["config.json", BIG], "{}", why(user));
+                for name in ["acme/secret", "lone", "lone/hidden", "acme/nowhere"] {
+                    assert_eq!(stat(user, &mount.path(name)), Told::NotFound, "{name}, {}", why(user));
+                }
+                assert_eq!(stat(user, &file("acme/shown")), seen(), "{}", why(user));
+                assert_eq!(cat(user, &file("acme/shown")), Told::Denied, "{}", why(user));
+                assert_eq!(cat(user, &file("acme/secret")), Told::NotFound, "{}", why(user));
+                assert!(cat(user, &file("open")) == Told::Let(big.clone()), "{}", why(user));
+                assert!(mount.notes.has_denial(Kind::Look, user.0, "acme/secret"), "{}", why(user));
+                assert!(mount.notes.has_denial(Kind::Look, user.0, "lone"), "{}", why(user));
+                assert!(mount.notes.has_denial(Kind::Open, user.0, "acme/shown"), "{}", why(user));
+            }
+            assert_eq!(list(BANNED, &mount.path("")), Vec::<String>::new(), "{}", why(BANNED));
+            assert_eq!(cat(BANNED, &file("open")), Told::NotFound, "{}", why(BANNED));
+            assert!(mount.notes.has_denial(Kind::Look, BANNED.0, "open"));
+        }
+        if mount.fs.passthrough() {
+            let hot = mount.cache.telemetry().opens_passthrough.get();
+            assert!(hot > 0 || open == OpenPolicy::Lazy, "{hot} opens past the daemon under {open:?}");
+        }
+    }
+}
+
+#[test]
+fn an_open_that_is_let_is_told_with_who_what_and_by_which_key_before_it_is_answered() {
+    if !can_mount() {
+        return;
+    }
+    let mount = Mount::new(OpenPolicy::Lazy, Layout::Plain, Some(&rules(PATIENT)));
+    assert!(matches!(cat(TRAINER, &mount.path("acme/secret/config.json")), Told::Let(_)));
+    let told = mount.notes.of(Kind::Open);
+    let event = told.first().expect("one event");
+    assert_eq!((told.len(), event.outcome, event.severity), (1, Outcome::Allowed, Severity::Low));
+    let (actor, subject) = (&event.actor, &event.subject);
+    assert_eq!((actor.uid, actor.gid, actor.command.as_deref()), (Some(4301), Some(4301), Some("cat")));
+    assert!(actor.pid.is_some() && actor.cgroup.is_some() && actor.exe.is_some(), "{actor:?}");
+    assert_eq!(actor.service_account.as_deref(), Some("ml/llama"));
+    assert_eq!((subject.model.as_deref(), subject.version), (Some("acme/secret"), Some(1)));
+    assert_eq!(subject.file.as_deref(), Some("config.json"));
+    let digest = ManifestDigest::of(&mount.fixture.manifest);
+    assert_eq!(subject.manifest, Some(format!("sha256:{digest}")));
+    assert_eq!(subject.mountpoint.as_deref(), Some(mount.folder.path()));
+
+    // A log that must be written and cannot be: nothing is opened, through the daemon or past it.
+    mount.notes.full.store(true, std::sync::atomic::Ordering::SeqCst);
+    for file in ["config.json", BIG] {
+        let error = File::open(mount.path("open").join(file)).expect_err("not recorded");
+        assert_eq!(error.raw_os_error(), Some(libc::EIO));
+    }
+    assert_eq!(mount.fs.open_handles(), 0);
+    mount.notes.full.store(false, std::sync::atomic::Ordering::SeqCst);
+    File::open(mount.path("open/config.json")).expect("recorded again");
+}
+
+/// What the kernel keeps of names is asked for in the worst order, with the folder, the file and an absent name.
+#[test]
+fn the_denied_are_not_answered_by_what_the_allowed_were_told_nor_the_other_way_round() {
+    if !can_mount() {
+        return;
+    }
+    for layout in [Layout::Plain, Layout::Versions] {
+        let mount = Mount::new(OpenPolicy::Whole, layout, Some(&rules(PATIENT)));
+        let model = mount.path("lone/hidden");
+        let inside = if layout == Layout::Versions { model.join("current") } else { model.clone() };
+        for _ in 0..3 {
+            // Cached as there, if anything is.
+            assert!(matches!(cat(TRAINER, &inside.join(BIG)), Told::Let(_)), "{layout:?}");
+            assert_eq!(list(TRAINER, &mount.path("lone")), ["hidden"]);
+            for path in [mount.path("lone"), model.clone(), inside.clone(), inside.join(BIG), model.join("1")] {
+                assert_eq!(stat(STRANGER, &path), Told::NotFound, "{path:?}, {layout:?}");
+            }
+            assert_eq!(list(STRANGER, &mount.path("")), ["acme", "open"]);
+            // Cached as absent, if anything is.
+            assert_eq!(stat(TRAINER, &inside.join(BIG)), seen(), "{layout:?}");
+            assert_eq!(list(TRAINER, &mount.path("")), ["acme", "lone", "open"]);
+        }
+        // What a folder tells of itself does not change with what is hidden in it.
+        let about = |user| {
+            let output = command_as(user, "stat").args(["-c", "%h %Y %s"]).arg(mount.path("acme")).output();
+            told(output.expect("setpriv"))
+        };
+        assert_eq!(about(TRAINER), about(STRANGER));
+    }
+}
+
+#[test]
+fn a_versions_layout_hides_its_links_and_shows_them_to_the_allowed() {
+    if !can_mount() {
+        return;
+    }
+    let mount = Mount::new(OpenPolicy::Lazy, Layout::Versions, Some(&rules(PATIENT)));
+    assert_eq!(list(TRAINER, &mount.path("acme/secret")), ["1", "current"]);
+    assert!(matches!(cat(TRAINER, &mount.path("acme/secret/current/config.json")), Told::Let(_)));
+    let link = |user: User| {
+        told(command_as(user, "readlink").arg("-v").arg(mount.path("acme/secret/current")).output().expect("setpriv"))
+    };
+    assert_eq!(link(TRAINER), Told::Let(b"1\n".to_vec()));
+    assert_eq!(link(STRANGER), Told::NotFound);
+    assert_eq!(cat(STRANGER, &mount.path("acme/shown/current/config.json")), Told::Denied);
+    assert_eq!(list(STRANGER, &mount.path("acme/shown")), ["1", "current"]);
+}
+
+/// By number: through a descriptor of the folder or the file that somebody who may has opened and handed on.
+#[test]
+fn what_is_handed_on_is_judged_by_who_uses_it() {
+    if !can_mount() {
+        return;
+    }
+    for open in [OpenPolicy::Lazy, OpenPolicy::Whole] {
+        let mount = Mount::new(open, Layout::Plain, Some(&rules(PATIENT)));
+        let everything = "[denials]\ncount = 1000\n[[rule]]\nuids = [0]\nmodels = [\"*\"]\nmay = \"read\"\n";
+        mount.set_policy(&format!("{everything}{}", RULES));
+        // Root opens what it may; a child of root becomes somebody else and uses it.
+        let as_stranger = |file: &File, script: &str| {
+            let fd = file.as_raw_fd();
+            // SAFETY: a flag of our own descriptor, so that the child has it.
+            unsafe { libc::fcntl(fd, libc::F_SETFD, 0) };
+            told(command_as(STRANGER, "sh").args(["-c", script, "sh", &fd.to_string()]).output().expect("setpriv"))
+        };
+        let path_only = |path: &Path| {
+            use std::os::unix::fs::OpenOptionsExt;
+            File::options().read(true).custom_flags(libc::O_PATH).open(path).expect("a path")
+        };
+        let file = path_only(&mount.path("lone/hidden").join(BIG));
+        assert_eq!(as_stranger(&file, "cat /proc/self/fd/$1"), Told::NotFound, "a magic link, {open:?}");
+        let shown = path_only(&mount.path("acme/shown").join(BIG));
+        assert_eq!(as_stranger(&shown, "cat /proc/self/fd/$1"), Told::Denied, "a magic link, {open:?}");
+        let folder = path_only(&mount.path("lone/hidden"));
+        assert_eq!(as_stranger(&folder, "ls /proc/self/fd/$1/"), Told::NotFound, "{open:?}");
+        assert_eq!(as_stranger(&folder, &format!("cat /proc/self/fd/$1/{BIG}")), Told::NotFound, "{open:?}");
+        let listing = File::open(mount.path("lone/hidden")).expect("a folder");
+        assert_eq!(as_stranger(&listing, "ls /proc/self/fd/$1/"), Told::NotFound, "{open:?}");
+
+        if open == OpenPolicy::Lazy {
+            // Served through the daemon: the reader counts as well.
+            let plain = File::open(mount.path("lone/hidden").join(BIG)).expect("open");
+            mount.fs.drop_all_pages();
+            assert_eq!(by_a_stranger(&plain, read_some), Err(Some(libc::EACCES)));
+            plain.read_exact_at(&mut [0; 10], 2 << 20).expect("root goes on");
+            assert!(mount.notes.has_denial(Kind::Open, STRANGER.0, "lone/hidden"));
+        }
+    }
+}
+
+/// Root of a user namespace, and ways around the mountpoint.
+#[test]
+fn other_ways_to_the_mount_and_root_of_a_namespace_are_judged_the_same() {
+    if !can_mount() {
+        return;
+    }
+    let mount = Mount::new(OpenPolicy::Whole, Layout::Plain, Some(&rules(PATIENT)));
+    assert!(matches!(cat(TRAINER, &mount.path("lone/hidden").join(BIG)), Told::Let(_)));
+    let path = mount.path("lone/hidden/config.json");
+    let below = path.strip_prefix("/").expect("absolute");
+    let around = Path::new("/proc/self/root").join(below);
+    assert_eq!(cat(STRANGER, &around), Told::NotFound);
+    assert!(matches!(cat(TRAINER, &around), Told::Let(_)));
+    let mut inside = command_as(STRANGER, "unshare");
+    let output = inside.args(["--user", "--map-root-user", "cat"]).arg(&path).output().expect("setpriv");
+    let words = String::from_utf8_lossy(&output.stderr);
+    if words.contains("unshare:") {
+        eprintln!("not run: no user namespaces here");
+    } else {
+        assert!(!output.status.success() && words.contains("No such file"), "{words}");
+    }
+    // A pid namespace of its own hides nobody: the daemon sees into it.
+    let mut inside = Command::new("unshare");
+    inside.args(["--pid", "--fork", "setpriv", "--reuid", "4301", "--regid", "4301", "--groups", "4300", "cat"]);
+    assert!(matches!(told(inside.arg(&path).output().expect("unshare")), Told::Let(_)));
+}
+
+/// The daemon sits in a pid namespace, askers outside of it: their groups cannot be looked up.
+#[test]
+fn whoever_is_out_of_sight_is_judged_by_uid_and_primary_group_alone() {
+    if !can_mount() {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("a folder");
+    let program = Program::in_folder(dir.path());
+    std::fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("chmod");
+    let source = dir.path().join("source");
+    std::fs::create_dir(&source).expect("mkdir");
+    std::fs::write(source.join("config.json"), "{}").expect("written");
+    for name in ["acme/secret", "open"] {
+        program.seal(&source, name);
+    }
+    let policy = dir.path().join("policy.toml");
+    std::fs::write(&policy, rules("")).expect("written");
+    let mount = program.command(&["mount"]);
+    let mut outside = Command::new("unshare");
+    outside.args(["--pid", "--fork", "--kill-child"]);
+    outside.arg(mount.get_program()).args(mount.get_args()).arg(program.store()).arg(program.mountpoint());
+    outside.args(["--key", &program.key(), "--trust"]).arg(program.trusted_key());
+    outside.args(["--allow-other", "--umask", "0222", "--policy"]).arg(&policy);
+    for (name, value) in mount.get_envs() {
+        match value {
+            Some(value) => outside.env(name, value),
+            None => outside.env_remove(name),
+        };
+    }
+    let mut child = outside.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("unshare");
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !program::is_mountpoint(program.mountpoint()) {
+        assert!(child.try_wait().expect("wait").is_none(), "the mount ended");
+        assert!(Instant::now() < deadline, "not mounted within 30 s");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let secret = program.mountpoint().join("acme/secret/config.json");
+    let by_primary = cat(MEMBER, &secret);
+    let by_supplementary = cat(TRAINER, &secret);
+    let by_anybody = cat(STRANGER, &program.mountpoint().join("open/config.json"));
+    run_ok(Command::new("umount").arg(program.mountpoint()));
+    let _ = child.kill();
+    child.wait().expect("ended");
+    assert_eq!(by_primary, Told::Let(b"{}".to_vec()), "the kernel says the primary group");
+    assert_eq!(by_supplementary, Told::NotFound, "a group that cannot be looked up is none");
+    assert_eq!(by_anybody, Told::Let(b"{}".to_vec()));
+}
+
+// ---- Policies that change -------------------------------------------------------------------------------------------
+
+#[test]
+fn the_first_policy_of_a_mount_makes_the_kernel_forget_what_it_was_told_before() {
+    if !can_mount() {
+        return;
+    }
+    for open in [OpenPolicy::Lazy, OpenPolicy::Whole] {
+        let mount = Mount::new(open, Layout::Plain, None);
+        let hidden = mount.path("lone/hidden");
+        assert_eq!(list(STRANGER, &mount.path("lone")), ["hidden"]);
+        assert!(matches!(cat(STRANGER, &hidden.join(BIG)), Told::Let(_)));
+        // Held, so that the kernel cannot let go of the names by itself.
+        let held = File::open(hidden.join(BIG)).expect("open");
+        let folder = File::open(&hidden).expect("a folder");
+
+        mount.set_policy(&rules(PATIENT));
+
+        assert_eq!(list(STRANGER, &mount.path("")), ["acme", "open"], "{open:?}");
+        for path in [mount.path("lone"), hidden.clone(), hidden.join(BIG)] {
+            assert_eq!(stat(STRANGER, &path), Told::NotFound, "{path:?}, {open:?}");
+        }
+        assert!(matches!(cat(TRAINER, &hidden.join(BIG)), Told::Let(_)));
+        let is_plain = mount.fs.open_by().iter().any(|open| !open.passthrough);
+        if is_plain {
+            let refused = held.read_at(&mut [0; 100], 2 << 20).expect_err("root may not under the policy");
+            assert_eq!(refused.raw_os_error(), Some(libc::EACCES), "{open:?}");
+        }
+        drop((held, folder));
+
+        // And it may be taken away again.
+        mount.fs.set_policy(None);
+        assert!(matches!(cat(STRANGER, &hidden.join(BIG)), Told::Let(_)));
+    }
+}
+
+#[test]
+fn a_new_policy_holds_for_new_opens_and_for_reads_of_open_files() {
+    if !can_mount() {
+        return;
+    }
+    let all = "[[rule]]\neverybody = true\nmodels = [\"*\"]\nmay = \"read\"\n";
+    let mount = Mount::new(OpenPolicy::Lazy, Layout::Plain, Some(all));
+    let path = mount.path("lone/hidden").join(BIG);
+    let held = File::open(&path).expect("open");
+    held.read_exact_at(&mut [0; 4096], 0).expect("read");
+    mount.set_policy(&rules(PATIENT));
+    let errno = |result: std::io::Result<usize>| result.expect_err("refused").raw_os_error();
+    assert_eq!(errno(held.read_at(&mut [0; 4096], 0)), Some(libc::EACCES), "also what was cached");
+    assert_eq!(errno(held.read_at(&mut [0; 4096], 2 << 20)), Some(libc::EACCES));
+    assert_eq!(File::open(&path).expect_err("refused").raw_os_error(), Some(libc::ENOENT));
+    mount.set_policy(all);
+    held.read_exact_at(&mut [0; 4096], 2 << 20).expect("let again");
+}
+
+// ---- How often, and for how long not --------------------------------------------------------------------------------
+
+#[test]
+fn opens_beyond_the_burst_wait_and_those_that_waited_too_long_are_busy() {
+    if !can_mount() {
+        return;
+    }
+    let limits = "[limits]\nopens_per_s = 1\nopens_burst = 4\nwait = \"0s\"\n";
+    let mount = Mount::new(OpenPolicy::Lazy, Layout::Plain, Some(&rules(limits)));
+    let path = mount.path("open/config.json");
+    let first = (0..20).map(|_| cat(STRANGER, &path)).position(|told| told == Told::Busy);
+    let first = first.expect("twenty at once are more than the burst");
+    assert!(first >= 4, "{first} let through, the burst is 4");
+    let told = mount.notes.of(Kind::Limit);
+    assert!(told.iter().any(|event| event.outcome == Outcome::Denied && event.code == Some(Code::OverLimit)));
+    assert!(told.iter().all(|event| event.actor.uid == Some(STRANGER.0)));
+    // Another user has buckets of his own.
+    assert!(matches!(cat(MEMBER, &path), Told::Let(_)));
+
+    // With time to wait the same opens only take longer.
+    mount.notes.clear();
+    mount.set_policy(&rules("[limits]\nopens_per_s = 20\nopens_burst = 1\nwait = \"20s\"\n"));
+    let began = Instant::now();
+    for _ in 0..8 {
+        assert!(matches!(cat(STRANGER, &path), Told::Let(_)));
+    }
+    println!("8 opens at 20 a second took {:?}", began.elapsed());
+    assert!(mount.notes.of(Kind::Limit).iter().all(|event| event.outcome != Outcome::Denied));
+}
+
+#[test]
+fn bytes_beyond_the_burst_are_delayed_and_a_file_larger_than_any_burst_is_read() {
+    if !can_mount() {
+        return;
+    }
+    let limits = "[limits]\nbytes_per_s = \"4MiB\"\nbytes_burst = \"1MiB\"\nwait = \"20s\"\n";
+    for open in [OpenPolicy::Lazy, OpenPolicy::Whole] {
+        let mount = Mount::new(open, Layout::Plain, Some(&rules(limits)));
+        let path = mount.path("open").join(BIG);
+        let began = Instant::now();
+        for _ in 0..2 {
+            assert!(cat(STRANGER, &path) == Told::Let(mount.fixture.files[1].1.clone()), "{open:?}");
+            mount.fs.drop_all_pages();
+        }
+        let (bytes, took) = (2 * BIG_BYTES as u64, began.elapsed());
+        println!("{open:?}: {bytes} bytes at 4 MiB a second after a burst of 1 MiB took {took:?}");
+        // The second file's bytes wait for the first's: of 3 MiB beyond the burst at least the first two must be paid.
+        assert!(took >= Duration::from_millis(400), "{open:?}: {took:?}");
+        assert!(mount.notes.of(Kind::Limit).iter().any(|event| event.actor.uid == Some(STRANGER.0)));
+    }
+}
+
+#[test]
+fn who_is_denied_too_often_is_refused_everything_for_a_while_and_nobody_else_is() {
+    if !can_mount() {
+        return;
+    }
+    let denials = "[denials]\ncount = 3\nwithin = \"1m\"\nblock = \"4s\"\n";
+    let mount = Mount::new(OpenPolicy::Lazy, Layout::Plain, Some(&rules(denials)));
+    let open = mount.path("open/config.json");
+    assert!(matches!(cat(STRANGER, &open), Told::Let(_)));
+    assert_eq!(cat(STRANGER, &mount.path("acme/secret/config.json")), Told::NotFound);
+    assert_eq!(cat(STRANGER, &mount.path("lone/hidden/config.json")), Told::NotFound);
+    assert!(matches!(cat(STRANGER, &open), Told::Let(_)), "two denials are not three");
+    assert!(mount.fs.blocks().is_empty());
+    assert_eq!(cat(STRANGER, &mount.path("acme/shown/config.json")), Told::Denied);
+
+    let began = Instant::now();
+    let blocks = mount.fs.blocks();
+    assert_eq!(blocks.len(), 1, "{blocks:?}");
+    assert_eq!(blocks[0].0.to_string(), "uid=4303");
+    assert_eq!(cat(STRANGER, &open), Told::Denied, "every open");
+    assert_eq!(stat(STRANGER, &mount.path("acme")), Told::Denied, "and every look");
+    assert_eq!(stat(STRANGER, &mount.path("")), Told::Denied);
+    assert!(matches!(cat(MEMBER, &open), Told::Let(_)), "the neighbour goes on");
+    assert!(matches!(cat(ROOT, &open), Told::Let(_)));
+    let told = mount.notes.of(Kind::Block);
+    assert_eq!(told.len(), 1, "{told:?}");
+    assert_eq!((told[0].severity, told[0].actor.uid), (Severity::High, Some(STRANGER.0)));
+    assert!(told[0].detail.as_deref().is_some_and(|detail| detail.contains("3 times within 60 s")), "{told:?}");
+    assert!(mount.notes.has_denial(Kind::Open, STRANGER.0, "acme/shown"));
+
+    // A new policy does not forgive.
+    mount.set_policy(&rules(denials));
+    assert_eq!(cat(STRANGER, &open), Told::Denied);
+    while !matches!(cat(STRANGER, &open), Told::Let(_)) {
+        assert!(began.elapsed() < Duration::from_secs(60), "a block of 4 s");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    mount.fs.expire_blocks();
+    let told = mount.notes.of(Kind::Unblock);
+    assert!(told.len() == 1 && told[0].detail.as_deref().is_some_and(|it| it.contains("time is over")), "{told:?}");
+}
+
+#[test]
+fn the_operator_lets_the_blocked_in_again() {
+    if !can_mount() {
+        return;
+    }
+    let denials = "[denials]\ncount = 1\nblock = \"1h\"\n";
+    let mount = Mount::new(OpenPolicy::Lazy, Layout::Plain, Some(&rules(denials)));
+    assert_eq!(cat(STRANGER, &mount.path("acme/shown/config.json")), Told::Denied);
+    assert_eq!(cat(STRANGER, &mount.path("open/config.json")), Told::Denied);
+    let session: Session = "uid=4303".parse().expect("a session");
+    assert!(mount.fs.let_in(&session));
+    assert!(!mount.fs.let_in(&session), "nothing is left to lift");
+    assert!(matches!(cat(STRANGER, &mount.path("open/config.json")), Told::Let(_)));
+    assert_eq!(mount.notes.of(Kind::Unblock).len(), 1);
+}
+
+// ---- Files that run code --------------------------------------------------------------------------------------------
+
+#[test]
+fn a_file_that_begins_as_pickles_do_is_not_opened_whatever_its_name() {
+    if !can_mount() {
+        return;
+    }
+    for open in [OpenPolicy::Lazy, OpenPolicy::Whole] {
+        let mount = Mount::of_files(open, Layout::Plain, None, |random| {
+            let mut weights = random.bytes(BIG_BYTES);
+            weights[..2].copy_from_slice(b"{}");
+            let mut pickle = random.bytes(BIG_BYTES);
+            pickle[..2].copy_from_slice(b"\x80\x04");
+            vec![("a.safetensors".to_owned(), pickle), (BIG.to_owned(), weights)]
+        });
+        mount.fs.refuse_pickles();
+        for _ in 0..2 {
+            assert_eq!(cat(STRANGER, &mount.path("open/a.safetensors")), Told::Denied, "{open:?}");
+            assert!(matches!(cat(STRANGER, &mount.path("open").join(BIG)), Told::Let(_)), "{open:?}");
+        }
+        assert!(mount.notes.has_denial(Kind::Open, STRANGER.0, "open"));
+    }
+}
+
+// ---- The program ----------------------------------------------------------------------------------------------------
+
+fn text(output: &Output) -> String {
+    String::from_utf8_lossy(&[&output.stdout[..], &output.stderr].concat()).into_owned()
+}
+
+#[test]
+fn models_too_large_or_of_denied_types_are_refused_at_seal_before_anything_is_stored() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let program = Program::in_folder(dir.path());
+    let source = dir.path().join("source");
+    std::fs::create_dir(&source).expect("mkdir");
+    std::fs::write(source.join("model.safetensors"), vec![7; 100_000]).expect("written");
+    let seal = |more: &[&str]| {
+        let mut command = program.command(&["seal"]);
+        command.arg(&source).args([program.store(), "m", "--key", &program.key()]).args(more);
+        command.output().expect("the binary runs")
+    };
+    let refused = |more: &[&str], words: &[&str]| {
+        let output = seal(more);
+        assert_eq!(output.status.code(), Some(25), "{}", text(&output));
+        for word in words {
+            assert!(text(&output).contains(word), "{word}: {}", text(&output));
+        }
+        let stored = std::fs::read_dir(program.store()).expect("the store").count();
+        assert_eq!(stored, 0, "nothing is stored");
+    };
+    refused(&["--max-model-size", "50k"], &["100000", "max-model-size"]);
+    std::fs::write(source.join("weights.safetensors"), b"\x80\x04\x95....").expect("written");
+    refused(&["--deny-types", "pickle"], &["weights.safetensors", "pickle", "content"]);
+    std::fs::remove_file(source.join("weights.safetensors")).expect("removed");
+    std::fs::write(source.join("optimizer.pt"), b"anything").expect("written");
+    refused(&["--deny-types", "pickle"], &["optimizer.pt", "name"]);
+    refused(&["--deny-types", ".onnx", "--deny-types", ".pt"], &["optimizer.pt", ".pt"]);
+    let output = seal(&["--deny-types", ".onnx", "--max-model-size", "1MiB"]);
+    assert!(output.status.success(), "{}", text(&output));
+}
+
+#[test]
+fn what_was_sealed_elsewhere_is_refused_at_mount_or_left_out_of_a_whole_store() {
+    if !can_mount() {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("a folder");
+    let program = Program::in_folder(dir.path());
+    let source = dir.path().join("source");
+    std::fs::create_dir(&source).expect("mkdir");
+    std::fs::write(source.join("model.safetensors"), vec![7; 1000]).expect("written");
+    program.seal(&source, "good");
+    std::fs::write(source.join("model.pkl"), b"\x80\x04.").expect("written");
+    program.seal(&source, "bad");
+
+    let mount = program.mount(&["--deny-types", "pickle"]);
+    assert!(program.mountpoint().join("good/model.safetensors").exists());
+    assert!(!program.mountpoint().join("bad").exists());
+    assert!(program.log().contains("bad is left out") && program.log().contains("model.pkl"), "{}", program.log());
+    mount.unmount();
+
+    let named = |more: &[&str]| {
+        let mut command = program.command(&["mount"]);
+        command.arg(program.store()).arg(program.mountpoint()).args(["--key", &program.key(), "--trust"]);
+        command.arg(program.trusted_key()).args(["--model", "bad"]).args(more);
+        let output = command.output().expect("the binary runs");
+        assert_eq!(output.status.code(), Some(25), "{}", text(&output));
+        text(&output)
+    };
+    assert!(named(&["--deny-types", "pickle"]).contains("model.pkl"));
+    assert!(named(&["--max-model-size", "500"]).contains("max-model-size"));
+}
+
+#[test]
+fn a_policy_is_checked_before_it_takes_effect_and_a_refused_one_changes_nothing() {
+    if !can_mount() {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("a folder");
+    let program = Program::in_folder(dir.path());
+    std::fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("chmod");
+    let source = dir.path().join("source");
+    std::fs::create_dir(&source).expect("mkdir");
+    std::fs::write(source.join("config.json"), "{}").expect("written");
+    program.seal(&source, "m");
+    let policy = dir.path().join("policy.toml");
+    let policy_arg = policy.to_str().expect("utf-8");
+    std::fs::write(&policy, "[[rule]]\nuid = [1]\n").expect("written");
+    let mut command = program.command(&["mount"]);
+    command.arg(program.store()).arg(program.mountpoint()).args(["--key", &program.key(), "--trust"]);
+    let output = command.arg(program.trusted_key()).args(["--policy", policy_arg]).output().expect("runs");
+    assert_eq!(output.status.code(), Some(2), "{}", text(&output));
+    assert!(text(&output).contains("did you mean `uids`"), "{}", text(&output));
+
+    let grant = |uid: u32| format!("[[rule]]\nuids = [{uid}]\nmodels = [\"m\"]\nmay = \"read\"\n");
+    std::fs::write(&policy, grant(4303)).expect("written");
+    let mount = program.mount(&["--allow-other", "--umask", "0222", "--policy", policy_arg]);
+    let file = program.mountpoint().join("m/config.json");
+    assert!(matches!(cat(STRANGER, &file), Told::Let(_)));
+    assert_eq!(cat(MEMBER, &file), Told::NotFound);
+
+    std::fs::write(&policy, "[[rule]]\nuid = [1]\n").expect("written");
+    let output = program.command(&["reload"]).arg(program.mountpoint()).output().expect("runs");
+    assert_eq!(output.status.code(), Some(2));
+    assert!(text(&output).contains("stays as it was") && text(&output).contains("`uids`"), "{}", text(&output));
+    mount.signal(libc::SIGHUP);
+    while !program.log().contains("nothing changed") {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert!(matches!(cat(STRANGER, &file), Told::Let(_)), "the old one stands");
+
+    std::fs::write(&policy, grant(4302)).expect("written");
+    let output = run_ok(program.command(&["reload"]).arg(program.mountpoint()));
+    assert!(text(&output).contains("in force, 1 rules"), "{}", text(&output));
+    assert_eq!(cat(STRANGER, &file), Told::NotFound);
+    assert!(matches!(cat(MEMBER, &file), Told::Let(_)));
+    let status = text(&run_ok(program.command(&["status", "--json"]).arg(program.mountpoint())));
+    assert!(status.contains("policy.toml"), "{status}");
+    mount.unmount();
+}
+
+/// What the kernel serves by itself it serves to whoever has the descriptor (docs/ACCESS.md); not what it asks us about.
+#[test]
+fn a_descriptor_past_the_daemon_that_is_handed_on_gives_bytes_and_no_attributes() {
+    if !can_mount() {
+        return;
+    }
+    let root = "[denials]\ncount = 1000\n[[rule]]\nuids = [0]\nmodels = [\"*\"]\nmay = \"read\"\n";
+    let mount = Mount::new(OpenPolicy::Whole, Layout::Plain, Some(root));
+    if !mount.fs.passthrough() {
+        eprintln!("SKIPPED: this kernel has no passthrough");
+        return;
+    }
+    let file = File::open(mount.path("open").join(BIG)).expect("open");
+    assert_eq!(by_a_stranger(&file, read_some), Ok(()));
+    assert_eq!(by_a_stranger(&file, look), Err(Some(libc::ENOENT)));
+}
+
+/// What a child of ours that has become a stranger is told of a descriptor that we opened.
+fn by_a_stranger(file: &File, asks: fn(i32) -> i64) -> Result<(), Option<i32>> {
+    let fd = file.as_raw_fd();
+    let mut command = Command::new("true");
+    command.uid(STRANGER.0).gid(STRANGER.1);
+    // SAFETY: after the change of user; plain calls on a descriptor that the child has until it becomes `true`.
+    unsafe {
+        command.pre_exec(move || if asks(fd) < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) });
+    }
+    command.status().map(drop).map_err(|error| error.raw_os_error())
+}
+
+fn read_some(fd: i32) -> i64 {
+    let mut room = [0u8; 10];
+    // SAFETY: reads into a buffer of this length.
+    unsafe { libc::pread(fd, room.as_mut_ptr().cast(), room.len(), 1 << 20) as i64 }
+}
+
+fn look(fd: i32) -> i64 {
+    // SAFETY: a stat is plain numbers; the kernel fills ours.
+    unsafe {
+        let mut stat: libc::stat = std::mem::zeroed();
+        i64::from(libc::fstat(fd, &raw mut stat))
+    }
+}

@@ -1,0 +1,748 @@
+//! Hypothesis: at whatever write a rotation dies, the model opens with the old key or with the new one, never with
+//! neither; running it again completes it; what was replaced is refused by name.
+
+#[path = "common/program.rs"]
+mod program;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use modelfs::crypto::{Dek, FileHasher, ModelKeys, SigningKey, Verify, open_chunk, open_manifest, scratch_len};
+use modelfs::error::{Code, Error, Result};
+use modelfs::format::*;
+use modelfs::keys::{
+    FloorPolicy, FloorStore, Glob, KeySource, Keyring, ModelSelector, Resolved, Resolver, Roles, Trust, Wanted,
+    unix_now,
+};
+use modelfs::mem::{LockedBuf, Secret};
+use modelfs::rotate::{Edit, Edited, Keys, Level, Rekey, Rekeyed, Rewrap, Rotator};
+use modelfs::seal::*;
+use modelfs::store::fault::{Call, Death, Fault, Faulty, When};
+use modelfs::store::memory::MemoryStore;
+use modelfs::store::{ChunkSink, ChunkSource, fetch_chunk};
+use program::{Program, run_ok};
+use serde_json::Value;
+
+const MODEL: &str = "acme/llama";
+
+fn nobody(_: &str) -> Result<LockedBuf> {
+    panic!("nobody is there to be asked")
+}
+
+fn signing() -> Arc<SigningKey> {
+    Arc::new(SigningKey::from_seed(Secret::from_bytes(&mut [9; 32])))
+}
+
+type Files = BTreeMap<String, Vec<u8>>;
+
+fn noise(len: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed + 1;
+    let step = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as u8
+    };
+    std::iter::repeat_with(step).take(len).collect()
+}
+
+/// Few exponents: worth coding.
+fn bf16(len: usize) -> Vec<u8> {
+    let mut bytes = noise(len, 5);
+    bytes.iter_mut().skip(1).step_by(2).for_each(|high| *high = 0x3c | (*high & 0x83));
+    bytes
+}
+
+/// A pack, an empty file, a file of three chunks that is coded.
+fn files() -> Files {
+    let bytes = [noise(700, 1), noise(90_000, 2), Vec::new(), bf16((2 << 20) + 7_000)];
+    ["config.json", "deep/tokenizer.model", "empty", "w.bin"].map(str::to_owned).into_iter().zip(bytes).collect()
+}
+
+/// Keys, a folder to seal, state; one store a bench.
+struct Bench {
+    dir: tempfile::TempDir,
+    trust: Trust,
+}
+
+impl Bench {
+    fn new() -> Bench {
+        let dir = tempfile::tempdir().unwrap();
+        for (path, bytes) in files() {
+            let path = dir.path().join("source").join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, bytes).unwrap();
+        }
+        let mut trust = Trust::default();
+        trust.add(Glob::new("*").unwrap(), signing().public(), Roles::BOTH);
+        Bench { dir, trust }
+    }
+
+    fn key(&self, number: u8) -> KeySource {
+        use std::os::unix::fs::PermissionsExt;
+        let path: PathBuf = self.dir.path().join(format!("key-{number}"));
+        if !path.exists() {
+            fs::write(&path, [number; 32]).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        }
+        KeySource::File(path)
+    }
+
+    fn ring(&self, numbers: &[u8]) -> Keys {
+        let sources: Vec<KeySource> = numbers.iter().map(|number| self.key(*number)).collect();
+        Arc::new(Keyring::new(&sources, &nobody))
+    }
+
+    fn floors(&self) -> FloorStore {
+        FloorStore::new(&self.dir.path().join("state"))
+    }
+
+    /// A store with version 1, under `latest` and `prod`, for these keys and, when wanted, a transit key.
+    fn sealed(&self, numbers: &[u8], transit: bool) -> MemoryStore {
+        let store = MemoryStore::new();
+        self.seal(&store, numbers, transit);
+        store
+    }
+
+    fn seal(&self, store: &MemoryStore, numbers: &[u8], transit: bool) {
+        let keys = Arc::new(SealKeys { ring: self.ring(numbers), transit });
+        let mut options = SealOptions::new(keys, signing());
+        options.chunk_log2 = 20;
+        options.tags = vec!["prod".into()];
+        run(seal(&self.dir.path().join("source"), Arc::new(store.clone()), MODEL, options)).unwrap();
+    }
+
+    fn resolver<'a>(&'a self, store: &'a dyn ChunkSource, floors: Option<&'a FloorStore>) -> Resolver<'a> {
+        Resolver {
+            source: store,
+            trust: &self.trust,
+            first_use: None,
+            floors,
+            policy: FloorPolicy::default(),
+            now: unix_now,
+        }
+    }
+
+    fn chain(&self, store: &Arc<dyn ChunkSink>, floors: Option<FloorStore>) -> Chain {
+        Chain {
+            store: Arc::clone(store),
+            model_id: ModelId::of_name(MODEL),
+            model_name: Arc::from(MODEL),
+            trusted: Arc::new(vec![signing().public()]),
+            publishers: Arc::new(vec![signing().public()]),
+            floors,
+        }
+    }
+
+    fn rotate<T>(
+        &self,
+        store: Arc<dyn ChunkSink>,
+        floors: Option<FloorStore>,
+        work: impl AsyncFnOnce(&Rotator<'_>) -> Result<T>,
+    ) -> Result<T> {
+        let releaser =
+            Releaser { chain: self.chain(&store, floors.clone()), signers: vec![signing()], now: unix_now() };
+        let rotator = Rotator { resolver: self.resolver(&*store, floors.as_ref()), releaser };
+        run(work(&rotator))
+    }
+
+    fn edit(&self, store: impl ChunkSink + 'static, edit: &Edit) -> Result<Edited> {
+        self.rotate(Arc::new(store), None, async |rotator| rotator.edit(&Wanted::Newest, edit).await)
+    }
+
+    fn rekey(&self, store: impl ChunkSink + 'static, order: &Rekey) -> Result<Rekeyed> {
+        self.rotate(Arc::new(store), None, async |rotator| rotator.rekey(&Wanted::Newest, order).await)
+    }
+
+    fn order(&self, level: Level, keys: &[u8], to: &[u8]) -> Rekey {
+        Rekey {
+            level,
+            keys: self.ring(keys),
+            to: (!to.is_empty()).then(|| self.ring(to)),
+            publishers: vec![signing()],
+            withdraw_old: false,
+            threads: 2,
+            progress: ProgressFn::silent(),
+        }
+    }
+
+    /// As a machine that has seen nothing.
+    fn resolve(&self, store: &dyn ChunkSource, selector: &str) -> Result<Resolved> {
+        let selector: ModelSelector = selector.parse().unwrap();
+        run(self.resolver(store, None).resolve(&selector, None))
+    }
+
+    /// What a new reader with these keys gets from `selector`.
+    fn read(&self, store: &dyn ChunkSource, selector: &str, numbers: &[u8]) -> Result<(Manifest, Files)> {
+        let resolved = self.resolve(store, selector)?;
+        let (manifest, keys) = resolved.open(&self.ring(numbers))?;
+        let files = run(plain(store, &manifest, &keys))?;
+        Ok((manifest, files))
+    }
+}
+
+struct SealKeys {
+    ring: Keys,
+    transit: bool,
+}
+
+impl SlotKeys for SealKeys {
+    fn wrap(&self, dek: &Dek, target: &SlotTarget) -> Result<Vec<Slot>> {
+        let mut slots = self.ring.wrap_all(dek, target)?;
+        if self.transit {
+            let body = b"vault:v1:QUFBQQ==".to_vec();
+            slots.push(Slot { label: "vault".into(), params: SlotParams::VaultTransit, body });
+        }
+        Ok(slots)
+    }
+
+    fn unlock(&self, slots: &Slots, header: &ManifestHeader) -> Result<Dek> {
+        self.ring.unlock(slots, header)
+    }
+}
+
+/// A Vault whose key has this version.
+struct FakeVault {
+    version: u32,
+    asked: AtomicUsize,
+}
+
+impl FakeVault {
+    fn at(version: u32) -> Arc<FakeVault> {
+        Arc::new(FakeVault { version, asked: AtomicUsize::new(0) })
+    }
+}
+
+impl Rewrap for FakeVault {
+    fn rewrap(&self, context: &[u8; 32], wrapped: &str) -> Result<String> {
+        assert_ne!(context, &[0; 32]);
+        self.asked.fetch_add(1, Ordering::Relaxed);
+        let payload = wrapped.rsplit(':').next().unwrap();
+        Ok(format!("vault:v{}:{payload}", self.version))
+    }
+}
+
+async fn plain(store: &dyn ChunkSource, manifest: &Manifest, keys: &ModelKeys) -> Result<Files> {
+    let mut objects = Vec::new();
+    for (number, entry) in manifest.objects().iter().enumerate() {
+        let mut bytes = vec![0; entry.layout.plain_len() as usize];
+        let mut rest = &mut bytes[..];
+        for index in entry.layout.chunks() {
+            let (slot, later) = rest.split_at_mut(entry.layout.chunk_plain_len(index) as usize);
+            let chunk = fetch_chunk(store, manifest, number as u32, index).await?;
+            let mut scratch = vec![0; scratch_len(entry)];
+            open_chunk(keys, manifest, number as u32, &chunk, Verify::Strict, slot, &mut scratch)?;
+            rest = later;
+        }
+        objects.push(bytes);
+    }
+    let mut files = Files::new();
+    for file in manifest.files() {
+        let mut bytes = Vec::new();
+        for extent in manifest.extents(file) {
+            let start = extent.object_offset as usize;
+            bytes.extend_from_slice(&objects[extent.object as usize][start..start + extent.len as usize]);
+        }
+        let mut hasher = FileHasher::new();
+        hasher.update(&bytes);
+        assert_eq!(hasher.finish(), file.sha256);
+        files.insert(manifest.path(file).to_owned(), bytes);
+    }
+    Ok(files)
+}
+
+fn run<T>(work: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap().block_on(work)
+}
+
+fn named(store: &MemoryStore, part: &str) -> BTreeSet<String> {
+    store.names().into_iter().filter(|name| name.contains(part)).collect()
+}
+
+/// What is done at each level, and the keys that open before and after.
+enum Level0 {
+    Edit { before: &'static [u8], edit: Edit, after: &'static [u8], shut: &'static [u8] },
+    Rekey { order: Rekey, after: &'static [u8] },
+}
+
+fn levels(bench: &Bench) -> Vec<(&'static str, Level0)> {
+    let ring = |numbers: &[u8]| bench.ring(numbers);
+    vec![
+        (
+            "add",
+            Level0::Edit {
+                before: &[1],
+                edit: Edit::Add { keys: ring(&[1]), new: ring(&[2]), label: None },
+                after: &[1, 2],
+                shut: &[],
+            },
+        ),
+        (
+            "remove",
+            Level0::Edit {
+                before: &[1, 2],
+                edit: Edit::Remove { keys: ring(&[1]), label: "key-file-2".into() },
+                after: &[1],
+                shut: &[2],
+            },
+        ),
+        (
+            "replace",
+            Level0::Edit {
+                before: &[1, 3],
+                edit: Edit::Replace { keys: ring(&[1]), new: ring(&[2]), label: None },
+                after: &[2, 3],
+                shut: &[1],
+            },
+        ),
+        (
+            "rewrap",
+            Level0::Edit {
+                before: &[1],
+                edit: Edit::Rewrap { vault: FakeVault::at(2), label: None },
+                after: &[1],
+                shut: &[],
+            },
+        ),
+        ("new-key", Level0::Rekey { order: bench.order(Level::NewKey, &[1], &[2]), after: &[2] }),
+        ("reencrypt", Level0::Rekey { order: bench.order(Level::Reencrypt, &[1], &[2]), after: &[2] }),
+    ]
+}
+
+impl Level0 {
+    fn prepare(&self, bench: &Bench, name: &str) -> MemoryStore {
+        match self {
+            Level0::Edit { before, .. } => bench.sealed(before, name == "rewrap"),
+            Level0::Rekey { .. } => bench.sealed(&[1], false),
+        }
+    }
+
+    fn run(&self, bench: &Bench, store: impl ChunkSink + 'static) -> Result<()> {
+        match self {
+            Level0::Edit { edit, .. } => bench.edit(store, edit).map(drop),
+            Level0::Rekey { order, .. } => bench.rekey(store, order).map(drop),
+        }
+    }
+
+    /// Everything is as it was wanted, whatever happened on the way.
+    fn assert_done(&self, bench: &Bench, store: &MemoryStore, told: &str) {
+        let tags = [LATEST, "prod"].map(|tag| bench.resolve(store, &format!("{MODEL}@{tag}")).unwrap());
+        assert_eq!(tags[0].digest, tags[1].digest, "{told}");
+        match self {
+            Level0::Edit { after, shut, .. } => {
+                for number in *after {
+                    assert_eq!(bench.read(store, MODEL, &[*number]).unwrap().1, files(), "{told}");
+                }
+                for number in *shut {
+                    assert_eq!(bench.read(store, MODEL, &[*number]).unwrap_err().code(), Code::NoKey, "{told}");
+                }
+                let generation = tags[0].slots.generation;
+                assert_eq!(generation, 2, "{told}");
+                for tag in &tags {
+                    assert_eq!(tag.reference.unwrap().min_slots_generation, generation, "{told}");
+                }
+                assert_eq!(named(store, "/k/").len(), 1, "{told}: {:?}", named(store, "/k/"));
+                assert_eq!(tags[0].header.seq, 1);
+            }
+            Level0::Rekey { order, after } => {
+                let (manifest, read) = bench.read(store, MODEL, after).unwrap();
+                assert_eq!(read, files(), "{told}");
+                assert_eq!(bench.read(store, MODEL, &[1]).unwrap_err().code(), Code::NoKey, "{told}");
+                let (old, _) = bench.read(store, &format!("{MODEL}@1"), &[1]).unwrap();
+                let oids =
+                    |manifest: &Manifest| manifest.objects().iter().map(|object| object.oid).collect::<BTreeSet<_>>();
+                match order.level {
+                    Level::NewKey => assert_eq!(oids(&manifest), oids(&old), "{told}"),
+                    Level::Reencrypt => assert!(oids(&manifest).is_disjoint(&oids(&old)), "{told}"),
+                }
+                assert_ne!(manifest.header().dek_commit, old.header().dek_commit);
+                // One round of it, whatever died: no second key for what was already under a new one.
+                assert_eq!(
+                    manifest.header().previous,
+                    Some(bench.resolve(store, &format!("{MODEL}@1")).unwrap().digest)
+                );
+            }
+        }
+        assert!(named(store, "/l/").is_empty() || told.contains("after a death"), "{told}");
+    }
+}
+
+#[test]
+fn a_rotation_that_dies_at_any_write_leaves_a_model_that_opens_and_a_rerun_completes_it() {
+    let bench = Bench::new();
+    for (name, level) in levels(&bench) {
+        let writes = {
+            let store = level.prepare(&bench, name);
+            let faulty = Faulty::new(store.clone());
+            level.run(&bench, faulty.clone()).unwrap();
+            level.assert_done(&bench, &store, name);
+            faulty.writes()
+        };
+        eprintln!("{name}: {writes} writes to die at");
+        assert!(writes >= 7, "{name}: {writes} writes are too few to prove anything");
+        for write in 0..writes {
+            for side in [Death::Before, Death::After] {
+                let told = format!("{name}, after a death at write {write} of {writes}, {side:?}");
+                let store = level.prepare(&bench, name);
+                let faulty = Faulty::new(store.clone());
+                faulty.die_at_write(write, side);
+                drop(level.run(&bench, faulty));
+                // Old and new keys are tried apart: one of them must do.
+                for tag in [LATEST, "prod"] {
+                    let selector = format!("{MODEL}@{tag}");
+                    let with: Vec<Result<Files>> =
+                        [1, 2].iter().map(|key| bench.read(&store, &selector, &[*key]).map(|read| read.1)).collect();
+                    assert!(with.iter().flatten().all(|read| *read == files()), "{told}");
+                    assert!(with.iter().any(Result::is_ok), "{told}: {with:?}");
+                }
+                match (level.run(&bench, store.clone()), &level) {
+                    (Ok(()), _) => {}
+                    // The slot is gone and nothing is left to do: that is said, since a label may be mistyped.
+                    (Err(gone), Level0::Edit { edit: Edit::Remove { .. }, .. }) if gone.code() == Code::NotFound => {}
+                    (Err(other), _) => panic!("{told}: {other:?}"),
+                }
+                level.assert_done(&bench, &store, &told);
+                let before = store.names();
+                match &level {
+                    Level0::Edit { edit, .. } => match bench.edit(store.clone(), edit) {
+                        Ok(third) => assert!(!third.written && !third.finished, "{told}: {third:?}"),
+                        Err(gone) => assert_eq!(gone.code(), Code::NotFound, "{told}"),
+                    },
+                    Level0::Rekey { order, .. } => {
+                        let third = bench.rekey(store.clone(), order).unwrap();
+                        assert!(third.finished && third.refs.is_empty(), "{told}: {third:?}");
+                    }
+                }
+                assert_eq!(store.names(), before, "{told}");
+            }
+        }
+    }
+}
+
+/// The detector of the test above: a model without slots opens with no key.
+#[test]
+fn a_model_whose_slots_are_gone_opens_with_neither_key() {
+    let bench = Bench::new();
+    let store = bench.sealed(&[1], false);
+    for name in named(&store, "/k/") {
+        run(store.delete(&name)).unwrap();
+    }
+    for key in [1, 2] {
+        assert_eq!(bench.read(&store, MODEL, &[key]).unwrap_err().code(), Code::NotFound);
+    }
+}
+
+#[test]
+fn a_reader_who_opens_all_the_while_sees_no_gap() {
+    let bench = Bench::new();
+    let store = bench.sealed(&[1], false);
+    let (done, opened) = (AtomicBool::new(false), AtomicUsize::new(0));
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            let both = bench.ring(&[1, 2]);
+            while !done.load(Ordering::Acquire) {
+                bench.resolve(&store, MODEL).and_then(|resolved| resolved.open(&both)).unwrap();
+                opened.fetch_add(1, Ordering::Release);
+            }
+        });
+        let (one, two) = (bench.ring(&[1]), bench.ring(&[2]));
+        for round in 0..30 {
+            let (keys, new) = if round % 2 == 0 { (&one, &two) } else { (&two, &one) };
+            let edit = Edit::Replace { keys: Arc::clone(keys), new: Arc::clone(new), label: None };
+            assert!(bench.edit(store.clone(), &edit).unwrap().written);
+            // At least one look between two rotations.
+            let seen = opened.load(Ordering::Acquire);
+            while opened.load(Ordering::Acquire) == seen && !reader.is_finished() {
+                std::thread::yield_now();
+            }
+        }
+        done.store(true, Ordering::Release);
+    });
+    assert!(opened.into_inner() >= 30);
+}
+
+/// THREAT_MODEL (f) row 35: whoever may write to the store brings back the slots of somebody who left.
+#[test]
+fn slots_of_a_generation_that_was_replaced_are_slots_rollback() {
+    let bench = Bench::new();
+    let store = bench.sealed(&[1], false);
+    let model = ModelId::of_name(MODEL);
+    let vid = bench.resolve(&store, MODEL).unwrap().header.vid;
+    let old = store.get(&names::slots(model, vid, 1)).unwrap();
+    let edit = Edit::Replace { keys: bench.ring(&[1]), new: bench.ring(&[2]), label: None };
+    let edited = bench.edit(store.clone(), &edit).unwrap();
+    assert_eq!((edited.generation, edited.refs.len()), (2, 2));
+    store.put(&names::slots(model, vid, 1), old);
+    assert_eq!(bench.read(&store, MODEL, &[1]).unwrap_err().code(), Code::NoKey, "the newest generation counts");
+    run(store.delete(&names::slots(model, vid, 2))).unwrap();
+    for selector in [MODEL, "acme/llama@prod", "acme/llama@1"] {
+        assert_eq!(bench.read(&store, selector, &[1]).unwrap_err().code(), Code::SlotsRollback, "{selector}");
+    }
+}
+
+/// A version that no tag names any more has no ref to ask for its slots: who rotated it remembers.
+#[test]
+fn the_generation_of_a_version_that_no_tag_names_is_remembered_by_its_publisher() {
+    let bench = Bench::new();
+    let store = bench.sealed(&[1], false);
+    let model = ModelId::of_name(MODEL);
+    let vid = bench.resolve(&store, MODEL).unwrap().header.vid;
+    let old = store.get(&names::slots(model, vid, 1)).unwrap();
+    bench.seal(&store, &[1], false);
+    let edit = Edit::Replace { keys: bench.ring(&[1]), new: bench.ring(&[2]), label: None };
+    let floors = bench.floors();
+    let edited = bench
+        .rotate(Arc::new(store.clone()), Some(floors.clone()), async |rotator| {
+            rotator.edit(&Wanted::Version(1), &edit).await
+        })
+        .unwrap();
+    assert_eq!((edited.version, edited.generation, edited.refs.len()), (1, 2, 0));
+    assert!(edited.warnings.is_empty(), "{:?}", edited.warnings);
+    assert_eq!(bench.read(&store, "acme/llama@1", &[2]).unwrap().1, files());
+    run(store.delete(&names::slots(model, vid, 2))).unwrap();
+    store.put(&names::slots(model, vid, 1), old);
+    let selector: ModelSelector = "acme/llama@1".parse().unwrap();
+    let refused = run(bench.resolver(&store, Some(&floors)).resolve(&selector, None)).unwrap_err();
+    assert_eq!(refused.code(), Code::SlotsRollback);
+}
+
+#[test]
+fn after_a_new_key_the_old_one_is_dek_commit_and_no_object_changed() {
+    let bench = Bench::new();
+    let store = bench.sealed(&[1], false);
+    let objects = |store: &MemoryStore| {
+        named(store, "/d/").into_iter().map(|name| (store.get(&name).unwrap(), name)).collect::<Vec<_>>()
+    };
+    let (before, old) = (objects(&store), bench.resolve(&store, MODEL).unwrap());
+    let dek = || old.unlock(&bench.ring(&[1])).unwrap();
+    let rekeyed = bench.rekey(store.clone(), &bench.order(Level::NewKey, &[1], &[])).unwrap();
+    assert_eq!((rekeyed.from_version, rekeyed.version), (1, 2));
+    assert_eq!(rekeyed.refs, [(LATEST.to_owned(), 2), ("prod".to_owned(), 2)]);
+    assert_eq!((&rekeyed.slots[..], rekeyed.left_out.len()), (&["key-file".to_owned()][..], 0));
+    assert!(objects(&store) == before, "an object was touched");
+    let new = bench.resolve(&store, MODEL).unwrap();
+    assert_eq!(open_manifest(&new.manifest_bytes, dek()).unwrap_err().code(), Code::DekCommit);
+    assert!(open_manifest(&old.manifest_bytes, dek()).is_ok());
+    // Slots of the old version under the name of the new one.
+    let forged = Slots { generation: 2, vid: new.header.vid, ..old.slots.clone() };
+    store.put(&names::slots(new.model_id, new.header.vid, 2), forged.encode().unwrap());
+    assert_eq!(bench.read(&store, MODEL, &[1]).unwrap_err().code(), Code::DekCommit);
+}
+
+#[test]
+fn a_withdrawn_old_version_is_below_the_floor_of_whoever_sees_the_new_one() {
+    let bench = Bench::new();
+    let store = bench.sealed(&[1], false);
+    let order = Rekey { withdraw_old: true, ..bench.order(Level::Reencrypt, &[1], &[2]) };
+    bench.rekey(store.clone(), &order).unwrap();
+    assert_eq!(bench.read(&store, "acme/llama@1", &[1]).unwrap_err().code(), Code::BelowFloor);
+    assert_eq!(bench.read(&store, MODEL, &[2]).unwrap().1, files());
+}
+
+#[test]
+fn what_was_coded_is_coded_again_and_no_plaintext_reaches_the_store() {
+    let bench = Bench::new();
+    let store = bench.sealed(&[1], false);
+    let canary = &files()["deep/tokenizer.model"][..32];
+    let before = store.names();
+    bench.rekey(store.clone(), &bench.order(Level::Reencrypt, &[1], &[])).unwrap();
+    let (manifest, _) = bench.read(&store, MODEL, &[1]).unwrap();
+    let coded = |manifest: &Manifest| manifest.objects().iter().filter(|object| object.is_coded()).count();
+    assert_eq!((coded(&manifest), coded(&bench.read(&store, "acme/llama@1", &[1]).unwrap().0)), (1, 1));
+    let lens = |manifest: &Manifest| manifest.objects().iter().map(ObjectEntry::stored_len).sum::<u64>();
+    let plain: u64 = manifest.objects().iter().map(|object| object.layout.plain_len()).sum();
+    assert!(lens(&manifest) < plain * 9 / 10, "{} of {plain}", lens(&manifest));
+    for name in store.names().into_iter().filter(|name| !before.contains(name)) {
+        let bytes = store.get(&name).unwrap();
+        assert!(!bytes.windows(canary.len()).any(|window| window == canary), "plaintext in {name}");
+    }
+}
+
+/// Damage that a reader would find is found before anything is published.
+#[test]
+fn a_damaged_object_is_not_encrypted_anew() {
+    let bench = Bench::new();
+    let store = bench.sealed(&[1], false);
+    let refs = named(&store, "/r/");
+    let faulty = Faulty::new(store.clone());
+    faulty.on(When::call(Call::ReadRange).name("/d/"), Fault::FlipBit { offset: 5_000, bit: 1 });
+    let refused = bench.rekey(faulty, &bench.order(Level::Reencrypt, &[1], &[])).unwrap_err();
+    assert_eq!(refused.code(), Code::ChunkHash);
+    assert_eq!(named(&store, "/r/"), refs);
+}
+
+#[test]
+fn slots_that_the_store_changed_are_taken_back_and_the_old_ones_stay_in_force() {
+    let bench = Bench::new();
+    let store = bench.sealed(&[1], false);
+    let faulty = Faulty::new(store.clone());
+    faulty.on(When::call(Call::ReadSmall).name("/0000000002"), Fault::FlipBit { offset: 150, bit: 1 });
+    let edit = Edit::Replace { keys: bench.ring(&[1]), new: bench.ring(&[2]), label: None };
+    let refused = bench.edit(faulty, &edit).unwrap_err();
+    assert_eq!(refused.code(), Code::SlotsChecksum, "{refused:?}");
+    assert_eq!(bench.read(&store, MODEL, &[1]).unwrap().1, files());
+    assert_eq!(named(&store, "/k/").len(), 1);
+}
+
+#[test]
+fn of_two_editors_at_once_both_edits_are_made() {
+    let bench = Bench::new();
+    let store = bench.sealed(&[1], false);
+    std::thread::scope(|scope| {
+        for number in [2, 3, 4] {
+            let (bench, store) = (&bench, store.clone());
+            scope.spawn(move || {
+                let slow = Faulty::new(store);
+                slow.on(
+                    When::call(Call::Create).name("/k/").once(),
+                    Fault::Delay(std::time::Duration::from_millis(50)),
+                );
+                let edit = Edit::Add { keys: bench.ring(&[1]), new: bench.ring(&[number]), label: None };
+                bench.edit(slow, &edit).unwrap();
+            });
+        }
+    });
+    for number in [1, 2, 3, 4] {
+        assert_eq!(bench.read(&store, MODEL, &[number]).unwrap().1, files(), "key {number}");
+    }
+    assert_eq!(bench.resolve(&store, MODEL).unwrap().slots.generation, 4);
+}
+
+#[test]
+fn the_last_slot_and_the_last_key_of_the_operator_stay() {
+    let bench = Bench::new();
+    let store = bench.sealed(&[1], false);
+    let remove = |keys: &[u8], label: &str| Edit::Remove { keys: bench.ring(keys), label: label.into() };
+    let last = bench.edit(store.clone(), &remove(&[1], "key-file")).unwrap_err();
+    assert!(last.code() == Code::Usage && last.message().contains("last slot"), "{last:?}");
+    bench
+        .edit(store.clone(), &Edit::Add { keys: bench.ring(&[1]), new: bench.ring(&[2]), label: Some("b".into()) })
+        .unwrap();
+    let own = bench.edit(store.clone(), &remove(&[1], "key-file")).unwrap_err();
+    assert!(own.code() == Code::Usage && own.message().contains("--key of one that stays"), "{own:?}");
+    let unknown = bench.edit(store.clone(), &remove(&[1], "nobody")).unwrap_err();
+    assert!(unknown.code() == Code::NotFound && unknown.message().contains("key-file, b"), "{unknown:?}");
+    bench.edit(store.clone(), &remove(&[2], "key-file")).unwrap();
+    assert_eq!(bench.read(&store, MODEL, &[1]).unwrap_err().code(), Code::NoKey);
+}
+
+#[test]
+fn a_key_that_opens_nothing_adds_and_replaces_nothing() {
+    let bench = Bench::new();
+    let store = bench.sealed(&[1], false);
+    let before = store.names();
+    let (keys, new) = (bench.ring(&[7]), bench.ring(&[2]));
+    for edit in [
+        Edit::Add { keys: Arc::clone(&keys), new: Arc::clone(&new), label: None },
+        Edit::Replace { keys, new, label: None },
+    ] {
+        assert_eq!(bench.edit(store.clone(), &edit).unwrap_err().code(), Code::NoKey);
+    }
+    assert_eq!(store.names(), before);
+}
+
+/// A rewrap job opens nothing: what it can check is the form, and that the version did not fall.
+#[test]
+fn a_rewrap_raises_the_version_and_asks_for_no_key() {
+    let bench = Bench::new();
+    let store = bench.sealed(&[1], true);
+    let rewrap = |vault: &Arc<FakeVault>| Edit::Rewrap { vault: Arc::clone(vault) as Arc<dyn Rewrap>, label: None };
+    let same = FakeVault::at(1);
+    let edited = bench.edit(store.clone(), &rewrap(&same)).unwrap();
+    assert!(!edited.written && same.asked.load(Ordering::Relaxed) == 1, "already the newest: nothing to write");
+    let edited = bench.edit(store.clone(), &rewrap(&FakeVault::at(5))).unwrap();
+    assert_eq!(edited.rewrapped, [("vault".to_owned(), 1, 5)]);
+    let older = bench.edit(store.clone(), &rewrap(&FakeVault::at(4))).unwrap_err();
+    assert_eq!(older.code(), Code::VaultAnswer);
+    struct Broken(Code);
+    impl Rewrap for Broken {
+        fn rewrap(&self, _: &[u8; 32], _: &str) -> Result<String> {
+            match self.0 {
+                Code::Usage => Ok("<html>".into()),
+                code => Err(Error::new(code, "as told")),
+            }
+        }
+    }
+    for (told, code) in [
+        (Code::Usage, Code::VaultAnswer),
+        (Code::VaultDenied, Code::VaultDenied),
+        (Code::VaultUnreachable, Code::VaultUnreachable),
+    ] {
+        let edit = Edit::Rewrap { vault: Arc::new(Broken(told)), label: None };
+        assert_eq!(bench.edit(store.clone(), &edit).unwrap_err().code(), code);
+    }
+    assert_eq!(bench.read(&store, MODEL, &[1]).unwrap().1, files());
+    let none = bench.edit(bench.sealed(&[1], false), &rewrap(&FakeVault::at(5))).unwrap_err();
+    assert_eq!(none.code(), Code::NotFound);
+}
+
+/// The command line, as an operator types it.
+#[test]
+fn keys_are_listed_added_rotated_and_removed_from_the_command_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = folder.path().join("source");
+    fs::create_dir(&source).unwrap();
+    fs::write(source.join("w.bin"), bf16(300_000)).unwrap();
+    let program = Program::in_folder(folder.path());
+    program.seal(&source, "acme/a");
+    program.seal(&source, "acme/b");
+    let (store, key) = (program.store().to_owned(), program.key());
+    let file = |name: &str| {
+        let path = folder.path().join(name);
+        run_ok(program.command(&["keygen"]).arg(&path));
+        format!("file:{}", path.display())
+    };
+    let (two, three) = (file("two.key"), file("three.key"));
+    let trusted = program.trusted_key();
+    let command = |words: &[&str]| {
+        let mut command = program.command(words);
+        command.arg("--json").arg("--trust").arg(&trusted);
+        command
+    };
+    let json = |words: &[&str]| -> Value { serde_json::from_slice(&run_ok(&mut command(words)).stdout).unwrap() };
+    let code = |words: &[&str]| command(words).output().unwrap().status.code().unwrap();
+
+    let list = json(&["key", "list", &store, "acme/a", "--key", &key, "--key", &two]);
+    assert_eq!((list["generation"].as_u64(), list["slots"][0]["label"].as_str()), (Some(1), Some("key-file")));
+    assert_eq!(list["slots"][0]["opened_by"], serde_json::json!([key]));
+    let add = json(&["key", "add", &store, "acme/a", "--key", &key, "--add", &two, "--label", "break-glass"]);
+    assert_eq!((add["status"].as_str(), add["generation"].as_u64()), (Some("rotated"), Some(2)));
+    let again = json(&["key", "add", &store, "acme/a", "--key", &key, "--add", &two, "--label", "break-glass"]);
+    assert_eq!(again["status"], "unchanged");
+    let list = json(&["key", "list", &store, "acme/a", "--key", &two]);
+    assert_eq!(list["slots"][0]["opened_by"], serde_json::json!([]));
+    assert_eq!(list["slots"][1]["label"], "break-glass");
+
+    let all = json(&["key", "rotate", &store, "--all", "--key", &key, "--to", &three]);
+    assert_eq!(all["failed"], 0);
+    let rows = all["versions"].as_array().unwrap();
+    assert!(rows.len() == 2 && rows.iter().all(|row| row["status"] == "rotated"), "{all}");
+    let all = json(&["key", "rotate", &store, "--all", "--key", &key, "--to", &three]);
+    assert!(all["versions"].as_array().unwrap().iter().all(|row| row["status"] == "unchanged"), "{all}");
+    assert_eq!(code(&["verify", &store, "acme/a", "--key", &key]), 25);
+    assert_eq!(code(&["verify", &store, "acme/a", "--key", &three]), 0);
+
+    assert_eq!(code(&["key", "remove", &store, "acme/a", "--key", &two, "--label", "nobody"]), 3);
+    let gone = json(&["key", "remove", &store, "acme/a", "--key", &three, "--label", "break-glass"]);
+    assert_eq!(gone["removed"], serde_json::json!(["break-glass"]));
+    assert_eq!(code(&["key", "remove", &store, "acme/a", "--key", &three, "--label", "key-file"]), 2);
+    assert_eq!(code(&["key", "rotate", &store, "acme/a", "--key", &three]), 2);
+
+    let new = json(&["key", "rotate", &store, "acme/a", "--key", &three, "--new-key"]);
+    assert_eq!((new["version"].as_u64(), new["from_version"].as_u64()), (Some(2), Some(1)));
+    let young = json(&["key", "rotate", &store, "acme/a", "--all", "--key", &three, "--reencrypt"]);
+    assert_eq!(young["versions"][0]["status"], "untouched", "a day is the least age with --all: {young}");
+    let anew =
+        json(&["key", "rotate", &store, "acme/a", "--key", &three, "--to", &two, "--reencrypt", "--withdraw-old"]);
+    assert_eq!((anew["version"].as_u64(), anew["left_out"].clone()), (Some(3), serde_json::json!(["key-file"])));
+    assert_eq!(code(&["verify", &store, "acme/a", "--key", &two]), 0);
+    assert_eq!(code(&["verify", &store, "acme/a@2", "--key", &three]), 20);
+    // A model that the keys have no business with is told and is no failure.
+    let mixed = json(&["key", "rotate", &store, "--all", "--key", &two, "--to", &key]);
+    let status = |model: &str| {
+        let rows = mixed["versions"].as_array().unwrap();
+        rows.iter().find(|row| row["model"] == model).unwrap()["status"].clone()
+    };
+    assert_eq!((status("acme/a"), status("acme/b")), ("rotated".into(), "untouched".into()), "{mixed}");
+}

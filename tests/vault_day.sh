@@ -1,0 +1,405 @@
+#!/usr/bin/env bash
+# A day with Vault: a live HashiCorp Vault and a live MinIO, a model sealed by a publisher, mounted by a server, through
+# rotation, expiry, revocation, an outage, a replayed store and back. Every step checks its effect, and at the end Vault's own
+# audit log says what the server asked for.
+#
+#   tests/vault_day.sh      needs the release build (MODELFS names another binary) and tests/parts/install.sh vault
+#
+# The set-up and the policies are the ones of docs/KEYS.md, taken out of that page as they stand.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source tests/steps.sh
+source tests/page.sh
+
+cache=${MODELFS_TEST_CACHE:-$HOME/.cache/modelfs-tests}
+modelfs=${MODELFS:-${CARGO_TARGET_DIR:-$PWD/target}/release/modelfs}
+vault=$(MODELFS_TEST_CACHE=$cache bash tests/parts/vault.sh path vault)
+minio=$(MODELFS_TEST_CACHE=$cache bash tests/parts/vault.sh path minio)
+keys_page=$PWD/docs/KEYS.md
+
+if [[ ! -x $modelfs ]]; then
+  step "vault day: $modelfs is built (cargo build --release --locked)" false
+  finish
+  exit
+fi
+for part in "$vault" "$minio"; do
+  [[ -x $part ]] || { skip "vault day" "$part is not installed"; finish; exit; }
+done
+[[ -c /dev/fuse ]] || { skip "vault day" "this machine has no /dev/fuse"; finish; exit; }
+
+work=$(mktemp -d "${TMPDIR:-/tmp}/modelfs-day.XXXXXX")
+mnt=$work/mnt
+mkdir "$mnt" "$work/vault" "$work/minio" "$work/policies"
+export HOME=$work/home XDG_CONFIG_HOME=$work/config XDG_STATE_HOME=$work/state MODELFS_STATE_DIR=$work/state/modelfs
+mkdir -p "$HOME"
+for name in $(compgen -e | grep -E '^(MODELFS|MODEL|VAULT|AWS)_' | grep -vE '^MODELFS_TEST_[A-Z_]+$'); do unset "$name"; done
+
+free_port() { python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
+vault_port=$(free_port) minio_port=$(free_port)
+vault_pid="" minio_pid=""
+cleanup() {
+  if mountpoint -q "$mnt"; then
+    timeout 60 "$modelfs" umount "$mnt" >/dev/null 2>&1 || umount --lazy "$mnt" || true
+  fi
+  for pid in $vault_pid $minio_pid; do kill "$pid" 2>/dev/null || true; done
+  if [[ -n ${MODELFS_TEST_DAY_KEEP:-} ]]; then echo "kept: $work"; else rm -rf --one-file-system "$work"; fi
+}
+trap cleanup EXIT
+trap 'exit 130' INT TERM
+
+# ---- The servers. What the administrator uses is not exported: modelfs must not find it by accident.
+
+admin() { VAULT_ADDR=http://127.0.0.1:$vault_port VAULT_TOKEN=$root_token "$vault" "$@"; }
+until_true() { # SECONDS COMMAND...
+  local end=$((SECONDS + $1))
+  shift
+  until "$@" >/dev/null 2>&1; do ((SECONDS < end)) || return 1; sleep 0.1; done
+}
+vault_answers() { curl -fsS -o /dev/null "http://127.0.0.1:$vault_port/v1/sys/health?sealedcode=200&uninitcode=200&standbyok=true"; }
+
+start_vault() {
+  cat >"$work/vault.hcl" <<HCL
+storage "file" { path = "$work/vault" }
+listener "tcp" { address = "127.0.0.1:$vault_port" tls_disable = true }
+disable_mlock = true
+HCL
+  "$vault" server -config="$work/vault.hcl" >>"$work/vault.log" 2>&1 &
+  vault_pid=$!
+  until_true 30 vault_answers
+}
+stop_vault() { kill "$vault_pid"; wait "$vault_pid" 2>/dev/null || true; vault_pid=""; }
+unseal() { VAULT_ADDR=http://127.0.0.1:$vault_port "$vault" operator unseal "$unseal_key" >/dev/null; }
+
+start_minio() { # PASSWORD
+  storage_user=storage-admin storage_password=$1
+  MINIO_ROOT_USER=$storage_user MINIO_ROOT_PASSWORD=$1 MINIO_BROWSER=off "$minio" server "$work/minio" \
+    --address "127.0.0.1:$minio_port" --quiet >>"$work/minio.log" 2>&1 &
+  minio_pid=$!
+  until_true 30 curl -fsS -o /dev/null "http://127.0.0.1:$minio_port/minio/health/ready"
+}
+stop_minio() { kill "$minio_pid"; wait "$minio_pid" 2>/dev/null || true; minio_pid=""; }
+s3() { # METHOD PATH [CURL OPTION...]
+  curl -fsS --aws-sigv4 aws:amz:us-east-1:s3 --user "$storage_user:$storage_password" -X "$1" \
+    "http://127.0.0.1:$minio_port/$2" "${@:3}"
+}
+run_keys_block() { # NAME
+  VAULT_ADDR=http://127.0.0.1:$vault_port VAULT_TOKEN=$root_token STORAGE_USER=$storage_user \
+    STORAGE_PASSWORD=$storage_password STORAGE_ENDPOINT=http://127.0.0.1:$minio_port PATH=${vault%/*}:$PATH \
+    run_page_block "$keys_page" "$1"
+}
+init_vault() {
+  local answer
+  answer=$(VAULT_ADDR=http://127.0.0.1:$vault_port "$vault" operator init -key-shares=1 -key-threshold=1 -format=json)
+  root_token=$(jq -r .root_token <<<"$answer") unseal_key=$(jq -r '.unseal_keys_b64[0]' <<<"$answer")
+  unseal
+  until_true 20 admin token lookup
+  admin audit enable file file_path="$work/audit.log" >/dev/null
+}
+
+step "start Vault" start_vault
+step "initialise and unseal Vault, with an audit log" init_vault
+step "start MinIO" start_minio storage-password-one
+step "a bucket" s3 PUT models
+step "set up Vault as docs/KEYS.md says" run_keys_block setup
+step "let Vault make storage credentials as docs/KEYS.md says" run_keys_block storage
+for role in publisher pruner server rewrap auditor; do
+  page_block "$keys_page" hcl $role >"$work/policies/$role.hcl"
+  step "policy $role" admin policy write $role "$work/policies/$role.hcl"
+done
+step "a role for servers as docs/KEYS.md says" run_keys_block approle
+for role in publisher pruner rewrap auditor; do
+  step "a role for $role" admin write auth/approle/role/$role token_policies=$role token_ttl=20m
+done
+
+# ---- Who is who. Secrets lie in files; nothing is on a command line.
+
+credentials_of() { # ROLE: its role-id and a fresh secret-id
+  admin read -field=role_id "auth/approle/role/$1/role-id" >"$work/$1.role-id"
+  (umask 077 && admin write -f -field=secret_id "auth/approle/role/$1/secret-id" >"$work/$1.secret-id")
+}
+for role in publisher pruner server rewrap auditor; do credentials_of $role; done
+as() { # ROLE [STORAGE-ROLE]: the options with which that role reaches Vault and the bucket
+  local -A credentials=([publisher]=publish [pruner]=prune [rewrap]=prune)
+  echo "--vault-addr http://127.0.0.1:$vault_port --vault-auth approle --vault-role-id $(cat "$work/$1.role-id")" \
+    "--vault-secret-id-file $work/$1.secret-id --s3-endpoint http://127.0.0.1:$minio_port --s3-region us-east-1" \
+    "--s3-credentials vault-aws:aws/${2:-${credentials[$1]:-models}}"
+}
+store=s3://models/prod
+model=acme/llama
+transit="vault-transit:transit/models"
+signer="vault-transit:transit/release"
+floor="vault-kv:secret/floor"
+
+# Two versions that differ in one file; the large one is shared.
+make_version() { # N
+  python3 - "$work/v$1" "$1" <<'PYTHON'
+import json, random, struct, sys
+from pathlib import Path
+
+folder, number = Path(sys.argv[1]), int(sys.argv[2])
+folder.mkdir()
+bytes_ = random.Random(7).randbytes(48 << 20)
+header = json.dumps({"w": {"dtype": "U8", "shape": [len(bytes_)], "data_offsets": [0, len(bytes_)]}}).encode()
+(folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes_)
+(folder / "config.json").write_text(json.dumps({"version": number, "pad": "x" * 3000}))
+PYTHON
+}
+# shellcheck disable=SC2046 # `as` answers words
+publish() { # VERSION [OPTION...]
+  "$modelfs" seal "$work/v$1" $store $model --key $transit --sign $signer --floor $floor "${@:2}" $(as publisher)
+}
+trusted() { admin read -format=json transit/keys/release | jq -r '.data.keys["1"].public_key' | base64 -d | xxd -p -c 64; }
+# shellcheck disable=SC2046
+mount_as_server() { # [OPTION...]
+  "$modelfs" mount $store "$mnt" --model $model --key $transit --trust "$trust" --floor $floor --daemon \
+    --log-file "$work/mount.log" $(as server) "$@"
+}
+unmount() { "$modelfs" umount "$mnt"; }
+shows_version() { # N: every byte through the kernel, as it was sealed
+  diff -r "$work/v$1" "$mnt/$model" && cmp "$work/v$1/model.safetensors" "$mnt/$model/model.safetensors"
+}
+refused_with() { # CODE COMMAND...
+  local code=$1 said
+  shift
+  if said=$("$@" 2>&1); then echo "was not refused: $*"; return 1; fi
+  echo "$said"
+  [[ $said == *"[$code]"* ]] || { echo "wanted $code"; return 1; }
+}
+status_says() { # JQ FILTER that must be true
+  "$modelfs" status "$mnt" --json | jq -e "$1" >/dev/null || { "$modelfs" status "$mnt" --json; return 1; }
+}
+
+make_version 1
+make_version 2
+step "seal version 1 with transit, signed in Vault" publish 1
+trust=$(trusted)
+step "the server mounts it by AppRole with credentials from Vault" mount_as_server
+step "the model loads" shows_version 1
+step "status shows Vault live and the bucket's credentials" status_says '.vault.state == "live" and .vault.auth == "approle"'
+step "nothing secret is in the process list or environment" bash -c '
+  ! tr "\0" "\n" </proc/$(pgrep -f "modelfs mount '"$store $mnt"'" | head -1)/cmdline | grep -qF "$(cat "'"$work"'/server.secret-id")"'
+
+# ---- Credentials die under a running reader: MinIO forgets every session when its root password changes.
+replace_credentials() {
+  "$modelfs" umount "$mnt" && mount_as_server --open lazy --cache 64MiB || return 1
+  head -c 9000000 "$mnt/$model/model.safetensors" | cmp -n 9000000 - "$work/v1/model.safetensors" || return 1
+  stop_minio
+  start_minio storage-password-two
+  run_keys_block storage >/dev/null
+  # What is not in the cache yet must come with new credentials.
+  cmp "$work/v1/model.safetensors" "$mnt/$model/model.safetensors"
+}
+step "credentials end while the model is read, and are replaced" replace_credentials
+
+# ---- Rotation.
+transit_versions() { # the transit versions that the slots of the newest version carry
+  # shellcheck disable=SC2046
+  "$modelfs" key list $store $model --trust "$trust" --json $(as server) | jq -r '.slots[].detail' | sort -u
+}
+# shellcheck disable=SC2046
+rewrap_all() { "$modelfs" key rotate $store --all --rewrap --key $transit --sign $signer --trust "$trust" $(as rewrap); }
+rotate_transit() {
+  admin write -f transit/keys/models/rotate >/dev/null
+  rewrap_all
+  admin write transit/keys/models/config min_decryption_version=2 >/dev/null
+}
+step "the transit key is rotated and every slot rewrapped by a job that cannot decrypt" rotate_transit
+step "a second rewrap changes nothing" rewrap_all
+remount() { unmount && mount_as_server "$@"; }
+step "the server restarts on the new slots" remount
+step "the model loads after the rotation" shows_version 1
+
+# ---- Revocation.
+revoke_and_look() {
+  unmount && mount_as_server --on-key-loss lock --open lazy || return 1
+  exec 7<"$mnt/$model/model.safetensors"
+  head -c 4096 <&7 >/dev/null
+  local accessor began
+  admin delete auth/approle/role/server >/dev/null
+  for accessor in $(admin list -format=json auth/token/accessors | jq -r '.[]'); do
+    if admin token lookup -accessor -format=json "$accessor" | jq -e '.data.path == "auth/approle/login" and (.data.policies | index("server"))' >/dev/null; then
+      admin token revoke -accessor "$accessor" >/dev/null
+    fi
+  done
+  began=$(date +%s.%N)
+  # The mount learns of it when it next speaks with Vault; a new reader asks nothing of it.
+  until ! head -c 4096 "$mnt/$model/config.json" >/dev/null 2>&1; do
+    (($(date +%s) < ${began%.*} + 120)) || { echo "still readable after 120 s"; return 1; }
+    sleep 0.2
+  done
+  echo "reads stopped $(python3 -c "import time; print(f'{time.time() - $began:.1f}')") s after the revocation"
+  ! head -c 4096 <&7 >/dev/null 2>&1 || { echo "an open file is still read"; return 1; }
+  exec 7<&-
+  status_says '.vault.state == "lost"' && refused_with LOCKED cat_in_mount
+}
+cat_in_mount() { cat "$mnt/$model/config.json" || { echo "[LOCKED] $(python3 -c "
+import errno, os
+try: os.open('$mnt/$model/config.json', os.O_RDONLY)
+except OSError as e: print(errno.errorcode[e.errno]); raise SystemExit(0 if e.errno == errno.EACCES else 9)")"; return 1; }; }
+step "the token is revoked: reads stop, on open files too" revoke_and_look
+restore() {
+  unmount
+  page_block "$keys_page" sh approle | sed 1q | sed 's/^vault //' | xargs "$vault" >/dev/null 2>&1 || run_keys_block approle >/dev/null
+  credentials_of server
+  mount_as_server && shows_version 1
+}
+step "the role is restored and the server mounts again" restore
+
+# ---- Versions.
+step "seal version 2" publish 2 --metric eval_loss=1.93
+step "the server takes version 2" remount
+step "version 2 loads" shows_version 2
+# The bucket as an attacker keeps it.
+cp -a "$work/minio" "$work/minio.before"
+# shellcheck disable=SC2046
+roll_back() { "$modelfs" rollback $store $model --to 1 --sign $signer --trust "$trust" --floor $floor $(as publisher); }
+step "roll back to version 1" roll_back
+step "the server follows the rollback" remount
+step "version 1 loads again" shows_version 1
+replay() {
+  unmount
+  stop_minio
+  mv "$work/minio" "$work/minio.now" && mv "$work/minio.before" "$work/minio"
+  start_minio storage-password-two
+  # A fresh machine: nothing is remembered here, only in Vault.
+  refused_with ROLLBACK env MODELFS_STATE_DIR="$work/fresh" bash -c "$(declare -f mount_as_server as); $(declare -p modelfs store mnt model transit trust floor work vault_port minio_port); mount_as_server" || return 1
+  stop_minio
+  rm -rf "$work/minio" && mv "$work/minio.now" "$work/minio"
+  start_minio storage-password-two
+}
+step "a bucket from before the rollback is refused by name on a fresh machine" replay
+step "the true bucket mounts" mount_as_server
+
+# ---- Break glass.
+echo "a phrase in an envelope, $(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')" >"$work/phrase"
+chmod 600 "$work/phrase"
+phrase=passphrase-file:$work/phrase
+# shellcheck disable=SC2046
+add_phrase() {
+  "$modelfs" key add $store $model --key $transit --add "$phrase" --label break-glass --sign $signer --trust "$trust" $(as publisher)
+}
+step "a passphrase slot is added" add_phrase
+# Without Vault there are no storage credentials from it either: a break-glass envelope holds those too.
+mount_with_phrase() {
+  AWS_ACCESS_KEY_ID=$storage_user AWS_SECRET_ACCESS_KEY=$storage_password \
+    "$modelfs" mount $store "$mnt" --model $model --key "$phrase" --trust "$trust" --daemon \
+    --s3-endpoint "http://127.0.0.1:$minio_port" --s3-region us-east-1 "$@"
+}
+vault_first() { mount_with_phrase --key $transit --vault-addr "http://127.0.0.1:$vault_port" --vault-auth approle \
+  --vault-role-id "$(cat "$work/server.role-id")" --vault-secret-id-file "$work/server.secret-id" --vault-timeout 2s; }
+open_while() { # WHAT: stopped, sealed
+  unmount 2>/dev/null || true
+  case $1 in
+    stopped) stop_vault ;;
+    sealed) admin operator seal >/dev/null ;;
+  esac
+  vault_first && shows_version 1 && unmount || return 1
+  case $1 in
+    stopped) start_vault && unseal ;;
+    sealed) unseal ;;
+  esac
+  until_true 20 admin token lookup
+}
+step "the phrase opens the model while Vault is stopped" open_while stopped
+step "the phrase opens the model while Vault is sealed" open_while sealed
+sealed_alone() {
+  admin operator seal >/dev/null
+  refused_with VAULT_SEALED mount_as_server --vault-timeout 2s
+  local rc=$?
+  unseal && until_true 20 admin token lookup
+  return $rc
+}
+step "without the phrase a sealed Vault is named" sealed_alone
+# shellcheck disable=SC2046
+remove_phrase() {
+  "$modelfs" key remove $store $model --key $transit --label break-glass --sign $signer --trust "$trust" $(as publisher)
+}
+step "the passphrase slot is removed" remove_phrase
+step "the phrase opens nothing any more" refused_with NO_KEY mount_with_phrase
+# shellcheck disable=SC2046
+prune_twice() {
+  for _ in 1 2; do
+    "$modelfs" prune $store --key $transit --trust "$trust" --grace 0s --second-look 0s --keep 1 --yes $(as "${1:-pruner}") || return 1
+  done
+}
+step "the publisher's credentials delete nothing" refused_with STORE_DENIED prune_twice publisher
+# shellcheck disable=SC2046
+seal_as_pruner() { "$modelfs" seal "$work/v2" $store $model --key $transit --sign $signer --floor $floor $(as pruner); }
+step "the pruner seals nothing" refused_with VAULT_DENIED seal_as_pruner
+# With a policy that lets the publisher ask for the readers' credentials: the bucket itself says no.
+readers_credentials() {
+  { cat "$work/policies/publisher.hcl"; echo 'path "aws/creds/models" { capabilities = ["read"] }'; } | admin policy write publisher - >/dev/null
+  # shellcheck disable=SC2046
+  refused_with STORE_DENIED "$modelfs" seal "$work/v2" $store $model --key $transit --sign $signer --floor $floor $(as publisher models)
+  local rc=$?
+  admin policy write publisher "$work/policies/publisher.hcl" >/dev/null
+  return $rc
+}
+step "a reader's credentials write nothing" readers_credentials
+step "prune" prune_twice
+step "what is left mounts" mount_as_server
+step "and loads" shows_version 1
+step "unmount" unmount
+
+# ---- The policies: enough was shown above; one rule less is not enough.
+rules_of() { grep -c '^path' "$work/policies/$1.hcl"; }
+without_rule() { # ROLE N
+  awk -v n="$2" '/^path/ && ++i == n { next } 1' "$work/policies/$1.hcl"
+}
+needs_every_rule() { # ROLE COMMAND...
+  local role=$1 n rule
+  shift
+  for ((n = 1; n <= $(rules_of "$role"); n++)); do
+    rule=$(grep '^path' "$work/policies/$role.hcl" | sed -n "${n}p")
+    without_rule "$role" "$n" | admin policy write "$role" - >/dev/null
+    if "$@" >"$work/without.log" 2>&1; then echo "works without: $rule"; return 1; fi
+    grep -qE '\[(VAULT_DENIED|STORE_DENIED)\]|permission denied' "$work/without.log" || { cat "$work/without.log"; echo "another failure without: $rule"; return 1; }
+    echo "refused without: $rule"
+  done
+  admin policy write "$role" "$work/policies/$role.hcl" >/dev/null
+  "$@"
+}
+server_works() { mount_as_server && shows_version 1; local rc=$?; unmount >/dev/null 2>&1 || true; return $rc; }
+step "the server's policy has no rule too many" needs_every_rule server server_works
+step "the pruner's policy has no rule too many" needs_every_rule pruner prune_twice
+edition=0
+publisher_works() { edition=$((edition + 1)); echo "$edition" >"$work/v2/edition"; publish 2; }
+step "the publisher's policy has no rule too many" needs_every_rule publisher publisher_works
+rotate_and_rewrap() { admin write -f transit/keys/models/rotate >/dev/null && rewrap_all; }
+step "the rewrap job's policy has no rule too many" needs_every_rule rewrap rotate_and_rewrap
+as_auditor() { VAULT_ADDR=http://127.0.0.1:$vault_port VAULT_TOKEN=$auditor_token "$vault" "$@"; }
+auditor_works() {
+  auditor_token=$(VAULT_ADDR=http://127.0.0.1:$vault_port "$vault" write -field=token auth/approle/login \
+    role_id="$(cat "$work/auditor.role-id")" secret_id="$(cat "$work/auditor.secret-id")")
+  as_auditor read transit/keys/models && as_auditor read transit/keys/release && as_auditor read sys/policies/acl/server &&
+    as_auditor list secret/metadata/floor || return 1
+  # shellcheck disable=SC2046
+  "$modelfs" verify $store $model --trust "$trust" $(as auditor)
+}
+step "the auditor's policy has no rule too many" needs_every_rule auditor auditor_works
+auditor_opens_nothing() {
+  local body
+  refused_without_right as_auditor write transit/decrypt/models ciphertext=vault:v1:AAAA context=AAAA || return 1
+  body=$(as_auditor list -format=json secret/metadata/floor | jq -r '.[0]')
+  refused_without_right as_auditor kv get "secret/floor/$body"
+}
+refused_without_right() { local said; ! said=$("$@" 2>&1) && [[ $said == *"permission denied"* ]] || { echo "$said"; return 1; }; }
+step "the auditor opens nothing" auditor_opens_nothing
+
+# ---- Vault's own record of what the server asked for.
+server_asked_only() {
+  jq -r 'select(.type == "request" and (.auth.policies // [] | index("server"))) | "\(.request.operation) \(.request.path)"' \
+    "$work/audit.log" | sort | uniq -c | sort -rn | tee "$work/asked"
+  [[ -s $work/asked ]] || { echo "the audit log names no request of the server"; return 1; }
+  ! awk '{ print $2, $3 }' "$work/asked" | grep -vE \
+    '^(update transit/decrypt/models|read secret/data/floor/[0-9a-z._-]+|read aws/creds/models|(update|read) auth/token/(lookup|renew|revoke)-self)$'
+}
+step "the server asked Vault for nothing it did not need" server_asked_only
+no_secret_in_logs() {
+  local file
+  for file in "$work"/*.secret-id "$work/phrase"; do
+    ! grep -rlF "$(cat "$file")" "$work/mount.log" "$work/vault.log" "$work/state" 2>/dev/null || return 1
+  done
+}
+step "no secret is in any log" no_secret_in_logs
+finish

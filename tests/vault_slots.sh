@@ -1,0 +1,119 @@
+#!/usr/bin/env bash
+# Key slots with a live HashiCorp Vault: which key opens a model when Vault serves, refuses, is sealed or gone, and what
+# Vault was asked for.
+#
+#   tests/vault_slots.sh      needs the release build (MODELFS names another binary) and tests/parts/install.sh vault
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source tests/steps.sh
+
+modelfs=${MODELFS:-${CARGO_TARGET_DIR:-$PWD/target}/release/modelfs}
+vault=$(bash tests/parts/vault.sh path vault)
+if [[ ! -x $modelfs ]]; then
+  step "vault slots: $modelfs is built (cargo build --release --locked)" false
+  finish
+  exit
+fi
+[[ -x $vault ]] || { skip "vault slots" "$vault is not installed"; finish; exit; }
+
+work=$(mktemp -d "${TMPDIR:-/tmp}/modelfs-slots.XXXXXX")
+vault_pid=""
+cleanup() {
+  if [[ -n $vault_pid ]]; then kill "$vault_pid" 2>/dev/null || true; fi
+  rm -rf --one-file-system "$work"
+}
+trap cleanup EXIT
+for name in $(compgen -e | grep -E '^(MODELFS|MODEL|VAULT)_' | grep -vE '^MODELFS_TEST_[A-Z_]+$'); do unset "$name"; done
+export HOME=$work XDG_CONFIG_HOME=$work/config MODELFS_STATE_DIR=$work/state
+
+# ---- Vault, with a transit key, another one, and a record in KV.
+
+port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+export VAULT_ADDR=http://127.0.0.1:$port
+cat >"$work/vault.hcl" <<HCL
+storage "file" { path = "$work/vault" }
+listener "tcp" { address = "127.0.0.1:$port" tls_disable = true }
+disable_mlock = true
+HCL
+"$vault" server -config="$work/vault.hcl" >"$work/vault.log" 2>&1 &
+vault_pid=$!
+answers() { curl -fsS -o /dev/null "$VAULT_ADDR/v1/sys/health?sealedcode=200&uninitcode=200" 2>/dev/null; }
+end=$((SECONDS + 30))
+until answers; do ((SECONDS < end)) || { step "vault slots: Vault starts" false; finish; exit; }; sleep 0.1; done
+"$vault" operator init -key-shares=1 -key-threshold=1 -format=json >"$work/init.json"
+field() { python3 -c 'import json, sys; value = json.load(open(sys.argv[1]))[sys.argv[2]]; print(value if isinstance(value, str) else value[0])' "$work/init.json" "$1"; }
+"$vault" operator unseal "$(field unseal_keys_b64)" >/dev/null
+VAULT_TOKEN=$(field root_token)
+export VAULT_TOKEN
+for key in models other; do
+  [[ $key == other ]] || "$vault" secrets enable transit >/dev/null
+  "$vault" write -f "transit/keys/$key" derived=true >/dev/null
+done
+"$vault" secrets enable -path=secret -version=2 kv >/dev/null
+"$vault" kv put secret/m kek="$(openssl rand -hex 32)" short=abcd >/dev/null
+"$vault" audit enable file file_path="$work/audit" >/dev/null
+
+# ---- A model with three slots.
+
+mkdir "$work/model"
+echo '{}' >"$work/model/config.json"
+(umask 077 && echo 'correct horse battery staple' >"$work/pass")
+transit=vault-transit:transit/models kv=vault-kv:secret/m#kek pass=passphrase-file:$work/pass
+seal() { "$modelfs" seal "$work/model" "$work/store" "$@"; }
+opens() { # KEY...
+  local keys=() key
+  for key in "$@"; do keys+=(--key "$key"); done
+  [[ $("$modelfs" cat "$work/store" acme/m config.json --trust "$XDG_CONFIG_HOME/modelfs/signing.key.pub" \
+    --vault-timeout 2s "${keys[@]}") == '{}' ]]
+}
+ends_with() { # CODE NAME KEY...: cat ends with the exit code and the name
+  local rc=0 wanted=$1 name=$2 keys=() key
+  shift 2
+  for key in "$@"; do keys+=(--key "$key"); done
+  "$modelfs" cat "$work/store" acme/m config.json --trust "$XDG_CONFIG_HOME/modelfs/signing.key.pub" \
+    --vault-timeout 2s "${keys[@]}" >"$work/out" 2>"$work/err" || rc=$?
+  cat "$work/err"
+  [[ $rc == "$wanted" && ! -s $work/out ]] && grep -qF "[$name]" "$work/err"
+}
+with_token() { local VAULT_TOKEN=$1; shift; export VAULT_TOKEN; "$@"; }
+without_address() { (unset VAULT_ADDR; "$@"); }
+asked() { # OPERATION PATH: how often
+  python3 - "$work/audit" "$1" "$2" <<'PY'
+import json, sys
+requests = [entry["request"] for entry in map(json.loads, open(sys.argv[1])) if entry["type"] == "request"]
+print(sum(request["operation"] == sys.argv[2] and request["path"] == sys.argv[3] for request in requests))
+PY
+}
+asked_so_often() { # COUNT OPERATION PATH
+  local seen
+  seen=$(asked "$2" "$3")
+  [[ $seen == "$1" ]] || { echo "$2 $3: asked $seen times, not $1"; return 1; }
+}
+
+step "seal to transit, to a KV field and to a passphrase" seal acme/m --key "$transit" --key "$kv" --key "$pass"
+step "transit opens it" opens "$transit"
+step "the KV field opens it" opens "$kv"
+"$vault" kv put secret/m kek="$(openssl rand -hex 32)" short=abcd >/dev/null
+step "the version of the field that the slot names opens it, not the newest" opens "$kv"
+"$vault" write -f transit/keys/models/rotate >/dev/null
+step "transit opens it after its key was rotated" opens "$transit"
+step "another transit key does not" ends_with 25 NO_KEY vault-transit:transit/other
+step "a transit key that is not there is told" ends_with 3 VAULT_NOT_FOUND vault-transit:transit/none
+step_exits 2 "a field of four bytes wraps nothing" seal acme/n --key 'vault-kv:secret/m#short'
+step "without an address it is said what to set" without_address ends_with 2 USAGE "$transit"
+before=$(asked update transit/decrypt/models)
+step "the passphrase opens it and Vault is not asked" opens "$pass" "$transit"
+step "... so says its audit log" asked_so_often "$before" update transit/decrypt/models
+step "a token that is refused is told" with_token bogus ends_with 25 VAULT_DENIED "$transit"
+step "the passphrase after it opens it" with_token bogus opens "$transit" "$kv" "$pass"
+"$vault" kv destroy -versions=1 secret/m >/dev/null
+step "a destroyed version of the field is told" ends_with 3 VAULT_NOT_FOUND "$kv"
+"$vault" operator seal >/dev/null
+step "a sealed Vault is told" ends_with 22 VAULT_SEALED "$transit"
+step "the passphrase after it opens it with Vault sealed" opens "$transit" "$kv" "$pass"
+kill "$vault_pid"
+wait "$vault_pid" 2>/dev/null || true
+vault_pid=""
+step "a Vault that is gone is told" ends_with 22 VAULT_UNREACHABLE "$transit"
+step "the passphrase after it opens it with Vault stopped" opens "$transit" "$kv" "$pass"
+finish

@@ -1,0 +1,245 @@
+//! Versions as folders, `current`, and reload: what programs see while versions come, become current and leave.
+
+#[path = "common/program.rs"]
+mod program;
+
+use std::fs::{self, File};
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use program::{Program, can_mount, run_ok};
+
+const WEIGHTS_BYTES: usize = (9 << 20) + 99;
+const NAME: &str = "acme/m";
+
+struct Scene {
+    folder: tempfile::TempDir,
+    program: Program,
+}
+
+impl Scene {
+    fn new() -> Scene {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let program = Program::in_folder(folder.path());
+        let scene = Scene { folder, program };
+        scene.publish(1);
+        scene
+    }
+
+    /// Seals version `n`: every file begins with its number.
+    fn publish(&self, n: u8) {
+        let source = self.folder.path().join("source");
+        let _ = fs::remove_dir_all(&source);
+        fs::create_dir_all(source.join("sub")).expect("mkdir");
+        fs::write(source.join("config.json"), [n; 40]).expect("write");
+        fs::write(source.join("sub/tokenizer.json"), [n; 4000]).expect("write");
+        fs::write(source.join("weights.bin"), vec![n; WEIGHTS_BYTES]).expect("write");
+        self.program.seal(&source, NAME);
+    }
+
+    fn at(&self, path: &str) -> PathBuf {
+        self.program.mountpoint().join(NAME).join(path)
+    }
+
+    fn reload(&self) -> std::process::Output {
+        self.program.command(&["reload", "--json"]).arg(self.program.mountpoint()).output().expect("runs")
+    }
+
+    fn listed(&self) -> Vec<String> {
+        let mut names: Vec<String> = fs::read_dir(self.at(""))
+            .expect("list")
+            .map(|entry| entry.expect("entry").file_name().into_string().expect("utf-8"))
+            .collect();
+        names.sort();
+        names
+    }
+
+    fn wait_until(&self, what: &str, done: impl Fn() -> bool) {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while !done() {
+            assert!(Instant::now() < deadline, "waited 30 s for {what}: {}", self.program.log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+fn first_byte(path: &Path) -> u8 {
+    fs::read(path).expect("read")[0]
+}
+
+#[test]
+fn a_reload_shows_the_new_version_beside_the_old_and_current_leads_to_it() {
+    if !can_mount() {
+        return;
+    }
+    let scene = Scene::new();
+    let mount = scene.program.mount(&["--cache", "128MiB", "--versions"]);
+    assert_eq!(scene.listed(), ["1", "current"]);
+    assert!(fs::symlink_metadata(scene.at("current")).expect("lstat").is_symlink());
+    assert_eq!(fs::read_link(scene.at("current")).expect("readlink"), Path::new("1"));
+    assert!(fs::metadata(scene.at("current")).expect("stat").is_dir());
+    assert_eq!(first_byte(&scene.at("current/sub/tokenizer.json")), 1);
+    scene.publish(2);
+    assert_eq!(scene.listed(), ["1", "current"], "nothing changes before it is asked for");
+    assert!(scene.reload().status.success());
+    assert_eq!(scene.listed(), ["1", "2", "current"]);
+    assert_eq!(fs::read_link(scene.at("current")).expect("readlink"), Path::new("2"));
+    assert_eq!(first_byte(&scene.at("current/weights.bin")), 2);
+    assert_eq!(first_byte(&scene.at("1/weights.bin")), 1);
+    let status = run_ok(scene.program.command(&["status", "--json"]).arg(scene.program.mountpoint()));
+    let status: serde_json::Value = serde_json::from_slice(&status.stdout).expect("JSON");
+    let current: Vec<_> = status["models"]
+        .as_array()
+        .expect("models")
+        .iter()
+        .map(|m| (m["version"].clone(), m["current"].clone()))
+        .collect();
+    assert_eq!(current, [(1.into(), false.into()), (2.into(), true.into())]);
+    scene.publish(3);
+    mount.signal(libc::SIGHUP);
+    scene.wait_until("SIGHUP to reload", || fs::read_link(scene.at("current")).expect("readlink") == Path::new("3"));
+    mount.unmount();
+}
+
+#[test]
+fn a_refused_version_changes_nothing_and_the_reason_is_told() {
+    if !can_mount() {
+        return;
+    }
+    let scene = Scene::new();
+    let mount = scene.program.mount(&["--cache", "128MiB", "--versions"]);
+    // Refs, and the hint at the newest of them.
+    let refs = || -> std::collections::BTreeMap<String, Vec<u8>> {
+        let found = run_ok(std::process::Command::new("find").arg(scene.program.store()).args(["-type", "f"])).stdout;
+        let found = String::from_utf8(found).expect("utf-8");
+        found
+            .lines()
+            .filter(|file| file.contains("/r/"))
+            .map(|file| (file.to_owned(), fs::read(file).expect("read")))
+            .collect()
+    };
+    let before = refs();
+    scene.publish(2);
+    let kept: Vec<(String, Vec<u8>)> =
+        refs().into_iter().filter(|(file, bytes)| before.get(file) != Some(bytes)).collect();
+    assert!(kept.len() >= 2, "a publish writes a ref and the hint: {kept:?}");
+    for (file, bytes) in &kept {
+        let mut bytes = bytes.clone();
+        bytes[300] ^= 1; // in the signature
+        fs::remove_file(file).expect("remove");
+        fs::write(file, bytes).expect("write");
+    }
+    let refused = scene.reload();
+    assert_eq!(refused.status.code(), Some(20), "{refused:?}");
+    assert_eq!(scene.listed(), ["1", "current"]);
+    assert_eq!(first_byte(&scene.at("current/weights.bin")), 1);
+    for (file, bytes) in &kept {
+        fs::write(file, bytes).expect("write");
+    }
+    assert!(scene.reload().status.success());
+    assert_eq!(first_byte(&scene.at("current/weights.bin")), 2);
+    mount.unmount();
+}
+
+#[test]
+fn an_old_version_stays_while_it_is_open_or_mapped_and_its_memory_is_wiped_after() {
+    if !can_mount() {
+        return;
+    }
+    for open in ["lazy", "whole"] {
+        let scene = Scene::new();
+        let mount =
+            scene.program.mount(&["--cache", "128MiB", "--versions", "--retire-after", "200ms", "--open", open]);
+        let file = File::open(scene.at("current/weights.bin")).expect("open");
+        // SAFETY: a fresh read-only map of an open file, unmapped below.
+        let map = unsafe {
+            let fd = file.as_raw_fd();
+            libc::mmap(std::ptr::null_mut(), WEIGHTS_BYTES, libc::PROT_READ, libc::MAP_SHARED, fd, 0)
+        };
+        assert_ne!(map, libc::MAP_FAILED);
+        drop(file);
+        scene.publish(2);
+        assert!(scene.reload().status.success());
+        std::thread::sleep(Duration::from_secs(3));
+        assert_eq!(scene.listed(), ["1", "2", "current"], "{open}: mapped");
+        // SAFETY: within the map.
+        let bytes = unsafe { std::slice::from_raw_parts(map.cast::<u8>(), WEIGHTS_BYTES) };
+        assert!(bytes.iter().all(|byte| *byte == 1), "{open}");
+        // SAFETY: made above, not used again.
+        unsafe { libc::munmap(map, WEIGHTS_BYTES) };
+        scene.wait_until("the old version to leave", || scene.listed() == ["2", "current"]);
+        scene.wait_until("its memory to be wiped", || {
+            let status = run_ok(scene.program.command(&["status", "--json"]).arg(scene.program.mountpoint()));
+            let status: serde_json::Value = serde_json::from_slice(&status.stdout).expect("JSON");
+            status["cache"]["bytes"] == 0
+        });
+        assert!(fs::metadata(scene.at("1")).is_err());
+        mount.unmount();
+    }
+}
+
+#[test]
+fn a_load_through_an_open_directory_never_mixes_versions() {
+    if !can_mount() {
+        return;
+    }
+    let scene = Scene::new();
+    let mount = scene.program.mount(&["--cache", "128MiB", "--versions", "--retire-after", "100ms"]);
+    let (done, loads, least) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(1));
+    std::thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| {
+                while !done.load(Ordering::SeqCst) {
+                    let at_least = least.load(Ordering::SeqCst);
+                    let folder = File::open(scene.at("current")).expect("open current");
+                    let inside = PathBuf::from(format!("/proc/self/fd/{}", folder.as_raw_fd()));
+                    let seen =
+                        ["config.json", "sub/tokenizer.json", "weights.bin"].map(|f| first_byte(&inside.join(f)));
+                    assert!(seen.iter().all(|marker| *marker == seen[0]), "mixed: {seen:?}");
+                    assert!(u64::from(seen[0]) >= at_least, "{seen:?} after a reload to {at_least}");
+                    loads.fetch_add(1, Ordering::SeqCst);
+                }
+            });
+        }
+        for version in 2..6 {
+            scene.publish(version);
+            assert!(scene.reload().status.success());
+            least.store(version.into(), Ordering::SeqCst);
+            let seen = loads.load(Ordering::SeqCst);
+            scene.wait_until("loads", || loads.load(Ordering::SeqCst) > seen + 6);
+        }
+        done.store(true, Ordering::SeqCst);
+    });
+    mount.unmount();
+}
+
+#[test]
+fn several_versions_can_be_asked_for_and_the_first_is_current() {
+    if !can_mount() {
+        return;
+    }
+    let scene = Scene::new();
+    scene.publish(2);
+    let mount = scene.program.mount(&["--cache", "128MiB", "--versions", "--model", "acme/m@1", "--model", "acme/m@2"]);
+    assert_eq!(scene.listed(), ["1", "2", "current"]);
+    assert_eq!(first_byte(&scene.at("current/config.json")), 1);
+    assert_eq!(first_byte(&scene.at("2/config.json")), 2);
+    mount.unmount();
+}
+
+#[test]
+fn without_versions_reload_is_refused_with_what_to_do() {
+    if !can_mount() {
+        return;
+    }
+    let scene = Scene::new();
+    let mount = scene.program.mount(&["--cache", "128MiB"]);
+    let refused = scene.reload();
+    assert_eq!(refused.status.code(), Some(2), "{refused:?}");
+    let said = [refused.stdout, refused.stderr].concat();
+    assert!(String::from_utf8_lossy(&said).contains("--versions"));
+    assert_eq!(scene.listed(), ["config.json", "sub", "weights.bin"]);
+    mount.unmount();
+}
