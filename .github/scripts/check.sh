@@ -35,7 +35,7 @@ check_advisories() {
   local deny log rc=0
   deny=$(tool cargo-deny) || return
   log=$(mktemp)
-  timeout 300 "$deny" check --config "${MODELFS_TEST_DENY_CONFIG:-deny.toml}" advisories >"$log" 2>&1 || rc=$?
+  timeout 300 "$deny" --config "${MODELFS_TEST_DENY_CONFIG:-deny.toml}" check advisories >"$log" 2>&1 || rc=$?
   cat "$log"
   if [[ $rc != 0 ]] && grep 'failed to fetch advisory database' "$log" >/dev/null; then rc=$NOT_HERE; fi
   rm -f "$log"
