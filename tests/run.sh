@@ -27,8 +27,26 @@ install_parts() {
 
 check() { try_step "$1" "${3:-it needs the network}" bash .github/scripts/check.sh "$2"; }
 
+# What every script here counts on, tried on steps whose end is known.
+steps_tell() {
+  local tally
+  tally=$(mktemp)
+  MODELFS_TEST_STEPS=$tally bash -euo pipefail -c '
+    source tests/steps.sh
+    good() { if false; then return 1; fi; false || true; set_by_a_step=yes; }
+    middle() { false; true; }
+    deep() { middle; true; }
+    inner() { local x; x=$(false); true; }
+    piped() { false | true; }
+    step 1 good; step 2 middle; step 3 deep; step 4 inner; step 5 piped; step_exits 3 6 bash -c "exit 3"
+    [[ $set_by_a_step == yes ]]' >/dev/null
+  diff <(printf '%s\n' "passed 1" "failed 2" "failed 3" "failed 4" "failed 5" "passed 6") "$tally"
+  rm -f "$tally"
+}
+
 MODELFS_TEST_PAGE_RUN=$(mktemp)
 export MODELFS_TEST_PAGE_RUN
+step "a step fails with the first command in it that fails" steps_tell
 step "install parts" install_parts
 check "cargo fmt" fmt
 check "cargo clippy" clippy

@@ -15,7 +15,7 @@ step() {
   local name=$1 began=$SECONDS rc=0
   shift
   printf '\n==> %s\n' "$name"
-  "$@" || rc=$?
+  strictly "$@"
   if [[ $rc == 0 ]]; then
     printf 'PASSED  %s (%s s)\n' "$name" $((SECONDS - began))
     echo "passed $name" >>"$MODELFS_TEST_STEPS"
@@ -23,6 +23,24 @@ step() {
     printf 'FAILED  %s (exit %s, %s s)\n' "$name" $rc $((SECONDS - began))
     echo "failed $name" >>"$MODELFS_TEST_STEPS"
   fi
+}
+
+# strictly COMMAND...: its exit status in $rc. Any failure in it that nobody tests ends it, as errexit would: bash drops
+# errexit in whatever stands left of a ||, and a failing command in the middle of a step would pass unseen.
+strictly() {
+  set +e -E
+  strictly_inside "$@"
+  rc=$?
+  trap - ERR
+  set -e +E
+}
+strictly_inside() {
+  trap 'stopped_at $? "${BASH_SOURCE[0]}:$LINENO" "$BASH_COMMAND" || return' ERR
+  "$@"
+}
+stopped_at() { # EXIT WHERE COMMAND: said once, by the innermost of the functions that it ends
+  [[ ${FUNCNAME[1]} == strictly_inside ]] || echo "stopped at ${2##*/} (exit $1): ${3%%$'\n'*}"
+  return "$1"
 }
 
 # step_exits CODE NAME COMMAND...: one step; it passes if COMMAND exits CODE and no other.
@@ -56,7 +74,7 @@ try_step() {
   local name=$1 reason=$2 log rc=0
   shift 2
   log=$(mktemp)
-  "$@" >"$log" 2>&1 || rc=$?
+  strictly "$@" >"$log" 2>&1
   case $rc in
   75) not_here "$name" "$reason" ;;
   69) skip "$name" "$(tail -1 "$log")" ;;
