@@ -41,7 +41,7 @@ steps_tell() {
     step 1 good; step 2 middle; step 3 deep; step 4 inner; step 5 piped; step_exits 3 6 bash -c "exit 3"
     [[ $set_by_a_step == yes ]]' >/dev/null
   diff <(printf '%s\n' "passed 1" "failed 2" "failed 3" "failed 4" "failed 5" "passed 6") "$tally"
-  rm -f "$tally"
+  rm -f "$tally" "$tally.stopped"
 }
 
 MODELFS_TEST_PAGE_RUN=$(mktemp)

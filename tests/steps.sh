@@ -20,6 +20,7 @@ step() {
     printf 'PASSED  %s (%s s)\n' "$name" $((SECONDS - began))
     echo "passed $name" >>"$MODELFS_TEST_STEPS"
   else
+    cat "$MODELFS_TEST_STEPS.stopped"
     printf 'FAILED  %s (exit %s, %s s)\n' "$name" $rc $((SECONDS - began))
     echo "failed $name" >>"$MODELFS_TEST_STEPS"
   fi
@@ -28,6 +29,7 @@ step() {
 # strictly COMMAND...: its exit status in $rc. Any failure in it that nobody tests ends it, as errexit would: bash drops
 # errexit in whatever stands left of a ||, and a failing command in the middle of a step would pass unseen.
 strictly() {
+  : >"$MODELFS_TEST_STEPS.stopped"
   set +e -E
   strictly_inside "$@"
   rc=$?
@@ -38,8 +40,8 @@ strictly_inside() {
   trap 'stopped_at $? "${BASH_SOURCE[0]}:$LINENO" "$BASH_COMMAND" || return' ERR
   "$@"
 }
-stopped_at() { # EXIT WHERE COMMAND: said once, by the innermost of the functions that it ends
-  [[ ${FUNCNAME[1]} == strictly_inside ]] || echo "stopped at ${2##*/} (exit $1): ${3%%$'\n'*}"
+stopped_at() { # EXIT WHERE COMMAND: noted by each function that it ends, the innermost first; told if the step fails
+  [[ ${FUNCNAME[1]} == strictly_inside ]] || echo "stopped at ${2##*/} (exit $1): ${3%%$'\n'*}" >>"$MODELFS_TEST_STEPS.stopped"
   return "$1"
 }
 
@@ -78,7 +80,10 @@ try_step() {
   case $rc in
   75) not_here "$name" "$reason" ;;
   69) skip "$name" "$(tail -1 "$log")" ;;
-  *) step "$name" told "$rc" "$log" ;;
+  *)
+    cat "$MODELFS_TEST_STEPS.stopped" >>"$log"
+    step "$name" told "$rc" "$log"
+    ;;
   esac
   rm -f "$log"
 }
@@ -92,7 +97,7 @@ finish() {
     echo
     grep -v '^passed ' "$MODELFS_TEST_STEPS" || true
     echo "$(grep -c '^passed ' "$MODELFS_TEST_STEPS" || true) passed, $failed failed"
-    rm -f "$MODELFS_TEST_STEPS"
+    rm -f "$MODELFS_TEST_STEPS" "$MODELFS_TEST_STEPS.stopped"
   fi
   [[ $failed == 0 ]]
 }
