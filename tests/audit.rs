@@ -991,3 +991,92 @@ fn a_mount_that_cannot_be_recorded_is_not_made() {
     assert!(text.contains("gap") && text.contains("could not be recorded"), "{text}");
     run_ok(&mut program.command(&["audit", "verify", log]));
 }
+
+/// What is published, rotated and removed from this machine stands in its log, refusals too.
+#[test]
+fn commands_that_change_a_store_are_recorded_with_what_they_changed() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let program = Program::in_folder(folder.path());
+    let source = folder.path().join("source");
+    fs::create_dir(&source).expect("mkdir");
+    fs::write(source.join("a.bin"), vec![1; 1 << 20]).expect("write");
+    let (log, other) = (folder.path().join("audit.log"), folder.path().join("home/other.key"));
+    let (log_text, other_text) = (log.to_str().expect("text"), format!("file:{}", other.display()));
+    run_ok(program.command(&["keygen"]).arg(&other));
+    let audited = |words: &[&str]| {
+        let mut command = program.command(words);
+        command.env("MODELFS_AUDIT", "required").args(["--key", &program.key(), "--audit-file", log_text]);
+        command
+    };
+    let trust = program.trusted_key();
+    let trust = trust.to_str().expect("text");
+
+    run_ok(&mut audited(&["seal", source.to_str().expect("text"), program.store(), "acme/m"]));
+    let add = ["key", "add", program.store(), "acme/m", "--add", &other_text, "--label", "second", "--trust", trust];
+    run_ok(&mut audited(&add));
+    let remove = ["key", "remove", program.store(), "acme/m", "--label", "nobody", "--trust", trust];
+    let refused = audited(&remove).output().expect("runs");
+    assert!(!refused.status.success());
+    run_ok(&mut audited(&["tag", program.store(), "acme/m@1", "prod", "--trust", trust]));
+    run_ok(&mut audited(&["prune", program.store(), "acme/m", "--trust", trust]));
+    run_ok(&mut audited(&["floor", program.store(), "acme/m", "--trust", trust]));
+
+    let shown = run_ok(&mut program.command(&["audit", "show", log_text, "--json"]));
+    let records: Vec<Value> =
+        String::from_utf8_lossy(&shown.stdout).lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    let told: Vec<[String; 4]> = records
+        .iter()
+        .filter(|record| ["publish", "rotation", "admin"].contains(&record["kind"].as_str().unwrap_or_default()))
+        .map(|record| {
+            let text = |name: &str| record[name].as_str().unwrap_or_default().to_owned();
+            [text("kind"), text("command"), text("outcome"), text("model")]
+        })
+        .collect();
+    let want = [
+        ["publish", "modelfs seal", "allowed", "acme/m"],
+        ["rotation", "modelfs key add", "allowed", "acme/m"],
+        ["rotation", "modelfs key remove", "failed", ""],
+        ["publish", "modelfs tag", "allowed", "acme/m"],
+        ["publish", "modelfs prune", "allowed", "acme/m"],
+        ["admin", "modelfs floor", "allowed", "acme/m"],
+    ];
+    assert_eq!(told, want.map(|words| words.map(str::to_owned)), "{records:?}");
+    let detail = |command: &str| {
+        let record = records.iter().find(|record| record["command"] == command).expect("told above");
+        record["detail"].as_str().unwrap_or_default().to_owned()
+    };
+    assert!(detail("modelfs key add").contains("second"), "{}", detail("modelfs key add"));
+    assert!(detail("modelfs key remove").contains("nobody"), "{}", detail("modelfs key remove"));
+    assert!(detail("modelfs tag").contains("tag=prod"), "{}", detail("modelfs tag"));
+    run_ok(&mut program.command(&["audit", "verify", log_text]));
+}
+
+/// A mount holds its log for itself.
+#[test]
+fn a_command_whose_log_another_process_writes_goes_on_with_a_word_or_is_refused_where_it_must_be_recorded() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let program = Program::in_folder(folder.path());
+    let source = folder.path().join("source");
+    fs::create_dir(&source).expect("mkdir");
+    fs::write(source.join("a.bin"), vec![1; 1 << 20]).expect("write");
+    let log = folder.path().join("audit.log");
+    let plan = AuditPlan { mode: AuditMode::On, file: Some(log.clone()), ..AuditPlan::default() };
+    let (held, _) = Audit::open(&plan, Weak::new()).expect("opened");
+    let seal = |mode: &str| {
+        let mut command = program.command(&["seal"]);
+        command.arg(&source).args([program.store(), "acme/m", "--key", &program.key(), "--audit", mode]);
+        command.arg("--audit-file").arg(&log).output().expect("runs")
+    };
+
+    let refused = seal("required");
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(
+        refused.status.code() == Some(25) && said.contains("seal is refused") && said.contains("[AUDIT]"),
+        "{said}"
+    );
+    assert!(fs::read_dir(program.store()).expect("listed").next().is_none(), "something was published");
+    let told = seal("on");
+    let said = String::from_utf8_lossy(&told.stderr).into_owned();
+    assert!(told.status.success() && said.contains("seal is not recorded"), "{said}");
+    held.close();
+}

@@ -25,7 +25,7 @@ use crate::telemetry::events::{Kind, Outcome, Severity};
 /// Lines of a block: 1.5 MB of log, 74 KB of index.
 const LINES: usize = 4096;
 
-const MAGIC: &[u8; 8] = b"MFSAIDX1";
+const MAGIC: &[u8; 8] = b"MFSAIDX2";
 
 /// Magic, the hash of the file's first line.
 const HEADER_BYTES: usize = 40;

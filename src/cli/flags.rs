@@ -16,6 +16,8 @@ pub struct Flags<const WHO: u16>(Vec<(&'static OptionSpec, Vec<String>)>);
 
 /// Of every command that reads a model.
 pub type AccessArgs = Flags<{ takes::READS }>;
+/// Of every command that changes what a store holds of a model.
+pub type ChangeArgs = Flags<{ takes::READS | takes::CHANGES }>;
 /// How to reach the store.
 pub type StoreArgs = Flags<{ takes::STORES }>;
 
@@ -127,6 +129,7 @@ mod tests {
             ("ls", takes::STORES),
             ("cat", takes::READS),
             ("seal", takes::SEAL),
+            ("tag", takes::READS | takes::CHANGES),
             ("mount", takes::MOUNT),
             ("run", takes::MOUNT | takes::RUN),
             ("volume-plugin", takes::PLUGIN),

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::access::{reading, runtime};
 use super::out::table;
-use super::{AccessArgs, Out};
+use super::{ChangeArgs, Out};
 use crate::config::Layers;
 use crate::config::units::show_time;
 use crate::error::Result;
@@ -31,7 +31,7 @@ pub struct FloorArgs {
     #[arg(long)]
     yes: bool,
     #[command(flatten)]
-    access: AccessArgs,
+    pub access: ChangeArgs,
 }
 
 const EXAMPLES: &str = "\

@@ -8,10 +8,11 @@ use serde_json::{Value, json};
 
 use super::access::{Reading, reading, runtime};
 use super::out::{printable, table};
+use super::record::recorded;
 use super::seal::SealBar;
 use super::signers::Signers;
 use super::tag::releaser;
-use super::{AccessArgs, Out};
+use super::{AccessArgs, ChangeArgs, Out};
 use crate::config::Layers;
 use crate::config::units::{parse_duration, show_size};
 use crate::crypto::PublicKey;
@@ -24,6 +25,7 @@ use crate::mem::LockedBuf;
 use crate::refuse;
 use crate::rotate::{Edit, Edited, Keys, Level, Rekey, Rekeyed, Rewrap, Rotator, opens, transit_version};
 use crate::seal::{ProgressFn, Releaser};
+use crate::telemetry::events::Kind as Event;
 use crate::vault::{TransitKey, Vault};
 use crate::versions::VERSIONS_MAX;
 
@@ -89,7 +91,7 @@ pub struct AddArgs {
     #[command(flatten)]
     signing: SigningArgs,
     #[command(flatten)]
-    access: AccessArgs,
+    access: ChangeArgs,
 }
 
 const ADD_EXAMPLES: &str = "\
@@ -113,7 +115,7 @@ pub struct RemoveArgs {
     #[command(flatten)]
     signing: SigningArgs,
     #[command(flatten)]
-    access: AccessArgs,
+    access: ChangeArgs,
 }
 
 const REMOVE_EXAMPLES: &str = "\
@@ -157,7 +159,7 @@ pub struct RotateArgs {
     #[command(flatten)]
     signing: SigningArgs,
     #[command(flatten)]
-    access: AccessArgs,
+    access: ChangeArgs,
 }
 
 const ROTATE_EXAMPLES: &str = "\
@@ -196,9 +198,19 @@ impl SigningArgs {
 pub fn run(args: &KeyArgs, layers: Layers, out: &Out) -> Result<()> {
     match &args.command {
         KeyCommand::List(args) => list(args, layers, out),
-        KeyCommand::Add(args) => add(args, layers, out),
-        KeyCommand::Remove(args) => remove(args, layers, out),
-        KeyCommand::Rotate(args) => rotate(args, layers, out),
+        KeyCommand::Add(args) => {
+            recorded((Event::Rotation, "key add"), &args.access, layers, out, |layers, out| add(args, layers, out))
+        }
+        KeyCommand::Remove(args) => {
+            recorded((Event::Rotation, "key remove"), &args.access, layers, out, |layers, out| {
+                remove(args, layers, out)
+            })
+        }
+        KeyCommand::Rotate(args) => {
+            recorded((Event::Rotation, "key rotate"), &args.access, layers, out, |layers, out| {
+                rotate(args, layers, out)
+            })
+        }
     }
 }
 

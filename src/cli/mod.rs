@@ -30,6 +30,7 @@ mod oms;
 mod out;
 mod plain;
 mod prune;
+mod record;
 mod reload;
 mod rollback;
 mod run;
@@ -53,9 +54,11 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::config::Layers;
 use crate::error::Result;
+use crate::telemetry::events::Kind as Event;
 use crate::telemetry::{LogFormat, Logging};
+use record::recorded;
 
-pub use flags::{AccessArgs, Flags, StoreArgs};
+pub use flags::{AccessArgs, ChangeArgs, Flags, StoreArgs};
 pub use out::{Out, result_printed};
 
 /// A filesystem that serves encrypted models from object storage, verified block by block, from locked memory.
@@ -230,7 +233,9 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Config(_) => unreachable!("ran above"),
         Command::Demo(args) => demo::run(&args, &out),
         Command::Keygen(args) => keygen::run(&args, &out),
-        Command::Seal(args) => seal::run(&args, layers, &out),
+        Command::Seal(args) => {
+            recorded((Event::Publish, "seal"), &args.flags, layers, &out, |layers, out| seal::run(&args, layers, out))
+        }
         Command::Ls(args) => ls::run(&args, layers, &out),
         Command::Inspect(args) => inspect::run(&args, layers, &out),
         Command::Verify(args) => verify::run(&args, layers, &out),
@@ -243,15 +248,25 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Top(args) => top::run(&args, &out),
         Command::Doctor(_) => unreachable!("answered above"),
         Command::Scan(args) => scan::run(&args, &out, verbose),
-        Command::Floor(args) => floor::run(&args, layers, &out),
+        Command::Floor(args) => {
+            recorded((Event::Admin, "floor"), &args.access, layers, &out, |layers, out| floor::run(&args, layers, out))
+        }
         Command::Key(args) => key::run(&args, layers, &out),
-        Command::Prune(args) => prune::run(&args, layers, &out),
-        Command::Rollback(args) => rollback::run(&args, layers, &out),
-        Command::Tag(args) => tag::run(&args, layers, &out),
+        Command::Prune(args) => recorded((Event::Publish, "prune"), &args.access, layers, &out, |layers, out| {
+            prune::run(&args, layers, out)
+        }),
+        Command::Rollback(args) => recorded((Event::Publish, "rollback"), &args.access, layers, &out, |layers, out| {
+            rollback::run(&args, layers, out)
+        }),
+        Command::Tag(args) => {
+            recorded((Event::Publish, "tag"), &args.access, layers, &out, |layers, out| tag::run(&args, layers, out))
+        }
         Command::Lock(args) => lock::lock(&args, &out),
         Command::Sessions(args) => sessions::run(&args, &out),
         Command::Unlock(args) => lock::unlock(&args, &out),
-        Command::Sign(args) => sign::run(&args, layers, &out),
+        Command::Sign(args) => {
+            recorded((Event::Publish, "sign"), &args.access, layers, &out, |layers, out| sign::run(&args, layers, out))
+        }
         Command::Reload(args) => reload::run(&args, &out),
         Command::InstallHelper(args) => install_helper::run(&args, &out),
         Command::Completions(args) => completions::run(&args, &out),

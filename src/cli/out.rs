@@ -1,10 +1,12 @@
 //! What a command prints: results to standard output as text or JSON, hints and progress to standard error.
 
 use std::io::{IsTerminal, Write};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use super::record::Recorder;
 use crate::error::{Code, Error, Result};
 
 /// Whether standard output already holds this command's one JSON document.
@@ -20,11 +22,18 @@ pub fn result_printed() -> bool {
 pub struct Out {
     pub json: bool,
     pub quiet: bool,
+    /// Where results are recorded before they are printed.
+    recorder: Option<Arc<Recorder>>,
 }
 
 impl Out {
     pub fn new(json: bool, quiet: bool) -> Out {
-        Out { json, quiet }
+        Out { json, quiet, recorder: None }
+    }
+
+    /// The same, for a command whose results are recorded.
+    pub fn recording(&self, recorder: Arc<Recorder>) -> Out {
+        Out { recorder: Some(recorder), ..self.clone() }
     }
 
     /// The result: `value` as one JSON document with `--json`, else what `text` writes.
@@ -40,6 +49,9 @@ impl Out {
             }
             shown
         };
+        if let Some(recorder) = &self.recorder {
+            recorder.done(value)?;
+        }
         PRINTED.store(true, Ordering::Relaxed);
         std::io::stdout()
             .write_all(shown.as_bytes())

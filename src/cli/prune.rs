@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::access::{LocalKeys, reading, runtime};
 use super::out::{printable, table};
-use super::{AccessArgs, Out};
+use super::{ChangeArgs, Out};
 use crate::config::Layers;
 use crate::config::units::{parse_duration, show_size, show_time};
 use crate::error::{Error, Result};
@@ -42,7 +42,7 @@ pub struct PruneArgs {
     #[arg(long)]
     yes: bool,
     #[command(flatten)]
-    access: AccessArgs,
+    pub access: ChangeArgs,
 }
 
 const EXAMPLES: &str = "\

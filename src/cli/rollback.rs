@@ -4,7 +4,7 @@ use clap::Args;
 
 use super::access::{reading, runtime};
 use super::tag::{OrderArgs, releaser, tell};
-use super::{AccessArgs, Out};
+use super::{ChangeArgs, Out};
 use crate::config::Layers;
 use crate::error::Result;
 use crate::format::{check_channel, check_model_name};
@@ -28,7 +28,7 @@ pub struct RollbackArgs {
     #[command(flatten)]
     order: OrderArgs,
     #[command(flatten)]
-    access: AccessArgs,
+    pub access: ChangeArgs,
 }
 
 const EXAMPLES: &str = "\

@@ -70,7 +70,7 @@ pub struct SealArgs {
     #[arg(long, requires = "register")]
     register_raw_key: bool,
     #[command(flatten)]
-    flags: Flags<{ takes::SEAL }>,
+    pub flags: Flags<{ takes::SEAL }>,
 }
 
 const EXAMPLES: &str = "\
@@ -158,6 +158,7 @@ pub fn run(args: &SealArgs, mut layers: Layers, out: &Out) -> Result<()> {
     };
     let mut value = serde_json::to_value(&done).expect("a summary of plain values is JSON");
     value["manifest"] = json!(format!("sha256:{}", done.manifest));
+    value["store"] = json!(url.to_string());
     value["registered"] = json!(registered);
     out.result(&value, || {
         let mut text = tell(args, &access, &url, &done, out.quiet);

@@ -7,7 +7,7 @@ use serde_json::json;
 use super::access::{reading, runtime};
 use super::out::printable;
 use super::signers::Signers;
-use super::{AccessArgs, Out};
+use super::{ChangeArgs, Out};
 use crate::config::Layers;
 use crate::error::{Code, Error, Result};
 use crate::format::{SIGNATURE_LEN, SignatureObject, manifest_message, names};
@@ -28,7 +28,7 @@ pub struct SignArgs {
     #[arg(long, value_name = "SIGNER")]
     sign: Vec<String>,
     #[command(flatten)]
-    access: AccessArgs,
+    pub access: ChangeArgs,
 }
 
 const EXAMPLES: &str = "\

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::access::{Reading, reading, runtime};
 use super::seal::expiry;
 use super::signers::Signers;
-use super::{AccessArgs, Out};
+use super::{ChangeArgs, Out};
 use crate::config::units::show_time;
 use crate::config::{Access, Layers};
 use crate::error::Result;
@@ -34,7 +34,7 @@ pub struct TagArgs {
     #[command(flatten)]
     order: OrderArgs,
     #[command(flatten)]
-    access: AccessArgs,
+    pub access: ChangeArgs,
 }
 
 const EXAMPLES: &str = "\

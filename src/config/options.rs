@@ -63,10 +63,13 @@ pub mod takes {
     pub const RUN: u16 = 1 << 4;
     pub const PLUGIN: u16 = 1 << 5;
     pub const CSI: u16 = 1 << 6;
+    /// Commands that change what a store holds of models that are there: `key`, `tag`, `rollback`, `prune`, `sign`, `floor`.
+    pub const CHANGES: u16 = 1 << 7;
     pub const ALL: u16 = u16::MAX;
 
     pub(super) const HOSTS: u16 = MOUNT | PLUGIN | CSI;
     pub(super) const ACCESS: u16 = READS | HOSTS;
+    pub(super) const AUDITED: u16 = HOSTS | SEAL | CHANGES;
     pub(super) const REACH: u16 = STORES | SEAL | ACCESS;
 
     /// As people call them.
@@ -74,6 +77,7 @@ pub mod takes {
         (STORES, "ls"),
         (READS, "commands that read"),
         (SEAL, "seal"),
+        (CHANGES, "key, tag, rollback, prune, sign, floor"),
         (MOUNT, "mount, run"),
         (RUN, "run"),
         (PLUGIN, "volume-plugin"),
@@ -81,7 +85,7 @@ pub mod takes {
     ];
 }
 
-use takes::{ACCESS, CSI, HOSTS, MOUNT, PLUGIN, REACH, READS, RUN, SEAL};
+use takes::{ACCESS, AUDITED, CSI, HOSTS, MOUNT, PLUGIN, REACH, READS, RUN, SEAL};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Section {
@@ -501,33 +505,33 @@ pub const OPTIONS: &[OptionSpec] = &[
         .means("Where the kubelet looks for drivers, in this container"),
     switch("no-registration", "MODELFS_NO_REGISTRATION", CSI, Section::Volumes).means("Do not register with a kubelet"),
     // Audit, metrics, alerts, roles.
-    one("audit", "MODELFS_AUDIT", HOSTS, Section::Oversight)
+    one("audit", "MODELFS_AUDIT", AUDITED, Section::Oversight)
         .value("MODE", Form::Read(|text| text.parse::<super::oversight::AuditMode>().map(drop)), "off")
         .default("on if there is somewhere to write")
         .means("off, on, or required: refuse opens that cannot be recorded"),
-    one("audit-file", "MODELFS_AUDIT_FILE", HOSTS, Section::Oversight)
+    one("audit-file", "MODELFS_AUDIT_FILE", AUDITED, Section::Oversight)
         .value("PATH", Form::Path(Use::Written), "/var/log/modelfs/audit.jsonl")
         .means("Record who opened what here, one JSON object a line, chained"),
-    switch("audit-journal", "MODELFS_AUDIT_JOURNAL", HOSTS, Section::Oversight).means("Record it in the journal"),
-    one("audit-key", "MODELFS_AUDIT_KEY", HOSTS, Section::Oversight)
+    switch("audit-journal", "MODELFS_AUDIT_JOURNAL", AUDITED, Section::Oversight).means("Record it in the journal"),
+    one("audit-key", "MODELFS_AUDIT_KEY", AUDITED, Section::Oversight)
         .value("PATH", Form::Path(Use::Secret), "/etc/modelfs/audit.key")
         .means("The key that signs the log's checkpoints, as `modelfs keygen --signing` makes it"),
-    one("audit-checkpoint-file", "MODELFS_AUDIT_CHECKPOINT_FILE", HOSTS, Section::Oversight)
+    one("audit-checkpoint-file", "MODELFS_AUDIT_CHECKPOINT_FILE", AUDITED, Section::Oversight)
         .value("PATH", Form::Path(Use::Written), "/mnt/append-only/modelfs.checkpoints")
         .means("Write checkpoints here as well, best where this machine can only append"),
-    one("audit-checkpoint-records", "MODELFS_AUDIT_CHECKPOINT_RECORDS", HOSTS, Section::Oversight)
+    one("audit-checkpoint-records", "MODELFS_AUDIT_CHECKPOINT_RECORDS", AUDITED, Section::Oversight)
         .value("N", COUNT, "500")
         .default("1000")
         .means("A checkpoint after so many records"),
-    one("audit-checkpoint-every", "MODELFS_AUDIT_CHECKPOINT_EVERY", HOSTS, Section::Oversight)
+    one("audit-checkpoint-every", "MODELFS_AUDIT_CHECKPOINT_EVERY", AUDITED, Section::Oversight)
         .value("TIME", TIME, "30s")
         .default("60s")
         .means("A checkpoint at the latest so long after a record"),
-    one("audit-file-bytes", "MODELFS_AUDIT_FILE_BYTES", HOSTS, Section::Oversight)
+    one("audit-file-bytes", "MODELFS_AUDIT_FILE_BYTES", AUDITED, Section::Oversight)
         .value("SIZE", SIZE, "64MiB")
         .default("256MiB")
         .means("Begin a new file at this size"),
-    one("audit-keep", "MODELFS_AUDIT_KEEP", HOSTS, Section::Oversight)
+    one("audit-keep", "MODELFS_AUDIT_KEEP", AUDITED, Section::Oversight)
         .value("TIME", TIME, "365d")
         .default("keep all")
         .means("Remove files whose last record is older"),

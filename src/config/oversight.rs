@@ -167,7 +167,11 @@ pub(super) fn parse_severity(text: &str) -> Result<Severity> {
     }
 }
 
-fn audit(layers: &Layers) -> Result<AuditPlan> {
+/// Where and how it is recorded, of a mount or of a command that changes a store.
+///
+/// # Errors
+/// `USAGE` for what contradicts itself.
+pub fn audit(layers: &Layers) -> Result<AuditPlan> {
     let usual = AuditPlan::default();
     let file = layers.parse("audit-file", parse_path)?;
     let journal = layers.switch("audit-journal")?;

@@ -37,6 +37,8 @@ pub enum Kind {
     LeaseLost,
     /// Keys were read anew, slots or data keys changed.
     Rotation,
+    /// A version was sealed, signed or removed, a tag moved: by a command of this machine.
+    Publish,
     /// A version came or became the current one.
     Reload,
     /// Somebody reached a limit of opens or bytes.
@@ -64,7 +66,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    pub const ALL: [Kind; 25] = [
+    pub const ALL: [Kind; 26] = [
         Kind::Start,
         Kind::Stop,
         Kind::Mount,
@@ -75,6 +77,7 @@ impl Kind {
         Kind::Renewal,
         Kind::LeaseLost,
         Kind::Rotation,
+        Kind::Publish,
         Kind::Reload,
         Kind::Limit,
         Kind::Block,
@@ -105,6 +108,7 @@ impl Kind {
             Kind::Renewal => "renewal",
             Kind::LeaseLost => "lease-lost",
             Kind::Rotation => "rotation",
+            Kind::Publish => "publish",
             Kind::Reload => "reload",
             Kind::Limit => "limit",
             Kind::Block => "block",
