@@ -15,14 +15,16 @@ use crate::keys::KeySource;
 use crate::mem;
 use crate::processes;
 use crate::store::StoreUrl;
+use crate::vault::AuthMethod;
 
 /// As a shell says that there is no such command.
 pub const NOT_FOUND: u8 = 127;
 /// As a shell says that there is one that cannot be executed.
 pub const NOT_EXECUTABLE: u8 = 126;
 
-/// Whatever opens a model, or logs in to what opens it.
-const KEY_VARIABLES: [&str; 6] = [
+/// Whatever opens a model, or logs in to what opens it, and the addresses at which whoever knows them may speak in our name.
+const KEY_VARIABLES: [&str; 7] = [
+    "MODELFS_ALERT_WEBHOOK",
     "MODELFS_KEY",
     "MODELFS_PASSPHRASE",
     "MODELFS_VAULT_PASSWORD",
@@ -31,7 +33,7 @@ const KEY_VARIABLES: [&str; 6] = [
     "VAULT_TOKEN",
 ];
 
-/// Whatever reads the bucket; the command has the mount instead.
+/// Whatever reads the bucket, or logs in to Vault as AWS knows us; the command has the mount instead.
 const STORE_VARIABLES: [&str; 3] = ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"];
 
 /// From a service manager to us: the command cannot answer for the mount.
@@ -59,7 +61,9 @@ impl Plan {
         let mut keys: Vec<OsString> = KEY_VARIABLES.into_iter().chain(named).map(OsString::from).collect();
         keys.retain(|name| !kept(name));
         let reads_s3 = matches!(plan.mount.store, StoreUrl::S3 { .. } | StoreUrl::VaultKv { .. });
-        let mut store: Vec<OsString> = STORE_VARIABLES.into_iter().filter(|_| reads_s3).map(OsString::from).collect();
+        let vault = plan.mount.access.vault.as_ref();
+        let taken = reads_s3 || vault.is_some_and(|vault| matches!(vault.auth, AuthMethod::Aws { .. }));
+        let mut store: Vec<OsString> = STORE_VARIABLES.into_iter().filter(|_| taken).map(OsString::from).collect();
         store.retain(|name| !kept(name));
         // SAFETY: both calls only ask about descriptor 0 and this process.
         let terminal = unsafe { libc::tcgetpgrp(0) == libc::getpgrp() };

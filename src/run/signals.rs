@@ -1,6 +1,6 @@
 //! Signals as something that is waited for, not something that interrupts.
 //!
-//! Promises: from [`Signals::hold`] on no signal that can be held acts on this process, also not on process 1 of a
+//! Promises: a child's end is told whatever we inherited; from [`Signals::hold`] on no signal that can be held acts on this process, also not on process 1 of a
 //! container, where the kernel drops those that have no handler; what the command gets is the mask we were started with.
 //! Held by: tests/run_command.sh.
 
@@ -31,6 +31,9 @@ impl Signals {
             for signal in OF_A_THREAD {
                 libc::sigdelset(&mut signals.held, signal);
             }
+            // Whoever started us may ignore it, and ignored it stays over exec: then the kernel collects our children, and
+            // nobody learns that the command has ended.
+            libc::signal(libc::SIGCHLD, libc::SIG_DFL);
             match libc::pthread_sigmask(libc::SIG_SETMASK, &signals.held, &mut signals.before) {
                 0 => Ok(signals),
                 errno => {
