@@ -9,6 +9,7 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -59,6 +60,8 @@ pub struct Node {
     door: Box<dyn Door>,
     tokens: PrivateFolder,
     volumes: Mutex<HashMap<PathBuf, Slot>>,
+    /// Nothing is published any more: it would be mounted behind the back of `stop`.
+    stopping: AtomicBool,
 }
 
 enum Slot {
@@ -81,7 +84,13 @@ impl Node {
         if waiting > 0 {
             tracing::warn!("{waiting} volumes of an earlier driver are dead until the kubelet publishes them again");
         }
-        Ok(Node { settings, door, tokens: PrivateFolder::new(TOKEN_BYTES)?, volumes: Mutex::default() })
+        Ok(Node {
+            settings,
+            door,
+            tokens: PrivateFolder::new(TOKEN_BYTES)?,
+            volumes: Mutex::default(),
+            stopping: AtomicBool::new(false),
+        })
     }
 
     pub fn name(&self) -> &str {
@@ -100,7 +109,7 @@ impl Node {
         need("target path", &request.target_path)?;
         let target = targets::check(&self.settings.kubelet_dir, &request.target_path)?;
         let (asked, token) = Asked::read(request, &self.settings.rules)?;
-        let claim = self.claim(&target)?;
+        let claim = self.claim(&target, Some(self.settings.volumes_max))?;
         match claim.had {
             Some(ref volume) if volume.id != request.volume_id || volume.asked != asked => Err(Refusal::new(
                 GrpcCode::AlreadyExists,
@@ -204,7 +213,7 @@ impl Node {
         need("volume id", &request.volume_id)?;
         need("target path", &request.target_path)?;
         let target = targets::check(&self.settings.kubelet_dir, &request.target_path)?;
-        let mut claim = self.claim(&target)?;
+        let mut claim = self.claim(&target, None)?;
         if let Some(volume) = claim.had.take() {
             if let Err(error) = self.let_go(&target, &volume) {
                 claim.had = Some(volume);
@@ -219,7 +228,11 @@ impl Node {
 
     /// Lets every volume go at once, as at the driver's end: pods that run lose what they do not hold. Blocking.
     pub fn stop(&self) {
-        let volumes = std::mem::take(&mut *lock(&self.volumes));
+        let volumes = {
+            let mut volumes = lock(&self.volumes);
+            self.stopping.store(true, Ordering::Release);
+            std::mem::take(&mut *volumes)
+        };
         std::thread::scope(|all| {
             for (target, slot) in volumes {
                 all.spawn(move || {
@@ -269,10 +282,14 @@ impl Node {
         )
     }
 
-    /// The target for one call; the volume that is there goes with it, and comes back with its end.
-    fn claim(&self, target: &Path) -> Result<Claim<'_>, Refusal> {
+    /// The target for one call; the volume that is there goes with it, and comes back with its end. A new one only within
+    /// `most`; what lets go of one is never refused for their number: a pod could not end.
+    fn claim(&self, target: &Path, most: Option<usize>) -> Result<Claim<'_>, Refusal> {
         let mut volumes = lock(&self.volumes);
-        if !volumes.contains_key(target) && volumes.len() >= self.settings.volumes_max {
+        if most.is_some() && self.stopping.load(Ordering::Acquire) {
+            return Err(Refusal::new(GrpcCode::Unavailable, "the driver is stopping; the kubelet tries again"));
+        }
+        if !volumes.contains_key(target) && most.is_some_and(|most| volumes.len() >= most) {
             return Err(Refusal::new(
                 GrpcCode::ResourceExhausted,
                 format!("{} volumes are published on this node, the most that --max-volumes allows", volumes.len()),

@@ -1,6 +1,6 @@
 //! The node service over a fake door.
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::AtomicUsize;
 
 use super::super::asked::tests::{request, rules};
 use super::*;
@@ -224,7 +224,7 @@ fn one_that_was_unmounted_outside_is_mounted_anew() {
 fn calls_for_one_target_do_not_overlap_and_volumes_are_bounded() {
     let Some(bench) = bench(Duration::ZERO) else { return };
     let target = PathBuf::from(bench.target("mount"));
-    let claim = bench.node.claim(&target).expect("claimed");
+    let claim = bench.node.claim(&target, None).expect("claimed");
     assert_eq!(bench.publish().expect_err("under way").code, GrpcCode::Aborted);
     drop(claim);
     bench.publish().expect("free again");
@@ -232,4 +232,11 @@ fn calls_for_one_target_do_not_overlap_and_volumes_are_bounded() {
     bench.node.publish(&second).expect("the second");
     let third = NodePublishVolumeRequest { target_path: bench.target("third"), ..bench.asking() };
     assert_eq!(bench.node.publish(&third).expect_err("too many").code, GrpcCode::ResourceExhausted);
+    // The kubelet takes that for "perhaps there", and takes it off before its pod may go.
+    let off = |target: String| NodeUnpublishVolumeRequest { volume_id: "csi-1".into(), target_path: target };
+    bench.node.unpublish(&off(bench.target("third"))).expect("nothing to let go of");
+    bench.node.unpublish(&off(bench.target("second"))).expect("let go");
+    bench.node.publish(&third).expect("there is room again");
+    bench.node.stop();
+    assert_eq!(bench.node.publish(&third).expect_err("nobody would let go of it").code, GrpcCode::Unavailable);
 }
