@@ -3,7 +3,7 @@
 //!
 //! Held by: the tests below.
 
-use std::ffi::{CString, OsString};
+use std::ffi::{CString, OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
@@ -100,12 +100,15 @@ fn of_device_in(mountinfo: &str, device: &str) -> Option<Super> {
     })
 }
 
-/// Whether the filesystem `device` is mounted in that table at any other place than `mountpoint`.
+/// Whether the filesystem `device` is mounted in that table at any other place than `mountpoint`, as a container has it that
+/// was given it. One that was given a folder above, the whole machine as a monitor has it, sees it under its own name there,
+/// and does not use it.
 pub(crate) fn is_elsewhere_in(mountinfo: &str, device: &str, mountpoint: &Path) -> bool {
+    let own = mountpoint.strip_prefix("/").unwrap_or(mountpoint);
     mountinfo.lines().any(|line| {
         let mut fields = line.split(' ').skip(2);
         fields.next() == Some(device)
-            && fields.nth(1).is_some_and(|place| unescape(place) != mountpoint.as_os_str().as_bytes())
+            && fields.nth(1).is_some_and(|place| !Path::new(OsStr::from_bytes(&unescape(place))).ends_with(own))
     })
 }
 
@@ -166,6 +169,9 @@ mod tests {
         assert!(!is_elsewhere_in(table, "0:44", Path::new("/mnt/a b")));
         assert!(is_elsewhere_in(table, "0:45", Path::new("/mnt/a b")));
         assert!(!is_elsewhere_in(table, "0:46", Path::new("/mnt/a b")));
+        let monitor = "40 36 0:44 / /rootfs/mnt/a\\040b rw - fuse.modelfs s ro\n";
+        assert!(!is_elsewhere_in(monitor, "0:44", Path::new("/mnt/a b")));
+        assert!(is_elsewhere_in(monitor, "0:44", Path::new("/mnt/b")));
     }
 
     #[test]

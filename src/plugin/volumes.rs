@@ -240,17 +240,22 @@ impl Volumes {
     /// Unmounts everything, whoever holds it: the plugin ends.
     pub fn stop(&self) {
         let volumes: Vec<_> = held(&self.table).values().cloned().collect();
-        for volume in volumes {
-            let _work = held(&volume.work);
-            let standing = {
-                let mut usage = held(&volume.usage);
-                usage.removed = true;
-                usage.standing.take()
-            };
-            if let Some(standing) = standing {
-                let_go(&volume, &*standing);
+        // All at once: each that is in use takes seconds, and whoever stops us waits for so many, not for each.
+        std::thread::scope(|all| {
+            for volume in volumes {
+                all.spawn(move || {
+                    let _work = held(&volume.work);
+                    let standing = {
+                        let mut usage = held(&volume.usage);
+                        usage.removed = true;
+                        usage.standing.take()
+                    };
+                    if let Some(standing) = standing {
+                        let_go(&volume, &*standing);
+                    }
+                });
             }
-        }
+        });
     }
 
     /// Uses that an engine asked for which is gone, and which no container has any more, end: it will not let go of them.
