@@ -18,7 +18,7 @@ use fixture::Random;
 use modelfs::audit::index::Index;
 use modelfs::audit::record::{Link, hash_of, stamp};
 use modelfs::audit::show::{Query, files_of, find};
-use modelfs::audit::verify::{Fault, Report, verify};
+use modelfs::audit::verify::{Fault, Report, verify, verify_part};
 use modelfs::audit::{self, Audit};
 use modelfs::config::oversight::{AuditMode, AuditPlan};
 use modelfs::crypto::PublicKey;
@@ -432,11 +432,50 @@ fn files_are_closed_at_their_size_and_the_chain_goes_on() {
     assert!(bad.why.contains("the end of"), "{bad:?}");
     fs::write(&files[1], &middle).expect("as it was");
     genuine(&scene.verify());
-    // The first ones may be gone.
-    fs::remove_file(&files[0]).expect("removed");
+}
+
+#[test]
+fn a_beginning_that_is_gone_is_found_unless_the_log_vouches_that_it_removed_it() {
+    let mut scene = Scene::new();
+    scene.plan.file_bytes_max = 4000;
+    scene.write(40);
+    let files = files_of(scene.path()).expect("files");
+    for file in &files[..files.len() - 1] {
+        fs::remove_file(file).expect("removed");
+    }
+    let last = scene.path().to_owned();
+    found(&scene.verify(), Fault::Deleted, 1);
+    found(&scene.verify_alone(), Fault::Deleted, 1);
+    let part = verify_part(&[last.clone()], &[scene.key], Some(scene.checkpoints())).expect("read");
+    genuine(&part);
+    assert!(part.notes[0].contains("not in the files given"), "{part:?}");
+
+    // Whoever can write the file, and has no key, says that they were removed.
+    let lines = scene.lines();
+    let (head, end) = (lines.first().expect("a head"), lines.last().expect("an end"));
+    let own = serde_json::json!({
+        "time": text(end, "time"), "seq": text(end, "seq").parse::<u64>().expect("a number") + 1, "log": text(end, "log"),
+        "prev": hex::encode(hash_of(end.as_bytes())), "kind": "removed", "severity": "low", "outcome": "allowed",
+        "last": text(head, "seq").parse::<u64>().expect("a number") - 1, "sha256": text(head, "prev"),
+    });
+    let mut longer = lines.clone();
+    longer.push(own.to_string());
+    scene.put(&longer);
     let report = scene.verify();
-    genuine(&report);
-    assert!(report.notes[0].contains("not in the files given"), "{report:?}");
+    found(&report, Fault::Deleted, 1);
+    assert_eq!(report.uncovered, 1, "the record that nobody signed");
+}
+
+#[test]
+fn a_log_that_stands_in_the_place_of_another_is_found_by_the_other_ones_checkpoints() {
+    let scene = Scene::new();
+    scene.write(40);
+    fs::remove_file(scene.path()).expect("removed");
+    scene.write(40);
+    found(&scene.verify(), Fault::Rewritten, 1);
+    let part = verify_part(&[scene.path().to_owned()], &[scene.key], Some(scene.checkpoints())).expect("read");
+    genuine(&part);
+    assert!(part.notes.iter().any(|note| note.contains("other logs")), "{part:?}");
 }
 
 #[test]

@@ -279,6 +279,7 @@ impl Shared {
         let Err(error) = recorded else {
             if let Some(telemetry) = self.telemetry.upgrade() {
                 telemetry.audit_records.inc();
+                telemetry.audit_waiting.set(writer.since + 1);
             }
             writer.since += 1;
             if writer.since >= self.plan.checkpoint_records {
@@ -425,6 +426,9 @@ impl Shared {
         let more = More { records: Some(writer.since), due: Some(self.plan.checkpoint_records), ..More::default() };
         self.put(writer, &mut Record::own(own::CHECKPOINT, more))?;
         (writer.since, writer.owed) = (0, false);
+        if let Some(telemetry) = self.telemetry.upgrade() {
+            telemetry.audit_waiting.set(0);
+        }
         let line = self.key.as_ref().map(|_| writer.line.clone());
         Ok(Sync { file: writer.files.as_ref().and_then(LogFiles::file).cloned(), line })
     }
@@ -544,6 +548,11 @@ impl Shared {
                 ..More::default()
             };
             let told = self.pay(&mut writer).and_then(|()| self.put(&mut writer, &mut Record::own(own::REMOVED, more)));
+            // Signed before the file goes: whoever verifies the log believes no other record of it.
+            let told = told.and_then(|()| {
+                writer.owed = true;
+                self.pay(&mut writer)
+            });
             drop(writer);
             let gone = told.and_then(|()| {
                 let _ = std::fs::remove_file(file::beside(&path, "index"));

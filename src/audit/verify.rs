@@ -195,20 +195,38 @@ struct Verifier<'v> {
     /// Events since the last signed checkpoint, and when the next was due.
     since: u64,
     due: Option<u64>,
-    /// Files that the log says it removed: the number and hash of the last record of the newest.
-    removed: Option<(u64, String)>,
+    /// Files that the log says it removed: the number and hash of the last record of the newest, and where it says so.
+    removed: Option<(u64, String, u64)>,
+    /// The last record that is a signed checkpoint, or one that was kept elsewhere.
+    vouched: Option<u64>,
+    part: bool,
 }
 
 /// Verifies the files of one log, in any order. `trust` is empty: any key may have signed. `elsewhere`: a file of
-/// checkpoints.
+/// checkpoints, of this log alone.
 ///
 /// # Errors
 /// Files that cannot be read. A log that was tampered with is no error: [`Report::bad`] says so.
 pub fn verify(files: &[PathBuf], trust: &[PublicKey], elsewhere: Option<&Path>) -> Result<Report> {
+    verified(files, trust, elsewhere, false)
+}
+
+/// The same for a part of a log: its first records are somewhere else, and the checkpoints are of other logs too. That is
+/// believed of whoever asks, and noted.
+///
+/// # Errors
+/// Those of [`verify`].
+pub fn verify_part(files: &[PathBuf], trust: &[PublicKey], elsewhere: Option<&Path>) -> Result<Report> {
+    verified(files, trust, elsewhere, true)
+}
+
+fn verified(files: &[PathBuf], trust: &[PublicKey], elsewhere: Option<&Path>, part: bool) -> Result<Report> {
     let files = in_order(files)?;
     let mut verifier = Verifier {
         files: &files,
         trust,
+        part,
+        vouched: None,
         elsewhere: Elsewhere::new(),
         report: Report { files: files.clone(), ..Report::default() },
         since: 0,
@@ -292,16 +310,38 @@ impl Verifier<'_> {
             }
         }
         self.report.last = chained.seq.saturating_sub(1);
-        if began.0 > 0 {
-            let note = match &self.removed {
-                Some((last, hash)) if *last + 1 == began.0 && *hash == began.1 => {
-                    format!("records 0 to {last} were removed when they were older than they were to be kept")
-                }
-                _ => format!("records 0 to {} are not in the files given", began.0 - 1),
-            };
-            self.report.notes.push(note);
+        let without = match began.0 {
+            0 => None,
+            first => self.without_beginning(first, &began.1, elsewhere.is_some()),
+        };
+        Ok(without.or_else(|| self.end(&chained)))
+    }
+
+    /// The files begin with record `first`, which holds the hash `prev`: were those before it removed by the log itself?
+    fn without_beginning(&mut self, first: u64, prev: &str, elsewhere: bool) -> Option<Bad> {
+        let last = first - 1;
+        let vouched = |at: u64| self.vouched.is_some_and(|vouched| vouched > at);
+        // Anybody can append that something was removed; what comes before a checkpoint, only who wrote the log.
+        let asked = elsewhere || !self.trust.is_empty();
+        match &self.removed {
+            Some((was, hash, at)) if *was == last && hash == prev && (!asked || vouched(*at)) => {
+                let note = format!("records 0 to {last} were removed when they were older than they were to be kept");
+                self.report.notes.push(note);
+                None
+            }
+            _ if self.part => {
+                self.report.notes.push(format!("records 0 to {last} are not in the files given"));
+                None
+            }
+            _ => self.bad_at(
+                Fault::Deleted,
+                (0, 1),
+                format!(
+                    "records 0 to {last} are missing before it, and no record that a checkpoint vouches for says that they \
+                     were removed; if these files are a part of a log, say --part"
+                ),
+            ),
         }
-        Ok(self.end(&chained))
     }
 
     /// What can only be said when all lines were seen.
@@ -315,7 +355,6 @@ impl Verifier<'_> {
             );
             return self.bad_at(Fault::Truncated, chained.at, why);
         }
-        self.report.uncovered = self.since;
         if self.trust.is_empty() {
             return None;
         }
@@ -373,6 +412,9 @@ impl Verifier<'_> {
                 return wrong(self.bad(Fault::Rewritten, &line, why));
             }
             (self.report.elsewhere, self.since) = (self.report.elsewhere + 1, 0);
+            (self.report.uncovered, self.vouched) = (0, Some(link.seq));
+        } else {
+            self.report.uncovered += 1;
         }
         match link.kind {
             own::CHECKPOINT => {
@@ -380,7 +422,10 @@ impl Verifier<'_> {
                     return wrong(Some(bad));
                 }
             }
-            own::REMOVED => self.removed = link.last.zip(link.sha256.map(str::to_owned)).or(self.removed.take()),
+            own::REMOVED => {
+                let named = link.last.zip(link.sha256);
+                self.removed = named.map(|(last, hash)| (last, hash.to_owned(), link.seq)).or(self.removed.take());
+            }
             own::GAP => self.note(&line, "events could not be recorded before it"),
             own::HEAD | own::TORN => {}
             _ => self.since += 1,
@@ -428,6 +473,7 @@ impl Verifier<'_> {
         }
         self.report.checkpoints_signed += 1;
         (self.since, self.due) = (0, link.due);
+        (self.report.uncovered, self.vouched) = (0, Some(link.seq));
         None
     }
 
@@ -611,16 +657,19 @@ impl Verifier<'_> {
                 return Ok(bad(Fault::Rewritten, format!("it is a second checkpoint with number {}", link.seq)));
             }
         }
-        match others {
-            Some(other) if !any => {
-                let why = format!(
-                    "{} holds checkpoints of log {other}, none of this log {}",
-                    path.display(),
-                    self.report.log
-                );
-                Ok(Some(Bad { fault: Fault::Rewritten, file: self.files[0].clone(), line: 1, why }))
-            }
-            Some(_) | None => Ok(None),
+        let Some(other) = others else { return Ok(None) };
+        let (path, own) = (path.display(), &self.report.log);
+        if any && self.part {
+            self.report.notes.push(format!("{path} holds checkpoints of other logs too, of {other} among them"));
+            return Ok(None);
         }
+        let why = match any {
+            false => format!("{path} holds checkpoints of log {other}, none of this log {own}"),
+            true => format!(
+                "{path} holds checkpoints of log {other} too, and this is log {own}: another log was here. Give each log a file \
+                 of checkpoints of its own, or say --part"
+            ),
+        };
+        Ok(Some(Bad { fault: Fault::Rewritten, file: self.files[0].clone(), line: 1, why }))
     }
 }

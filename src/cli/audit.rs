@@ -9,7 +9,7 @@ use serde_json::json;
 use super::Out;
 use crate::audit::record::{Record, now, parse_stamp};
 use crate::audit::show::{Query, files_of, find, sentence};
-use crate::audit::verify::{Report, verify};
+use crate::audit::verify::{Report, verify, verify_part};
 use crate::config::Layers;
 use crate::config::units::parse_duration;
 use crate::error::{Code, Error, Result};
@@ -52,6 +52,9 @@ pub struct VerifyArgs {
     /// Checkpoints that were kept elsewhere (audit-checkpoint-file): without them a log whose end was cut looks whole
     #[arg(long, value_name = "FILE")]
     checkpoints: Option<PathBuf>,
+    /// The files are a part of a log, or of one of several whose checkpoints lie in one file
+    #[arg(long)]
+    part: bool,
 }
 
 const VERIFY_EXAMPLES: &str = "\
@@ -133,6 +136,7 @@ fn all_files(named: &[PathBuf]) -> Result<Vec<PathBuf>> {
 fn prove(args: &VerifyArgs, out: &Out) -> Result<()> {
     let trust = args.trust.iter().map(|text| load_public_key(text).map_err(|e| e.context("--trust")));
     let trust = trust.collect::<Result<Vec<_>>>()?;
+    let verify = if args.part { verify_part } else { verify };
     let report = verify(&all_files(&args.files)?, &trust, args.checkpoints.as_deref())?;
     let mut value = json!(report);
     value["ok"] = json!(report.bad.is_none());
