@@ -88,7 +88,7 @@ impl Sink for Notes {
     fn take(&self, event: &Event) -> modelfs::error::Result<()> {
         self.events.lock().expect("a test").push(event.clone());
         if self.full.load(std::sync::atomic::Ordering::SeqCst) {
-            return Err(Error::new(Code::Host, "the audit log is full"));
+            return Err(Error::new(Code::Audit, "the audit log is full"));
         }
         Ok(())
     }
@@ -344,7 +344,7 @@ fn an_open_that_is_let_is_told_with_who_what_and_by_which_key_before_it_is_answe
     mount.notes.full.store(true, std::sync::atomic::Ordering::SeqCst);
     for file in ["config.json", BIG] {
         let error = File::open(mount.path("open").join(file)).expect_err("not recorded");
-        assert_eq!(error.raw_os_error(), Some(libc::EIO));
+        assert_eq!(error.raw_os_error(), Some(libc::EACCES));
     }
     assert_eq!(mount.fs.open_handles(), 0);
     mount.notes.full.store(false, std::sync::atomic::Ordering::SeqCst);

@@ -303,6 +303,7 @@ impl Host {
     pub fn status(&self) -> Value {
         self.telemetry.cache_bytes.set(self.cache.budget().in_use());
         self.telemetry.huge_page_short_bytes.set(mem::huge_page_short_bytes());
+        self.count_blocked(&self.mounted());
         json!({
             "pid": std::process::id(),
             "memory": self.cache.arena().kind().name(),
@@ -321,6 +322,11 @@ impl Host {
             "mountpoints": self.mounted().iter().map(|one| one.mountpoint().to_owned()).collect::<Vec<_>>(),
             "metrics": self.telemetry.snapshot(),
         })
+    }
+
+    /// Blocks end by time, so they are counted when somebody asks.
+    fn count_blocked(&self, mounted: &[Arc<Mounted>]) {
+        self.telemetry.blocked.set(mounted.iter().map(|mounted| mounted.fs().blocks().len() as u64).sum());
     }
 
     fn forget(&self, mounted: &Mounted) {

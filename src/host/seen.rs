@@ -19,7 +19,7 @@ impl Host {
         self.telemetry.cache_bytes.set(self.cache.budget().in_use());
         self.telemetry.huge_page_short_bytes.set(mem::huge_page_short_bytes());
         let mounted = self.mounted();
-        self.telemetry.blocked.set(mounted.iter().map(|mounted| mounted.fs().blocks().len() as u64).sum());
+        self.count_blocked(&mounted);
         // A version that several mounts show is one in memory.
         let mut models: BTreeMap<u32, ModelFacts> = BTreeMap::new();
         for shown in mounted.iter().flat_map(|mounted| mounted.fs().vfs().shown()) {

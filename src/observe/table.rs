@@ -177,7 +177,11 @@ pub const METRICS: &[Metric] = &[
     gauge("modelfs_audit_mode", &["mode"], "1 for the mode of the audit log: off, on, required."),
     counter("modelfs_audit_records_total", NONE, "Records of the audit log written."),
     counter("modelfs_audit_failures_total", NONE, "Records of the audit log that could not be written."),
-    gauge("modelfs_audit_waiting_records", NONE, "Records of the audit log taken and not yet written."),
+    gauge(
+        "modelfs_audit_waiting_records",
+        NONE,
+        "Records of the audit log since its last checkpoint, which nothing signed vouches for yet.",
+    ),
     counter(
         "modelfs_alerts_total",
         &["result"],

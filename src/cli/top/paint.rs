@@ -326,6 +326,10 @@ fn troubles<'a>(now: &Sample, page: &Page<'_>) -> Vec<Span<'a>> {
         ("deadline_errors", "deadlines missed"),
         ("credentials_failed", "credentials not given"),
         ("passthrough_refused", "passthrough refused"),
+        ("audit_failures", "events not recorded"),
+        ("alerts_failed", "alerts not delivered"),
+        ("alerts_dropped", "alerts dropped"),
+        ("blocked", "users blocked"),
     ];
     let mut spans = Vec::new();
     let all = tampered.map(|it| (it, Color::LightRed)).into_iter().chain(others.map(|it| (it, Color::LightYellow)));
