@@ -21,6 +21,7 @@ use tonic::{Code as GrpcCode, Status};
 use super::node::Node;
 use super::proto::*;
 use crate::error::{Class, Code, Error, Result};
+use crate::telemetry::scrub;
 
 /// The kubelet keeps one connection, and opens one for each probe and each registration.
 const CONNECTIONS_MAX: usize = 32;
@@ -141,7 +142,8 @@ impl Refusal {
 
 impl From<Error> for Refusal {
     fn from(error: Error) -> Refusal {
-        Refusal::new(grpc_code(&error), format!("{} [{}]", error.chain(), error.code()))
+        // It ends in the events of a pod, which more people read than the driver's log.
+        Refusal::new(grpc_code(&error), format!("{} [{}]", scrub(&error.chain()), error.code()))
     }
 }
 
@@ -221,6 +223,13 @@ mod tests {
         ] {
             assert_eq!(Refusal::from(Error::new(code, "x")).code, want, "{code}");
         }
+    }
+
+    #[test]
+    fn an_event_of_a_pod_holds_no_credential() {
+        let told =
+            Refusal::from(Error::new(Code::StoreDenied, "GET https://s3/x?X-Amz-Signature=abcdef0123 was refused"));
+        assert!(told.message.contains("was refused") && !told.message.contains("abcdef0123"), "{}", told.message);
     }
 
     #[test]

@@ -192,8 +192,12 @@ impl Policy {
                 if spec.name == "verify" && !stricter && said("verify").is_none() {
                     refuse!(Usage, "less than strict is for the administrator to allow, in the plugin's configuration");
                 }
-                if spec.name == "s3-endpoint" && said("s3-endpoint").is_none() && !self.stores.is_empty() {
-                    refuse!(Usage, "with a list of allowed stores, where they are is the administrator's to say");
+                if spec.name == "s3-endpoint" && said("s3-endpoint").is_none() {
+                    refuse!(
+                        Usage,
+                        "our storage credentials go there, so where stores are is the administrator's to say, in the plugin's \
+                         configuration"
+                    );
                 }
             }
             Rule::Volume => {}
@@ -454,9 +458,10 @@ mod tests {
     }
 
     #[test]
-    fn a_list_of_buckets_closes_all_others_and_the_endpoint() {
+    fn a_list_of_buckets_closes_all_others_and_where_they_are_is_never_the_volumes_to_say() {
         let open = policy(&[]);
-        open.admit(&options("store=s3://any/where s3-endpoint=http://minio:9000")).unwrap();
+        open.admit(&options("store=s3://any/where")).unwrap();
+        refused(&open, "store=s3://any/where s3-endpoint=http://minio:9000", "administrator's to say");
         let policy = policy(&[("allow-store", "s3://models/prod")]);
         policy.admit(&options("store=s3://models/prod/acme")).unwrap();
         for bad in ["s3://models", "s3://models/production", "s3://other/prod", "vault-kv://secret/models", "/srv"] {
