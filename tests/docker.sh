@@ -513,7 +513,8 @@ podman_steps() {
 compose_setup() {
   mkdir -p "$DOCKER_CONFIG/cli-plugins" /etc/modelfs/vault
   ln -sf "$compose" "$DOCKER_CONFIG/cli-plugins/docker-compose"
-  image vault "$vault" && image versitygw "$versitygw" && image modelfs "$modelfs" && image busybox || return 1
+  image vault "$vault" && image versitygw "$versitygw" && image busybox || return 1
+  MODELFS=$modelfs IMAGE=$work/image run_page_block "$page" compose-images || return 1
   page_block "$page" toml volumes-compose >/etc/modelfs/volumes.toml && start_plugin
 }
 export MODEL_SOURCE=$work/source MODEL_CANARIES=$work/canaries DOCKER_ROOT=$work/docker

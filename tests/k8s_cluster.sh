@@ -194,14 +194,14 @@ YAML
   until_true 60 kc get node $cluster_node
 }
 
-image() { # NAME FOLDER [ENTRYPOINT]: a docker archive of one layer, made by hand
+image() { # NAME FOLDER [ENTRYPOINT [USER]]: a docker archive of one layer, made by hand
   local name=$1 out=$cluster_dir/image digest
   rm -rf "$out" && mkdir -p "$out"
   tar -C "$2" --owner 0 --group 0 --numeric-owner -cf "$out/layer.tar" .
   digest=$(sha256sum "$out/layer.tar" | cut -d' ' -f1)
   jq -n --arg digest "sha256:$digest" --arg arch "$(uname -m | sed 's/x86_64/amd64/; s/aarch64/arm64/')" \
-    --argjson entrypoint "${3:-null}" \
-    '{architecture: $arch, os: "linux", config: {Env: ["PATH=/bin:/usr/bin"], Entrypoint: $entrypoint}, rootfs: {type: "layers", diff_ids: [$digest]}}' \
+    --argjson entrypoint "${3:-null}" --arg user "${4:-}" \
+    '{architecture: $arch, os: "linux", config: {Env: ["PATH=/bin:/usr/bin"], Entrypoint: $entrypoint, User: $user}, rootfs: {type: "layers", diff_ids: [$digest]}}' \
     >"$out/config.json"
   jq -n --arg name "localhost/$name" '[{Config: "config.json", RepoTags: [$name], Layers: ["layer.tar"]}]' >"$out/manifest.json"
   tar -C "$out" -cf "$cluster_dir/image.tar" manifest.json config.json layer.tar

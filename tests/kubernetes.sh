@@ -67,7 +67,7 @@ wrapper vault "$vault"
 wrapper modelfs "$modelfs"
 # What the administrator uses; the driver gets none of it.
 export PATH=$work/bin:$PATH
-admin_env=(VAULT_ADDR=http://127.0.0.1:8200 VAULT_TOKEN=root KUBERNETES_API=https://127.0.0.1:6443
+admin_env=("NODE=$cluster_node" VAULT_ADDR=http://127.0.0.1:8200 VAULT_TOKEN=root KUBERNETES_API=https://127.0.0.1:6443
   "KUBERNETES_CA=$cluster_dir/pki/ca.crt" STORAGE_USER=storage-admin STORAGE_PASSWORD=storage-password
   STORAGE_ENDPOINT=http://127.0.0.1:9000 MODELFS_S3_ENDPOINT=http://127.0.0.1:9000 MODELFS_S3_REGION=us-east-1
   AWS_ACCESS_KEY_ID=storage-admin AWS_SECRET_ACCESS_KEY=storage-password)
@@ -135,15 +135,13 @@ trust=$(admin vault read -format=json transit/keys/release | jq -r '.data.keys["
 
 # ---- The driver.
 driver_image() {
-  local tree=$work/image library
-  busybox_tree "$tree"
-  cp "$modelfs" "$tree/bin/modelfs"
-  for library in $(ldd "$modelfs" | grep -oE '/[^ ]+'); do
-    mkdir -p "$tree$(dirname "$library")" && cp -L "$library" "$tree$library"
-  done
-  # Whom TLS believes, as any image that speaks it has them.
-  mkdir -p "$tree/etc/ssl/certs" && cp -L /etc/ssl/certs/ca-certificates.crt "$tree/etc/ssl/certs/"
-  image modelfs:0.1.0 "$tree"
+  local tree=$work/image entrypoint user
+  # What docs/container/Dockerfile puts together; its last words hold for the driver too, unless the manifest says otherwise.
+  bash docs/container/rootfs.sh "$modelfs" "$work/image-context" && mkdir "$tree" || return 1
+  tar -C "$tree" --numeric-owner -xf "$work/image-context/system.tar" && tar -C "$tree" -xf "$work/image-context/user.tar" || return 1
+  entrypoint=$(sed -n 's/^ENTRYPOINT //p' docs/container/Dockerfile) user=$(sed -n 's/^USER //p' docs/container/Dockerfile)
+  [[ -n $entrypoint && -n $user ]] || { echo "docs/container/Dockerfile has no ENTRYPOINT or no USER"; return 1; }
+  image modelfs:0.1.0 "$tree" "$entrypoint" "$user"
 }
 to_json() { kc create --dry-run=client --validate=false -o json -f "$1" | jq -s 'map(if .kind == "List" then .items[] else . end)'; }
 # What is of this machine alone; everything else stays as the manifest says.
@@ -160,7 +158,7 @@ driver_pod() {
     | {apiVersion: "v1", kind: "Pod", metadata: (.metadata + {name: "modelfs-csi", namespace: "modelfs"}), spec: .spec}
     | .metadata.labels["modelfs-driver"] = "yes"
     | .spec.nodeName = "node1" | .spec.hostNetwork = true
-    | .spec.containers[0] |= (.image = "localhost/modelfs:0.1.0" | .imagePullPolicy = "Never" | .command = ["/bin/modelfs"]
+    | .spec.containers[0] |= (.image = "localhost/modelfs:0.1.0" | .imagePullPolicy = "Never"
         | .args += ["--kubelet-dir=" + $kubelet, "--recheck=2s"]
         | .resources = {requests: {cpu: "100m", memory: "1536Mi"}, limits: {memory: "1536Mi"}})
     | walk(if type == "string" then gsub("^/var/lib/kubelet"; $kubelet) else . end)
@@ -342,7 +340,7 @@ outage() {
 step "Vault is away for 30 s: nobody loses anything" outage
 
 # ---- Nothing secret where it does not belong.
-driver_pid() { pgrep -f "^/bin/modelfs --config=/etc/modelfs/modelfs.toml csi --node-id=node1 .*--kubelet-dir=$cluster_dir/kubelet" | head -1; }
+driver_pid() { pgrep -f "^/usr/bin/modelfs --config=/etc/modelfs/modelfs.toml csi --node-id=node1 .*--kubelet-dir=$cluster_dir/kubelet" | head -1; }
 tokens_kept() { # files in the driver's folders that no mount table shows
   python3 - "$(driver_pid)" <<'PYTHON'
 import os, sys

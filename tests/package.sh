@@ -98,6 +98,10 @@ give_keys() {
   cp "$XDG_CONFIG_HOME/modelfs/signing.key.pub" "$root/etc/modelfs/signing.pub"
   page_block "$page" ini s3.env >"$root/etc/modelfs/s3.env"
   chmod 600 "$root/etc/modelfs/s3.env"
+  # As the page has a service keep its key and its own settings.
+  install -m 600 "$work/llama.key" "$root/etc/credstore.encrypted/modelfs-llama.key"
+  mkdir -p "$root/etc/systemd/system/modelfs@llama.service.d"
+  printf '[Service]\nLimitMEMLOCK=8G\n' >"$root/etc/systemd/system/modelfs@llama.service.d/memlock.conf"
 }
 # The page's lines: one for the first access; one that mounts; one whose store does not answer; one whose store takes the
 # connection and says nothing.
@@ -203,6 +207,8 @@ no_trace() {
 make_store
 : >"$root/etc/fstab"
 step "a system boots" boot
+# systemd's own folder for encrypted credentials.
+mkdir -p -m 700 "$root/etc/credstore.encrypted"
 file_list >"$work/before"
 step "install the package" install_deb "$work/modelfs.deb"
 traces() { ! diff "$work/before" <(file_list) >/dev/null; }
