@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Whether pages say what is there: alerts and their sections, requirements and their tests, links between pages.
+# Whether pages say what is there: alerts and their sections, requirements and their tests, links between pages, flags.
 #
-#   tests/docs.sh
+#   tests/docs.sh      needs the release build (MODELFS names another binary)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tests/steps.sh
+
+modelfs=${MODELFS:-${CARGO_TARGET_DIR:-$PWD/target}/release/modelfs}
 
 # Each test and step that a page names: after a path in backticks, functions in backticks and steps in quotes are of that file.
 named_tests_exist() { # PAGE
@@ -88,6 +90,45 @@ if wrong or seen < 20:
 print(seen, "links")
 PYTHON
 }
+# Each --flag in backticks, and in lines of modelfs, is one of some command of ours, or one of those of other programs.
+flags_exist() { # PAGE...
+  "$modelfs" completions bash | python3 -c '
+import re, sys
+from pathlib import Path
+FLAG = r"(?<![\w-])--[a-z][a-z0-9-]*"
+OTHERS = set("""--bench --cap-drop --clear-groups --device --driver --duration --force --from --gpus --interleave --memlock --nocapture --now
+  --read-only --regid --reuid --rounds --security-opt --size-mib --system --test --ulimit --unix-socket --user""".split())
+ours, wrong, seen = set(re.findall(FLAG, sys.stdin.read())), [], 0
+for page in sys.argv[1:]:
+    inside = continued = False
+    for number, line in enumerate(Path(page).read_text().splitlines(), 1):
+        if line.lstrip().startswith("```"):
+            inside, continued = not inside, False
+            continue
+        spans = re.findall(r"`([^`]+)`", line)
+        if inside:
+            of_modelfs = continued or re.search(r"(^|[\s(|&;])modelfs\s", line)
+            continued = bool(of_modelfs) and line.rstrip().endswith("\\")
+            spans = [line] if of_modelfs else []
+        for flag in re.findall(FLAG, " ".join(spans)):
+            seen += 1
+            if flag not in ours and flag not in OTHERS:
+                wrong.append(f"{page}: line {number}: no command has {flag}")
+print(seen, "flags,", len(ours), "of ours")
+if wrong or seen < 3:
+    sys.exit("\n".join(wrong) or f"only {seen} flags were understood")
+' "$@"
+}
+flags_can_fail() {
+  local page rc=0
+  page=$(mktemp)
+  # shellcheck disable=SC2016
+  printf '%s\n' 'by `--vault-ca` and `--vault-ca-cert`' '```sh' 'modelfs mount S M \' '  --no-such-flag' 'other --whatever' '```' >"$page"
+  flags_exist "$page" >"$page.log" 2>&1 && rc=1
+  [[ $(grep -o 'no command has .*' "$page.log" | tr '\n' ' ') == "no command has --vault-ca no command has --no-such-flag " ]] || rc=1
+  rm -f "$page" "$page.log"
+  return $rc
+}
 step "the check of names can fail" named_tests_can_fail
 step "every test that docs/COMPLIANCE.md names is there" named_tests_exist docs/COMPLIANCE.md
 step "every test that docs/SECURE_CODING.md names is there" named_tests_exist docs/SECURE_CODING.md
@@ -95,4 +136,10 @@ if [[ -f docs/monitoring/alerts.yaml ]]; then
   step "every alert has a section in docs/RUNBOOK.md, and every section an alert" alerts_have_sections
 fi
 step "every link between pages leads somewhere" links_lead_somewhere
+if [[ -x $modelfs ]]; then
+  step "the check of flags can fail" flags_can_fail
+  step "every flag that a page names is one" flags_exist README.md docs/*.md
+else
+  step "flags of the pages: $modelfs is built (cargo build --release --locked)" false
+fi
 finish
