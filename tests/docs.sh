@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Whether pages say what is there: alerts and their sections, requirements and their tests, links between pages, flags.
+# Whether pages say what is there: alerts and their sections, requirements and their tests, links between pages, flags; and
+# whether the release does what it says of itself.
 #
 #   tests/docs.sh      needs the release build (MODELFS names another binary)
 set -euo pipefail
@@ -129,6 +130,30 @@ flags_can_fail() {
   rm -f "$page" "$page.log"
   return $rc
 }
+# What release.yaml says of itself. A job that names its permissions has no others.
+release_is_tested() {
+  python3 - <<'PYTHON'
+import re, sys
+from pathlib import Path
+text = Path(".github/workflows/release.yaml").read_text().split("\njobs:\n")[1]
+jobs = dict(re.findall(r"^  (\w+):\n((?:    .*\n|  *#.*\n|\n)*)", text, flags=re.M))
+wrong = []
+if ".ci/run" not in Path(".github/workflows/ci.yaml").read_text():
+    wrong.append("ci.yaml does not run .ci/run")
+tested = {name for name, job in jobs.items() if "uses: ./.github/workflows/ci.yaml" in job or ".ci/run" in job}
+for name, job in jobs.items():
+    before, new = set(), set(re.findall(r"^    needs: *(\w+)", job, flags=re.M))
+    while new - before:
+        before |= new
+        new = {of for other in before for of in re.findall(r"^    needs: *(\w+)", jobs[other], flags=re.M)}
+    if name not in tested and not before & tested:
+        wrong.append(f"release.yaml: {name} does not come after all that CI runs")
+    if "gh run download" in job and "      actions: read" not in job:
+        wrong.append(f"release.yaml: {name} downloads what another job left, without the right actions: read")
+if wrong or len(jobs) < 2:
+    sys.exit("\n".join(wrong) or "no jobs were understood")
+PYTHON
+}
 step "the check of names can fail" named_tests_can_fail
 step "every test that docs/COMPLIANCE.md names is there" named_tests_exist docs/COMPLIANCE.md
 step "every test that docs/SECURE_CODING.md names is there" named_tests_exist docs/SECURE_CODING.md
@@ -136,6 +161,7 @@ if [[ -f docs/monitoring/alerts.yaml ]]; then
   step "every alert has a section in docs/RUNBOOK.md, and every section an alert" alerts_have_sections
 fi
 step "every link between pages leads somewhere" links_lead_somewhere
+step "a release comes after everything that CI runs, and each of its jobs may what it does" release_is_tested
 if [[ -x $modelfs ]]; then
   step "the check of flags can fail" flags_can_fail
   step "every flag that a page names is one" flags_exist README.md docs/*.md

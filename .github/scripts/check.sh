@@ -60,8 +60,8 @@ check_workflows() {
   "$schemas" --builtin-schema vendor.github-workflows .github/workflows/*.yaml &&
     "$schemas" --builtin-schema vendor.dependabot .github/dependabot.yaml &&
     "$pre_commit" validate-config .pre-commit-config.yaml || return 1
-  # What runs is what was read: a commit, not a name that can be moved.
-  if grep -HnE '^ *(- )?uses:' .github/workflows/*.yaml | grep -vE '@[0-9a-f]{40} # v[0-9.]+$'; then
+  # What runs is what was read: a commit, not a name that can be moved. What lies in this repository is of the same commit.
+  if grep -HnE '^ *(- )?uses:' .github/workflows/*.yaml | grep -vE 'uses: \./|@[0-9a-f]{40} # v[0-9.]+$'; then
     echo "an action must be named by its commit, with its version behind it"
     return 1
   fi
