@@ -217,7 +217,24 @@ setting() { # PATH VALUE EXPECTED NAME
   spoil_setting() { set_kernel "$path" "$value"; }
   if [[ -w $path ]]; then step "doctor: $4" only "$3" spoil_setting restore_kernel; else not_here "doctor: $4" "no $path"; fi
 }
-setting /proc/sys/kernel/core_pattern '|/bin/false' "core-pattern info" "crashes go to a handler"
+# From the value that docs/HARDENING.md sets to what distributions have.
+cores_go_somewhere() {
+  local cores=/proc/sys/kernel/core_pattern pattern rc=0
+  nowhere() { set_kernel "$cores" '|/bin/false'; }
+  somewhere() { set_kernel "$cores" "$pattern"; }
+  nowhere && complaints >"$work/lines2" && ! grep '^core-pattern' "$work/lines2" || rc=1
+  for pattern in core '/var/crash/core.%p' '|/usr/lib/systemd/systemd-coredump %P'; do
+    [[ $rc == 0 ]] || break
+    only "core-pattern info" somewhere nowhere || rc=1
+  done
+  restore_kernel
+  return $rc
+}
+if [[ -w /proc/sys/kernel/core_pattern ]]; then
+  step "doctor: cores are written or piped anywhere but to false" cores_go_somewhere
+else
+  not_here "doctor: cores are written or piped anywhere but to false" "no /proc/sys/kernel/core_pattern"
+fi
 setting /proc/sys/fs/suid_dumpable 1 "set-id-dumps warning" "set-uid programs leave cores"
 setting /proc/sys/fs/suid_dumpable 2 "set-id-dumps info" "set-uid programs leave cores for root"
 setting /proc/sys/kernel/yama/ptrace_scope 0 "ptrace-scope info" "anyone may debug his own"

@@ -112,8 +112,8 @@ pub(super) fn mount_right(machine: &Machine<'_>) -> Option<Said> {
         // A seccomp filter or a profile of AppArmor may forbid what the capability allows.
         return match &machine.facts.fuse {
             Some(Err(why)) if machine.exists("dev/fuse") => {
-                let fix = "docker run --security-opt apparmor=unconfined --security-opt seccomp=unconfined (or a profile \
-                           that allows mount), or let another mount and hand the descriptor in";
+                let fix = "docker run --security-opt apparmor=unconfined, or a profile of AppArmor and seccomp that allows \
+                           mount; or let another mount and hand the descriptor in";
                 hint(Stops, format!("CAP_SYS_ADMIN, and yet: {why}"), WANTED, fix)
             }
             Some(Err(_) | Ok(_)) | None => fine("CAP_SYS_ADMIN", WANTED),

@@ -36,15 +36,31 @@ pub(super) fn swap(machine: &Machine<'_>) -> Option<Said> {
     }
 }
 
+/// Programs that read a core and keep nothing of it.
+const DISCARD: [&str; 4] = ["/bin/false", "/bin/true", "/usr/bin/false", "/usr/bin/true"];
+
+/// For what programs that read models hold: the memory of modelfs itself is in no core, wherever cores go
+/// (PR_SET_DUMPABLE, MADV_DONTDUMP). Every distribution keeps cores, hence no more than [`Info`].
 pub(super) fn core_pattern(machine: &Machine<'_>) -> Option<Said> {
-    const WANTED: &str = "no crash handler: modelfs leaves no core, but a reader's may hold what it copied";
+    const WANTED: &str = "cores that go nowhere: modelfs is in none, but a reader's holds what it copied";
     let pattern = machine.text("proc/sys/kernel/core_pattern")?;
+    let nowhere = "sysctl 'kernel.core_pattern=|/bin/false'";
     match pattern.strip_prefix('|') {
-        None => fine(format!("`{pattern}`"), WANTED),
-        Some(handler) => {
-            let handler = handler.split_whitespace().next().unwrap_or_default();
-            let fix = "sysctl kernel.core_pattern=core, and ulimit -c 0 for the programs that read models";
-            hint(Info, format!("crashes are piped to {handler}"), WANTED, fix)
+        Some(piped) => {
+            let handler = piped.split_whitespace().next().unwrap_or_default();
+            if DISCARD.contains(&handler) {
+                return fine(format!("cores go to {handler}, which keeps nothing"), WANTED);
+            }
+            // A limit of 0 (ulimit -c) does not hold for pipes: core(5).
+            hint(Info, format!("cores are piped to {handler}, whatever ulimit -c says"), WANTED, nowhere)
+        }
+        // An empty name writes nothing, unless `.PID` is added to it: core(5).
+        None if pattern.is_empty() && machine.text("proc/sys/kernel/core_uses_pid").as_deref() == Some("0") => {
+            fine("cores have no name, and are not written", WANTED)
+        }
+        None => {
+            let seen = format!("cores are written to disk as `{pattern}`, plaintext with them");
+            hint(Info, seen, WANTED, format!("{nowhere}, or ulimit -c 0 for the programs that read models"))
         }
     }
 }

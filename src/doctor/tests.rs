@@ -29,7 +29,7 @@ const GOOD: &[(&str, &str)] = &[
     ("proc/buddyinfo", "Node 0, zone   Normal   10   10   10   10   10   10   10   10   10   10   4000 \n"),
     ("proc/cpuinfo", "processor : 0\nflags : fpu aes avx2 vaes avx512f\n"),
     ("proc/swaps", "Filename Type Size Used Priority\n"),
-    ("proc/sys/kernel/core_pattern", "core\n"),
+    ("proc/sys/kernel/core_pattern", "|/bin/false\n"),
     ("sys/kernel/mm/transparent_hugepage/shmem_enabled", "always within_size advise [never] deny force\n"),
     ("sys/devices/system/node/has_memory", "0\n"),
     ("sys/devices/system/clocksource/clocksource0/current_clocksource", "tsc\n"),
@@ -248,8 +248,11 @@ fn each_rule_fails_on_a_machine_that_lacks_its_one_thing_and_names_the_fix() {
             "core-pattern",
             Info,
             "/usr/share/apport/apport",
-            "core_pattern=core",
+            "core_pattern=|/bin/false",
         ),
+        (&[(CORES, Some("core\n"))], "core-pattern", Info, "to disk as `core`", "core_pattern=|/bin/false"),
+        (&[(CORES, Some("\n"))], "core-pattern", Info, "to disk", "core_pattern=|/bin/false"),
+        (&[(CORES, Some("|/bin/falsetto"))], "core-pattern", Info, "/bin/falsetto", "core_pattern=|/bin/false"),
     ];
     for (changes, rule, severity, seen, fix) in cases {
         let mut facts = good_facts();
@@ -261,6 +264,33 @@ fn each_rule_fails_on_a_machine_that_lacks_its_one_thing_and_names_the_fix() {
         assert!(finding.seen.contains(seen), "{seen}: {finding:?}");
         assert!(finding.fix.as_ref().expect("a fix").contains(fix), "{fix}: {finding:?}");
     }
+}
+
+const CORES: &str = "proc/sys/kernel/core_pattern";
+
+/// The value that docs/HARDENING.md sets is one of them.
+#[test]
+fn cores_that_go_nowhere_are_fine_and_the_two_pages_agree_on_how() {
+    let page = include_str!("../../docs/HARDENING.md");
+    let set = page.lines().find_map(|line| line.strip_prefix("kernel.core_pattern=")).expect("a block sets it");
+    for pattern in [set, "|/bin/true", "|/usr/bin/false %p"] {
+        let all = findings(&[(CORES, Some(pattern))], &good_facts());
+        assert_eq!(bad(&all), [""; 0], "{pattern}");
+    }
+    let unnamed = [(CORES, Some("\n")), ("proc/sys/kernel/core_uses_pid", Some("0\n"))];
+    assert_eq!(bad(&findings(&unnamed, &good_facts())), [""; 0]);
+    let told = found(&findings(&[(CORES, Some("core"))], &good_facts()), "core-pattern");
+    assert!(told.fix.expect("a fix").contains(&format!("kernel.core_pattern={set}")), "{set}");
+    assert!(!told.severity.ge(&Warning), "what every distribution has stops no strict start");
+}
+
+/// docs/HARDENING.md says that it is never needed.
+#[test]
+fn nobody_is_told_to_do_without_seccomp() {
+    let mut facts = good_facts();
+    facts.fuse = Some(Err("seccomp says no".into()));
+    let fix = found(&findings(&[], &facts), "mount-right").fix.expect("a fix");
+    assert!(fix.contains("profile") && !fix.contains("seccomp=unconfined"), "{fix}");
 }
 
 #[test]
