@@ -441,6 +441,15 @@ fi
 # A clock that is wrong, imitated: something that answers as Vault does, with a date of our choice.
 cat >"$work/dated.py" <<'PYTHON'
 import http.server, json, sys
+  floor_policy() { # CAPABILITY...: what servers may do with floors
+    printf 'path "transit/decrypt/models" { capabilities = ["update"] }\npath "secret/data/floor/*" { capabilities = ["%s"] }\n' "$1" |
+      admin policy write server - >/dev/null
+  }
+  floor_shut() { floor_policy deny; }
+  floor_open() { floor_policy read; }
+  step "a policy that lets floors be read" floor_open
+  step "doctor: a token without the right to the floor" \
+    only "vault-rights error" floor_shut floor_open "${at[@]}" --floor vault-kv:secret/floor
 from email.utils import formatdate
 import time
 ahead = int(sys.argv[2])

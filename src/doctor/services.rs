@@ -9,7 +9,8 @@ use std::time::{Duration, Instant, SystemTime};
 use super::setup::Setup;
 use super::{Info, Machine, Said, Stops, Warning, fine, hint};
 use crate::config::Access;
-use crate::error::{Class, Error};
+use crate::error::{Class, Code, Error};
+use crate::format::{ModelId, names};
 use crate::keys::KeySource;
 use crate::store::{self, ChunkSink, StoreUrl};
 use crate::vault::{self, Health, TokenSeen, Vault};
@@ -23,6 +24,8 @@ const SLOW: Duration = Duration::from_millis(500);
 const TTL_MIN: Duration = Duration::from_secs(600);
 /// No object is called so: that it is not there is an answer.
 const NO_OBJECT: &str = "ready";
+/// Credentials may be for some models alone: so many are asked for before reading is called refused.
+const MODELS_TRIED_MAX: usize = 16;
 
 #[derive(Debug, Clone)]
 pub struct VaultSeen {
@@ -105,7 +108,7 @@ fn ask_vault(access: &Access, store: Option<&StoreUrl>, wait: Duration) -> Optio
             Some((token, lacks)) => (seen.token, seen.lacks) = (Some(token), lacks),
             None => {
                 let why = format!("no answer to a login within {} s", wait.as_secs());
-                seen.token = Some(Err(Error::new(crate::error::Code::VaultUnreachable, why)));
+                seen.token = Some(Err(Error::new(Code::VaultUnreachable, why)));
             }
         }
     }
@@ -136,6 +139,10 @@ fn wanted_of_vault(access: &Access, store: Option<&StoreUrl>) -> Vec<(String, &'
     if let Some(from) = &access.s3_credentials {
         wanted.push((format!("{}/creds/{}", from.mount, from.role), &["read"]));
     }
+    if let Some(floor) = &access.trust.floor {
+        // Entries are named by hashes of models, so a policy has the folder; servers only read them.
+        wanted.push((format!("{}/data/{}/*", floor.mount, floor.path), &["read"]));
+    }
     if let Some(StoreUrl::VaultKv { mount, path }) = store {
         wanted.push((format!("{mount}/metadata/{path}"), &["list"]));
     }
@@ -163,8 +170,7 @@ fn ask_store(access: &Access, url: Option<&StoreUrl>, wait: Duration) -> Option<
     if let StoreUrl::Local(path) = url
         && !path.exists()
     {
-        seen.answered =
-            Err(Error::new(crate::error::Code::NotFound, format!("there is no store at {}", path.display())));
+        seen.answered = Err(Error::new(Code::NotFound, format!("there is no store at {}", path.display())));
         return Some(seen);
     }
     let store = match store::open(url, &options) {
@@ -189,25 +195,52 @@ fn ask_store(access: &Access, url: Option<&StoreUrl>, wait: Duration) -> Option<
 }
 
 fn silent(wait: Duration) -> Error {
-    Error::new(crate::error::Code::Deadline, format!("the store gives no answer within {} s", wait.as_secs()))
+    Error::new(Code::Deadline, format!("the store gives no answer within {} s", wait.as_secs()))
 }
 
 type Answers = (Result<Duration, Error>, Option<Result<usize, Error>>);
 
 async fn questions(store: &dyn ChunkSink, wait: Duration) -> Answers {
     let mut took = Duration::ZERO;
+    let mut refused = None;
     // Twice: the first one also connects, resolves names and gets credentials.
     for _ in 0..2 {
         let asked = Instant::now();
         let answer = tokio::time::timeout(wait, store.size(NO_OBJECT)).await.unwrap_or_else(|_| Err(silent(wait)));
         match answer {
             Err(error) if error.class() == Class::Unreachable => return (Err(error), None),
-            // A refusal is an answer; the listing says what it means.
-            Ok(_) | Err(_) => took = asked.elapsed(),
+            // A refusal is an answer too: the store is there.
+            Ok(_) | Err(_) => (took, refused) = (asked.elapsed(), answer.err().filter(is_refusal)),
         }
     }
     let listed = tokio::time::timeout(wait, store.list_dirs("")).await.unwrap_or_else(|_| Err(silent(wait)));
-    (Ok(took), Some(listed.map(|names| names.iter().filter(|name| *name != "probe").count())))
+    let models = match (listed, refused) {
+        (Err(error), _) => Err(error),
+        (Ok(listed), Some(refused)) if !some_model_is_read(store, &listed, wait).await => {
+            Err(refused.context("models may be listed, and no object may be read"))
+        }
+        (Ok(listed), _) => Ok(listed.iter().filter(|name| *name != "probe").count()),
+    };
+    (Ok(took), Some(models))
+}
+
+fn is_refusal(error: &Error) -> bool {
+    error.code() == Code::StoreDenied
+}
+
+/// Whether an object of any listed model may be asked for, there or not.
+async fn some_model_is_read(store: &dyn ChunkSink, listed: &[String], wait: Duration) -> bool {
+    let until = tokio::time::Instant::now() + wait;
+    let models = listed.iter().filter_map(|name| ModelId::from_hex(name));
+    for model in models.take(MODELS_TRIED_MAX) {
+        let name = names::model_name(model);
+        match tokio::time::timeout_at(until, store.size(&name)).await {
+            Ok(Err(error)) if is_refusal(&error) => {}
+            Ok(Ok(_) | Err(_)) => return true,
+            Err(_) => return false,
+        }
+    }
+    false
 }
 
 /// What the endpoint's own clock says, whatever else it answers. Nothing of ours is sent.
@@ -334,8 +367,8 @@ pub(super) fn store_access(machine: &Machine<'_>) -> Option<Said> {
             hint(Warning, format!("listing {}: {}", seen.url, error.chain()), WANTED, "modelfs ls STORE")
         }
         Err(error) => {
-            let fix =
-                "modelfs ls STORE with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY of a reader, or s3-credentials";
+            let fix = "modelfs ls STORE with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY of a reader (s3:ListBucket, \
+                       s3:GetObject), or s3-credentials";
             hint(Stops, format!("{}: {}", seen.url, error.chain()), WANTED, fix)
         }
         Ok(0) => hint(Info, format!("{} holds no model", seen.url), WANTED, "modelfs seal FOLDER STORE NAME --key KEY"),
@@ -378,4 +411,56 @@ pub(super) fn clock_skew(machine: &Machine<'_>) -> Option<Said> {
 
 fn millis(took: Duration) -> u128 {
     took.as_millis()
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::config::Layers;
+    use crate::config::layers::split_list;
+    use crate::store::fault::{Call, Fault, Faulty, When};
+    use crate::store::memory::MemoryStore;
+
+    const WAIT: Duration = Duration::from_secs(10);
+
+    /// What is found of two models, where these questions about names are refused.
+    async fn models(refused: &[&str]) -> Result<usize, Error> {
+        let store = Faulty::new(MemoryStore::new());
+        for model in ["acme/a", "acme/b"] {
+            let name = names::model_name(ModelId::of_name(model));
+            store.create(&name, Bytes::from_static(model.as_bytes())).await.expect("stored");
+        }
+        for part in refused {
+            store.on(When::call(Call::Size).name(part), Fault::Fail(Code::StoreDenied));
+        }
+        let (answered, models) = questions(&store, WAIT).await;
+        answered.expect("a refusal is an answer");
+        models.expect("asked")
+    }
+
+    #[tokio::test]
+    async fn credentials_that_list_and_may_read_nothing_are_found() {
+        assert_eq!(models(&[]).await.expect("the detector: all is allowed"), 2);
+        let error = models(&[""]).await.expect_err("nothing may be read");
+        assert!(error.code() == Code::StoreDenied && error.chain().contains("no object may be read"), "{error:?}");
+    }
+
+    #[tokio::test]
+    async fn credentials_for_one_model_alone_are_good_ones() {
+        let one = ModelId::of_name("acme/a").to_string();
+        assert_eq!(models(&[NO_OBJECT, &one]).await.expect("the other one is read"), 2);
+    }
+
+    #[test]
+    fn vault_is_asked_for_the_keys_the_credentials_and_the_floor_that_are_configured() {
+        let words = "key=vault-transit:transit/models,floor=vault-kv:secret/modelfs/floor,\
+                     s3_credentials=vault-aws:aws/reader,vault_addr=https://vault:8200";
+        let mut layers = Layers::default();
+        layers.mount_options(&split_list(words), false).expect("options");
+        let access = Access::from_layers(&layers).expect("access");
+        let wanted: Vec<String> = wanted_of_vault(&access, None).into_iter().map(|(path, _)| path).collect();
+        assert_eq!(wanted, ["transit/decrypt/models", "aws/creds/reader", "secret/data/modelfs/floor/*"]);
+    }
 }
