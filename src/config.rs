@@ -166,6 +166,21 @@ fn need_keys(layers: &Layers) -> Result<()> {
     if keys(layers)?.is_empty() { Err(no_key()) } else { Ok(()) }
 }
 
+/// Somebody whose signature is believed, or the digest of a version that needs none.
+///
+/// # Errors
+/// `Usage` naming the ways to say it. The mount itself ends with `NO_KEY`, once no model of the store is vouched for.
+fn need_signer(layers: &Layers) -> Result<()> {
+    let said = |name| layers.get(name).is_some_and(|setting| !setting.values.is_empty());
+    if ["trust", "trust-file", "manifest"].into_iter().any(said) || layers.switch("trust-on-first-use")? {
+        return Ok(());
+    }
+    refuse!(
+        Usage,
+        "no signer is trusted; add --trust PUBKEY or --trust-file FILE, or --manifest DIGEST for one version"
+    )
+}
+
 fn no_key() -> Error {
     Error::new(Code::Usage, "no key given; add --key file:PATH, --key env:VAR or --key passphrase, or set MODELFS_KEY")
 }

@@ -330,6 +330,7 @@ const BREAKS: &[(&str, &[&str], &str)] = &[
     ("cache-too-small", &["--cache", "1MiB"], "at least 64.0 MiB"),
     ("idle-too-short", &["--lock-when-idle", "10ms"], "at least 1 s"),
     ("no-key", &[], "no key given"),
+    ("no-signer", &[], "no signer is trusted"),
 ];
 
 const DIGEST: &str = "sha256:51d0e6f0a9c0a1a0d7a2c9c1c5e1d4f3b2a1908f7e6d5c4b3a29181716151413";
@@ -365,7 +366,7 @@ fn every_combination_that_the_page_lists_is_found_and_refused_or_told() {
             _ => {}
         }
         let trust = home.text("t.pub");
-        if *id == "trust-twice" {
+        if *id != "no-signer" {
             words.extend(["--trust", trust.as_str()]);
         }
         words.extend(&more);
@@ -379,8 +380,9 @@ fn every_combination_that_the_page_lists_is_found_and_refused_or_told() {
         };
         assert!(found.iter().any(|text| text.contains(told)), "{id}: {}", ran.all());
         assert_eq!(ran.code(), code, "{id}: {}", ran.all());
-        // The start itself is refused, and not only the check.
-        if *level == Level::Refused && !words.iter().any(|word| word.starts_with("--for")) {
+        // The start itself is refused, and not only the check; without a signer it is once the store was asked.
+        let later = words.iter().any(|word| word.starts_with("--for")) || *id == "no-signer";
+        if *level == Level::Refused && !later {
             home.run(env, &joined(&[&["mount"], &words])).ended(2, told);
         }
     }
@@ -394,6 +396,31 @@ fn every_combination_that_the_page_lists_is_found_and_refused_or_told() {
     run(&strict).ended(2, "drop vault-plain-http");
     let first = ["csi", "--node-id", "n", "--kubelet-dir", &store, "--trust-on-first-use"];
     run(&first).ended(2, "trust-on-first-use");
+}
+
+#[test]
+fn a_mount_that_would_believe_nobody_is_told_before_it_asks_the_store() {
+    let home = Home::new();
+    let (store, mnt, key) = (home.text("store"), home.text("mnt"), format!("file:{}", home.text("k")));
+    home.run(&[], &["keygen", "--signing", &home.text("sign")]).ended(0, "");
+    std::fs::create_dir(home.path("model")).expect("made");
+    home.write("model/weights", "some", 0o600);
+    let seal = ["seal", &home.text("model"), &store, "acme/m", "--key", &key, "--sign", &home.text("sign")];
+    home.run(&[], &seal).ended(0, "");
+    let mount = [store.as_str(), &mnt, "--key", &key];
+    // The start ends so; hence the check must not call it right.
+    home.run(&[], &joined(&[&["mount"], &mount])).ended(25, "no key is trusted for acme/m");
+    let told = home.run(&[], &joined(&[&["config", "check", "--json"], &mount])).ended(2, "");
+    assert!(told.findings("refused")[0].contains("no signer is trusted"), "{}", told.all());
+    let doctor = home.run(&[], &["doctor", &store, "--key", &key, "--json", "--rule", "configuration"]).json();
+    assert_eq!(doctor["can_mount"], false, "{doctor}");
+    assert!(doctor["findings"][0]["seen"].as_str().expect("a text").contains("no signer is trusted"), "{doctor}");
+    let pub_key = home.text("sign.pub");
+    home.run(&[], &joined(&[&["config", "check"], &mount, &["--trust", &pub_key]])).ended(0, "");
+    let trusted = ["doctor", &store, "--key", &key, "--trust", &pub_key, "--json", "--rule", "configuration"];
+    assert_eq!(home.run(&[], &trusted).json()["can_mount"], true);
+    let bare = home.run(&[], &["doctor", "--json", "--rule", "configuration"]).ended(0, "").json();
+    assert_eq!(bare["findings"][0]["severity"], "info", "what a mount's own flags may say yet: {bare}");
 }
 
 /// What each name from before does, seen from outside.
@@ -471,7 +498,8 @@ fn the_store_of_the_environment_is_read_where_a_store_is_named() {
     let mnt = home.text("mnt");
     let bucket = [("AWS_S3_BUCKET", "models-prod"), ("MODEL_STORAGE_BACKEND", "s3")];
     let key = format!("file:{}", home.text("k"));
-    home.run(&bucket, &["config", "check", "env:prod", &mnt, "--key", &key]).ended(0, "");
+    let trust = home.text("t.pub");
+    home.run(&bucket, &["config", "check", "env:prod", &mnt, "--key", &key, "--trust", &trust]).ended(0, "");
     home.run(&[], &["config", "check", "env:", &mnt, "--key", &key]).ended(2, "AWS_S3_BUCKET");
     home.run(&bucket, &["config", "check", &home.text("store"), &mnt, "--key", &key]).ended(2, "none of that kind");
     home.run(&[("MODEL_STORAGE_BACKEND", "gcs")], &["ls", "s3://models"]).ended(2, "S3 interface");

@@ -313,6 +313,17 @@ words='verfy = "strict"'
 step "doctor: the configuration has an option that is none" only "configuration error" say unsay
 words='trust-on-first-use = true'
 step "doctor: the configuration contradicts itself" only "configuration error" say unsay
+words='umask = "999"'
+step "doctor: the configuration has a value that is none" only "configuration error" say unsay
+words='model = ["acme/m"]
+require = ["acme/other"]'
+step "doctor: the configuration requires what it leaves out" only "configuration error" say unsay
+unsaid() { sed "/^$left_out = /d" "$work/modelfs.toml" >"$root/etc/modelfs.toml"; }
+left_out=trust
+step "doctor: a store is named, and nobody whose signature is believed" only "configuration error" unsaid unsay file:///srv/store
+left_out=key
+step "doctor: a store is named, and no key" only "configuration error" unsaid unsay file:///srv/store
+step "doctor: no store is named yet, and no key" only "configuration info" unsaid unsay
 first_use() { sed 's/^trust = .*/trust-on-first-use = true/' "$work/modelfs.toml" >"$root/etc/modelfs.toml"; }
 step "doctor: whoever signed first is believed" only "trust warning" first_use unsay
 
@@ -430,6 +441,15 @@ if [[ -x $vault ]]; then
   step "doctor: a token that ends soon and cannot be renewed" only "vault-token warning" short good_token "${at[@]}"
   rightless() { token -policy=default -period=24h; }
   step "doctor: a token without the right to the key" only "vault-rights error" rightless good_token "${at[@]}"
+  floor_policy() { # CAPABILITY...: what servers may do with floors
+    printf 'path "transit/decrypt/models" { capabilities = ["update"] }\npath "secret/data/floor/*" { capabilities = ["%s"] }\n' "$1" |
+      admin policy write server - >/dev/null
+  }
+  floor_shut() { floor_policy deny; }
+  floor_open() { floor_policy read; }
+  step "a policy that lets floors be read" floor_open
+  step "doctor: a token without the right to the floor" \
+    only "vault-rights error" floor_shut floor_open "${at[@]}" --floor vault-kv:secret/floor
   open_token() { chmod 644 "$root/etc/modelfs/token"; }
   close_token() { chmod 600 "$root/etc/modelfs/token"; }
   step "doctor: everybody reads the token" only "secret-files error,vault-token error" open_token close_token "${at[@]}"
@@ -441,15 +461,6 @@ fi
 # A clock that is wrong, imitated: something that answers as Vault does, with a date of our choice.
 cat >"$work/dated.py" <<'PYTHON'
 import http.server, json, sys
-  floor_policy() { # CAPABILITY...: what servers may do with floors
-    printf 'path "transit/decrypt/models" { capabilities = ["update"] }\npath "secret/data/floor/*" { capabilities = ["%s"] }\n' "$1" |
-      admin policy write server - >/dev/null
-  }
-  floor_shut() { floor_policy deny; }
-  floor_open() { floor_policy read; }
-  step "a policy that lets floors be read" floor_open
-  step "doctor: a token without the right to the floor" \
-    only "vault-rights error" floor_shut floor_open "${at[@]}" --floor vault-kv:secret/floor
 from email.utils import formatdate
 import time
 ahead = int(sys.argv[2])

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::out::table;
 use super::{Flags, Global, csi, volume_plugin};
-use crate::config::check::{Finding, findings};
+use crate::config::check::{Finding, Places, findings};
 use crate::config::layers::{Origin, Setting, split_list};
 use crate::config::names::{Does, OTHERS, OWN};
 use crate::config::options::{Form, Kind, OPTIONS, OptionSpec, Section, takes};
@@ -82,7 +82,7 @@ Examples:
   modelfs config check                                     file and environment, as a mount would read them
   modelfs config check s3://models/prod /mnt/models --cache 64GiB
   modelfs --config ./modelfs.toml config check --for csi --node-id node-7
-  modelfs config check /srv/models /mnt -o ro,allow_other,key=file:/etc/modelfs/llama.key
+  modelfs config check /srv/models /mnt -o ro,key=file:/etc/modelfs/llama.key,trust=/etc/modelfs/publisher.pub
 
 It asks nobody over a network, reads no secret and changes nothing: files are looked for, and their modes looked at.";
 
@@ -141,7 +141,7 @@ fn check(args: &CheckArgs, global: &Global) -> Result<()> {
     if let (Some(_), Who::VolumePlugin | Who::Csi) = (&args.store, args.who) {
         return Err(Error::new(Code::Usage, "a driver mounts many stores: STORE and MOUNTPOINT are for mount and run"));
     }
-    let places = args.store.as_deref().zip(args.mountpoint.as_deref());
+    let places = Places { store: args.store.as_deref(), mountpoint: args.mountpoint.as_deref() };
     let whole = || match args.who {
         Who::Mount | Who::Run => Ok(()),
         Who::VolumePlugin => volume_plugin::plan(layers.clone()).map(drop),

@@ -51,7 +51,7 @@ const EXAMPLES: &str = "\
 Examples:
   modelfs doctor                            before the first mount
   modelfs doctor --cache 64GiB              would that cache work here?
-  modelfs doctor s3://models/prod --key vault-transit:transit/models --strict
+  modelfs doctor s3://models/prod --key vault-transit:transit/models --trust publisher.pub --strict
                                             and would that store, Vault, those files?
   modelfs doctor /mnt/models --all          a mount that is slower than expected
   modelfs doctor --rule swap --rule memlock
@@ -86,6 +86,7 @@ pub fn run(args: &DoctorArgs, layers: Result<Layers>, config_files: Vec<PathBuf>
     };
     let layers = layers.map(|mut layers| {
         args.access.lay(&mut layers);
+        layers.flag("cache", args.cache.iter().cloned().collect());
         layers
     });
     let cache = match (asked.or(cache), &layers) {
@@ -94,6 +95,7 @@ pub fn run(args: &DoctorArgs, layers: Result<Layers>, config_files: Vec<PathBuf>
         (None, Ok(layers)) => config::cache_bytes(layers).unwrap_or_else(|_| default_cache_bytes()),
         (None, Err(_)) => default_cache_bytes(),
     };
+    let store = args.place.as_deref().zip(store);
     let setup = Setup::of_layers(layers, config_files, store, mountpoint);
     let mut facts = doctor::gather(cache, Some(setup), &args.rule, wait.unwrap_or(SERVICE_WAIT));
     facts.mount = mount;

@@ -506,7 +506,8 @@ pub const RULES: &[Rule] = &[
     },
 ];
 
-/// Contradictions that the parser of an option finds, by what `modelfs config check` prints; for docs/CONFIGURATION.md.
+/// Contradictions that the parser of an option finds, and what is lacking, by what `modelfs config check` prints; for
+/// docs/CONFIGURATION.md.
 pub const OF_PARSERS: &[(&str, &str, &str)] = &[
     ("audit-nowhere", "`audit` on or required without `audit-file` or `audit-journal`", "There is nowhere to write."),
     ("audit-off-and-on", "`audit` off with `audit-file` or `audit-journal`", "One of the two is a mistake."),
@@ -538,6 +539,11 @@ pub const OF_PARSERS: &[(&str, &str, &str)] = &[
         "no-key",
         "no `key`, MODELFS_KEY or MODEL_ENCRYPTION_KEY for a store that is no catalog",
         "Nothing could be opened.",
+    ),
+    (
+        "no-signer",
+        "no `trust`, `trust-file`, `manifest` or `trust-on-first-use`",
+        "No version would be believed: the mount ends with 25.",
     ),
 ];
 

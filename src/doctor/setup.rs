@@ -4,8 +4,11 @@
 
 use std::path::PathBuf;
 
-use super::{Machine, Said, Stops, Warning, fine, hint};
+use super::{Info, Machine, Said, Stops, Warning, fine, hint};
+use crate::config::check::{self, About, Places};
+use crate::config::options::{Use, takes};
 use crate::config::oversight::{HttpPlan, Oversight};
+use crate::config::rules::Level;
 use crate::config::{Access, Layers, MountPlan};
 use crate::crypto::Verify;
 use crate::error::{Error, Result};
@@ -18,6 +21,8 @@ use crate::vault::AuthMethod;
 pub struct Setup {
     /// Why the configuration cannot be used; then nothing else of it is known.
     pub refused: Option<Error>,
+    /// What `modelfs config check` says of it. A plan that exists has nothing of the kind.
+    pub wrong: Vec<check::Finding>,
     pub config_files: Vec<PathBuf>,
     pub store: Option<StoreUrl>,
     pub mountpoint: Option<PathBuf>,
@@ -76,14 +81,19 @@ impl Setup {
         })
     }
 
-    /// What the layers say where nothing is mounted. A configuration that cannot be used is a finding.
+    /// What the layers say where nothing is mounted, of a store as typed and as read. A configuration that cannot be used is a
+    /// finding.
     pub fn of_layers(
         layers: Result<Layers>,
         config_files: Vec<PathBuf>,
-        store: Option<StoreUrl>,
+        store: Option<(&str, StoreUrl)>,
         mountpoint: Option<PathBuf>,
     ) -> Setup {
-        let setup = Setup { config_files, store, mountpoint, whole_image: true, ..Setup::of_process() };
+        // Before anything is opened: what a login takes out of the environment would be missed.
+        let typed = store.as_ref().map(|(typed, _)| *typed);
+        let wrong = layers.as_ref().map_or(Vec::new(), |layers| wrong(layers, typed, mountpoint.is_some()));
+        let store = store.map(|(_, url)| url);
+        let setup = Setup { wrong, config_files, store, mountpoint, whole_image: true, ..Setup::of_process() };
         let read = layers.and_then(|layers| {
             let mut access = Access::from_layers(&layers)?.anchored()?;
             let oversight = Oversight::from_layers(&layers)?;
@@ -170,18 +180,49 @@ impl Setup {
     }
 }
 
+/// What `modelfs config check` finds and no rule of ours does. What `mounted` has is its own: only its daemon knows with which key
+/// and whose trust it was made.
+fn wrong(layers: &Layers, store: Option<&str>, mounted: bool) -> Vec<check::Finding> {
+    let places = Places { store, mountpoint: None };
+    let mut found = check::findings(layers, Vec::new(), takes::MOUNT, places, || Ok(()));
+    found.retain(|finding| match finding.about {
+        About::Said | About::File(Use::Written | Use::Folder) => true,
+        // `secret-files` and `trusted-files` look at these, and say which command mends them.
+        About::File(Use::Read | Use::Secret) => false,
+        About::Unsaid => !mounted,
+    });
+    found
+}
+
 pub(super) fn configuration(machine: &Machine<'_>) -> Option<Said> {
-    const WANTED: &str = "a configuration that can be read and holds no contradiction";
+    const WANTED: &str = "a configuration that a mount takes: readable, without contradiction, with a key and a signer";
     let setup = machine.facts.setup.as_ref()?;
-    match &setup.refused {
-        Some(error) => hint(Stops, error.chain(), WANTED, "modelfs config check"),
-        None => match setup.config_files.as_slice() {
-            [] => fine("no file; the rest is flags and environment", WANTED),
-            files => {
-                let names: Vec<String> = files.iter().map(|path| path.display().to_string()).collect();
-                fine(names.join(", "), WANTED)
-            }
-        },
+    // What is not said yet may still be said by the flags of a mount; with a store this is that mount.
+    let stops = |finding: &&check::Finding| {
+        finding.level == Level::Refused && (finding.about != About::Unsaid || setup.store.is_some())
+    };
+    let text = |finding: &check::Finding| finding.text.clone();
+    let (refused, told): (Vec<_>, Vec<_>) = setup.wrong.iter().partition(stops);
+    let mut refused: Vec<String> = refused.into_iter().map(text).collect();
+    if let Some(error) = &setup.refused {
+        let chain = error.chain();
+        if !refused.iter().any(|known| chain.contains(known)) {
+            refused.push(chain);
+        }
+    }
+    if !refused.is_empty() {
+        return hint(Stops, refused.join("; "), WANTED, "modelfs config check");
+    }
+    if !told.is_empty() {
+        let told: Vec<String> = told.into_iter().map(text).collect();
+        return hint(Info, told.join("; "), WANTED, "modelfs config check");
+    }
+    match setup.config_files.as_slice() {
+        [] => fine("no file; the rest is flags and environment", WANTED),
+        files => {
+            let names: Vec<String> = files.iter().map(|path| path.display().to_string()).collect();
+            fine(names.join(", "), WANTED)
+        }
     }
 }
 

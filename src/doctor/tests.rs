@@ -64,6 +64,8 @@ fn setup(words: &str) -> Setup {
     layers.mount_options(&split_list(words), false).expect("options");
     let vault_is_not_opened = Layers::default();
     let mut setup = Setup::of_layers(Ok(vault_is_not_opened), vec!["/etc/modelfs/modelfs.toml".into()], None, None);
+    // These layers hold neither key nor signer; those of the words do.
+    setup.wrong.clear();
     setup.access = Some(crate::config::Access::from_layers(&layers).expect("access"));
     setup.oversight = crate::config::Oversight::from_layers(&layers).expect("oversight");
     setup.policy = Some("/etc/modelfs/policy.toml".into());
@@ -291,6 +293,66 @@ fn nobody_is_told_to_do_without_seccomp() {
     facts.fuse = Some(Err("seccomp says no".into()));
     let fix = found(&findings(&[], &facts), "mount-right").fix.expect("a fix");
     assert!(fix.contains("profile") && !fix.contains("seccomp=unconfined"), "{fix}");
+}
+
+/// What the layers of these words say of a store, a mount or neither.
+fn configured(words: &str, store: Option<&str>, mountpoint: Option<&str>) -> Finding {
+    let mut layers = Layers::default();
+    layers.mount_options(&split_list(words), false).expect("options");
+    let store = store.map(|typed| (typed, crate::config::parse_store(typed).expect("a store")));
+    let setup = Setup::of_layers(Ok(layers), Vec::new(), store, mountpoint.map(Into::into));
+    let facts = Facts { setup: Some(setup), ..good_facts() };
+    found(&findings(&[], &facts), "configuration")
+}
+
+#[test]
+fn what_config_check_refuses_the_doctor_refuses_and_what_it_tells_the_doctor_tells() {
+    const WHOLE: &str = "key=file:/etc/modelfs/key,trust=/etc/modelfs/trust";
+    assert_eq!(configured(WHOLE, Some("/srv/models"), None).severity, Severity::Fine, "the detector: nothing is wrong");
+    for (more, told) in [
+        ("model=a,require=b", "add --model b"),
+        ("on_key_loss=lock", "nothing to watch"),
+        ("uid=4000000", "add --allow-other"),
+        ("cache=900TiB", "give less"),
+        ("umask=999", "octal"),
+        ("verify=none", "neither strict nor aead"),
+        ("audit=required", "nowhere to write"),
+        ("trust_on_first_use", "drop --trust-on-first-use"),
+        ("log_file=/no/such/folder/log", "there is no folder"),
+    ] {
+        let finding = configured(&format!("{WHOLE},{more}"), None, None);
+        assert_eq!(finding.severity, Stops, "{more}: {finding:?}");
+        assert!(finding.seen.contains(told), "{told}: {finding:?}");
+    }
+    let finding = configured(&format!("{WHOLE},model=a,require=b,umask=999"), None, None);
+    assert!(finding.seen.contains("octal") && finding.seen.contains("add --model b"), "all of it: {finding:?}");
+    let finding = configured(&format!("{WHOLE},allow_other"), None, None);
+    assert_eq!(finding.severity, Info, "{finding:?}");
+    assert!(finding.seen.contains("every user of this machine"), "{finding:?}");
+}
+
+/// Which file is not there, or open to others, is for the rules that name the command.
+#[test]
+fn files_that_options_name_are_left_to_the_rules_about_files() {
+    let finding = configured("key=file:/no/such/key,trust=/no/such/trust", Some("/srv/models"), None);
+    assert_eq!(finding.severity, Severity::Fine, "{finding:?}");
+}
+
+#[test]
+fn a_store_without_a_key_or_a_signer_cannot_be_mounted_and_a_bare_machine_may_be_without() {
+    let (key, trust) = ("key=file:/etc/modelfs/key", "trust=/etc/modelfs/trust");
+    for (words, told) in [(trust, "no key given"), (key, "no signer is trusted")] {
+        let finding = configured(words, Some("/srv/models"), None);
+        assert!(finding.severity == Stops && finding.seen.contains(told), "{told}: {finding:?}");
+        let finding = configured(words, None, None);
+        assert!(finding.severity == Info && finding.seen.contains(told), "{told}: {finding:?}");
+        let finding = configured(words, None, Some("/mnt/models"));
+        assert_eq!(finding.severity, Severity::Fine, "a mount has its own: {finding:?}");
+    }
+    let catalog = configured(trust, Some("vault-kv://secret/models"), None);
+    assert_eq!(catalog.severity, Severity::Fine, "its records bring their keys: {catalog:?}");
+    let pinned = "manifest=sha256:51d0e6f0a9c0a1a0d7a2c9c1c5e1d4f3b2a1908f7e6d5c4b3a29181716151413,model=a";
+    assert_eq!(configured(&format!("{key},{pinned}"), Some("/srv/models"), None).severity, Severity::Fine);
 }
 
 #[test]
