@@ -691,6 +691,20 @@ fn claims_of_endless_names_records_and_sizes_end_in_an_error() {
 }
 
 #[test]
+fn weights_whose_packing_breaks_behind_their_head_are_found_also_when_they_are_to_be_hashed() {
+    let root = hostile();
+    let weights = [planted::safetensors(), noise(1 << 20)].concat();
+    for (name, packed) in [("a.gz", gzip(&weights)), ("b.zst", zstd(&weights))] {
+        write(root.path(), &format!("tree/{name}"), &packed[..packed.len() / 2]);
+    }
+    let plan = ScanPlan::new(vec![root.path().join("tree")]);
+    for accept in [vec![], vec![[0; 32]]] {
+        let report = look(&ScanPlan { accept: accept.into_iter().collect(), ..plan.clone() });
+        assert_eq!(paths(&report), ["a", "b"], "{report:?}");
+    }
+}
+
+#[test]
 fn documents_that_lie_about_layers_end_in_an_error() {
     let root = hostile();
     let digest = format!("sha256:{}", "ab".repeat(32));

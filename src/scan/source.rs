@@ -306,12 +306,14 @@ pub(super) struct Probe<'a> {
     /// Whoever reads to the end hashes on the way: there is no second time.
     hashed: bool,
     sha256: Option<[u8; 32]>,
+    /// Reading to the end was begun; what is left then is not the whole file.
+    begun: bool,
 }
 
 impl<'a> Probe<'a> {
     pub fn new(inner: &'a mut dyn Source) -> Probe<'a> {
         let len = inner.left();
-        Probe { inner, head: Vec::new(), used: 0, ended: false, len, hashed: false, sha256: None }
+        Probe { inner, head: Vec::new(), used: 0, ended: false, len, hashed: false, sha256: None, begun: false }
     }
 
     /// A probe that will be asked for its [`digest`](Probe::digest).
@@ -361,6 +363,9 @@ impl<'a> Probe<'a> {
     }
 
     fn read_out(&mut self) -> io::Result<u64> {
+        if std::mem::replace(&mut self.begun, true) {
+            return Err(broken("its end could not be read"));
+        }
         let mut len = self.head.len() as u64;
         if self.hashed {
             let mut hasher = FileHasher::new();

@@ -619,10 +619,12 @@ impl<'a> Walk<'a> {
     }
 
     fn weights(&self, unit: &mut Unit, places: &[Vec<u8>], probe: &mut Probe, verdict: Verdict) -> io::Result<()> {
-        let sha256 = if verdict.confidence == Confidence::Info { None } else { probe.digest()? };
+        let hashed = if verdict.confidence == Confidence::Info { Ok(None) } else { probe.digest() };
+        // Without a digest nobody accepted it: it is told, and so is why its end was not reached.
+        let (sha256, ended) = hashed.map_or_else(|e| (None, Err(e)), |sha256| (sha256, Ok(())));
         let bytes = probe.known_len();
         self.add(unit, Seeing { places: places.to_vec(), verdict, bytes, sha256 });
-        Ok(())
+        ended
     }
 
     fn mention(&self, unit: &mut Unit, places: &[Vec<u8>], why: String) {

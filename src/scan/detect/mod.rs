@@ -17,7 +17,7 @@ mod tensorflow;
 
 use std::io;
 
-use super::source::{Packing, Probe};
+use super::source::{Packing, Probe, Trouble};
 use super::{Confidence, Format, tar};
 use crate::tensors::TensorMap;
 
@@ -121,8 +121,13 @@ pub(super) fn look(path: &[u8], probe: &mut Probe, min: u64) -> io::Result<Seen>
     ];
     for format in formats {
         if let Some(seen) = format(name, probe)? {
-            // A length that only reading tells is read for findings alone.
-            return Ok(if probe.measure()? < min { Seen::Other } else { seen });
+            // A length that only reading tells is read for findings alone. What breaks on the way is what its head says.
+            let small = match probe.measure().map_err(|e| (Trouble::of(&e), e)) {
+                Ok(len) => len < min,
+                Err((Trouble::Broken(_), _)) => false,
+                Err((_, e)) => return Err(e),
+            };
+            return Ok(if small { Seen::Other } else { seen });
         }
     }
     by_name(path, probe, min)
