@@ -688,6 +688,33 @@ fn claims_of_endless_names_records_and_sizes_end_in_an_error() {
         write(root.path(), name, &image_of(&gzip(&layer)));
         refused(&root.path().join(name), &[], "");
     }
+    // A file of 2^60 bytes, of which the first 512 are stored: whoever reads on reads zeros for ever.
+    let with_hole = |stored: &[u8]| {
+        let record = |text: &str| format!("{} {text}\n", text.len() + 4);
+        let size = format!("GNU.sparse.size={}", 1_u64 << 60);
+        let records = [record("GNU.sparse.map=0,512"), record(&size)].concat().into_bytes();
+        let mut out = [header(b'x', records.len() as u64), records].concat();
+        out.resize(1024, 0);
+        [out, header(b'0', 512), stored[..512].to_vec()].concat()
+    };
+    write(root.path(), "hole", &image_of(&with_hole(&header(b'0', 0))));
+    refused(&root.path().join("hole"), &[], "zeros behind the end");
+    write(root.path(), "accepted", format!("sha256:{}\n", "0".repeat(64)).as_bytes());
+    let accepted = root.path().join("accepted");
+    write(root.path(), "hashed", &image_of(&with_hole(&planted::safetensors())));
+    for (more, words) in [(&[][..], "--max-ratio"), (&["--max-unpacked", "100MiB"], "--max-unpacked")] {
+        let more = [&["--accept", accepted.to_str().expect("UTF-8")], more].concat();
+        let (code, report, err, _) = apart(&root.path().join("hashed"), &more);
+        assert_eq!(code, 26, "its head tells what it is: {report} {err}");
+        assert!(report["unread"].to_string().contains(words), "{report}");
+    }
+    let more = ["--accept", accepted.to_str().expect("UTF-8"), "--max-ratio", "1000000000000", "--time", "2s"];
+    assert_eq!(apart(&root.path().join("hashed"), &more).1["complete"], false, "the time ends it too");
+    // The same on a disk, where a hole is the file system's.
+    write(root.path(), "tree/padded", &tar_of(&[("readme", b"hello")]));
+    let padded = std::fs::File::options().write(true).open(root.path().join("tree/padded")).expect("there");
+    padded.set_len(1 << 36).expect("a file with a hole");
+    refused(&root.path().join("tree"), &[], "zeros behind the end");
 }
 
 #[test]

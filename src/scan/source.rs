@@ -112,12 +112,19 @@ impl<'a> Meter<'a> {
         if count.is_multiple_of(64) { self.in_time() } else { Ok(()) }
     }
 
-    fn made(&self, bytes: u64) -> Result<(), Trouble> {
+    /// `bytes` more that no disk and no pipe gave, of a stream that by now made `made` of `stored`.
+    pub fn made(&self, bytes: u64, made: u64, stored: u64) -> Result<(), Trouble> {
         let all = self.unpacked.fetch_add(bytes, Ordering::Relaxed) + bytes;
         if all > self.limits.unpacked_bytes_max {
             return Err(Trouble::Limit(format!(
                 "unpacks to more than {} bytes in all; raise --max-unpacked",
                 self.limits.unpacked_bytes_max
+            )));
+        }
+        let ratio_max = self.limits.ratio_max;
+        if made > RATIO_FREE_BYTES && made / stored.max(1) > ratio_max {
+            return Err(Trouble::Limit(format!(
+                "{stored} packed bytes unpack to more than {ratio_max} times as much ({made} so far); raise --max-ratio"
             )));
         }
         self.in_time()
@@ -483,16 +490,7 @@ impl Read for Unpacked<'_> {
             Decoder::Zstd(decoder) => decoder.read(room),
         }?;
         self.made += n as u64;
-        self.meter.made(n as u64)?;
-        let ratio_max = self.meter.limits.ratio_max;
-        if self.made > RATIO_FREE_BYTES && self.made / self.taken().max(1) > ratio_max {
-            return Err(Trouble::Limit(format!(
-                "{} packed bytes unpack to more than {ratio_max} times as much ({} so far); raise --max-ratio",
-                self.taken(),
-                self.made
-            ))
-            .into());
-        }
+        self.meter.made(n as u64, self.made, self.taken())?;
         Ok(n)
     }
 }
@@ -523,14 +521,7 @@ impl<R: BufRead> Read for Inflated<'_, R> {
     fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
         let n = self.decoder.read(room)?;
         self.made += n as u64;
-        self.meter.made(n as u64)?;
-        let (taken, ratio_max) = (self.decoder.total_in(), self.meter.limits.ratio_max);
-        if self.made > RATIO_FREE_BYTES && self.made / taken.max(1) > ratio_max {
-            return Err(Trouble::Limit(format!(
-                "an entry of {taken} packed bytes unpacks to more than {ratio_max} times as much; raise --max-ratio"
-            ))
-            .into());
-        }
+        self.meter.made(n as u64, self.made, self.decoder.total_in())?;
         Ok(n)
     }
 }

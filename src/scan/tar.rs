@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use tar::{EntryType, Header};
 
-use super::source::{Limited, Source, broken, fill};
+use super::source::{Limited, Meter, Source, Trouble, broken, fill};
 
 pub(super) const BLOCK: usize = 512;
 
@@ -30,6 +30,10 @@ const PREFIXES_MAX: usize = 16;
 
 /// Pieces of one sparse file.
 const PIECES_MAX: usize = 1 << 16;
+
+/// Zeros behind an end mark that are read for what may come after them. Tapes pad to some MiB; a hole in a file on a disk or in
+/// an archive costs nobody anything, and would be read for ever.
+const ZEROS_BYTES_MAX: u64 = 64 << 20;
 
 /// One entry, before its bytes are read.
 #[derive(Debug, Clone)]
@@ -56,6 +60,7 @@ pub(super) enum Kind {
 
 pub(super) struct TarReader<'a> {
     source: &'a mut dyn Source,
+    meter: &'a Meter<'a>,
     /// Stored bytes of the entry at hand, and the padding behind them.
     stored: u64,
     padding: u64,
@@ -78,8 +83,8 @@ pub(super) fn is_header(block: &[u8]) -> bool {
 }
 
 impl<'a> TarReader<'a> {
-    pub fn new(source: &'a mut dyn Source) -> TarReader<'a> {
-        TarReader { source, stored: 0, padding: 0, at: 0, ended: false, behind: false }
+    pub fn new(source: &'a mut dyn Source, meter: &'a Meter<'a>) -> TarReader<'a> {
+        TarReader { source, meter, stored: 0, padding: 0, at: 0, ended: false, behind: false }
     }
 
     /// The next entry, whatever was left of the last one; `None` at the end.
@@ -114,16 +119,20 @@ impl<'a> TarReader<'a> {
     pub fn body<'b>(&'b mut self, entry: &'b Entry) -> Body<'b> {
         Body {
             inner: Limited { inner: &mut *self.source, left: self.stored },
+            meter: self.meter,
+            stored: self.stored,
             left: &mut self.stored,
             pieces: entry.pieces.as_deref(),
             at: 0,
             len: entry.len,
+            zeros: 0,
         }
     }
 
     /// A block that is not empty, and whether the end mark came before it.
     fn header(&mut self) -> io::Result<Option<([u8; BLOCK], bool)>> {
         let mut behind = self.ended;
+        let mut zeros = 0;
         loop {
             let mut block = [0; BLOCK];
             let got = fill(self.source, &mut block)?;
@@ -131,7 +140,17 @@ impl<'a> TarReader<'a> {
             match got {
                 0 => return Ok(None),
                 BLOCK if block.iter().any(|byte| *byte != 0) => return Ok(Some((block, behind))),
-                BLOCK => (behind, self.ended) = (true, true),
+                BLOCK if zeros >= ZEROS_BYTES_MAX => {
+                    return Err(Trouble::Limit(format!(
+                        "more than {ZEROS_BYTES_MAX} bytes of zeros behind the end of a tar archive, and it is not known \
+                         what follows them; cut them off"
+                    ))
+                    .into());
+                }
+                BLOCK => {
+                    (behind, self.ended) = (true, true);
+                    zeros += BLOCK as u64;
+                }
                 // Padding to something else than blocks.
                 _ if behind && block.iter().all(|byte| *byte == 0) => return Ok(None),
                 _ if behind => return Ok(Some((block, true))),
@@ -376,11 +395,16 @@ fn name(value: &[u8]) -> io::Result<Vec<u8>> {
 /// The bytes of one entry, its holes filled with zeros.
 pub(super) struct Body<'a> {
     inner: Limited<'a>,
+    meter: &'a Meter<'a>,
+    /// What the archive holds of it.
+    stored: u64,
     /// What the reader still has to pass over.
     left: &'a mut u64,
     pieces: Option<&'a [(u64, u64)]>,
     at: u64,
     len: u64,
+    /// Bytes of holes that were read.
+    zeros: u64,
 }
 
 impl Read for Body<'_> {
@@ -393,6 +417,9 @@ impl Read for Body<'_> {
             (true, until) => {
                 let n = want.min(usize::try_from(until - self.at).unwrap_or(want));
                 room[..n].fill(0);
+                self.zeros += n as u64;
+                // A hole costs the archive nothing, like what a decoder makes.
+                self.meter.made(n as u64, self.zeros, self.stored)?;
                 n
             }
             (false, until) => {
@@ -452,6 +479,7 @@ impl Source for Body<'_> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Limits;
     use super::super::source::Memory;
     use super::*;
 
@@ -489,7 +517,9 @@ mod tests {
 
     fn list(bytes: &[u8]) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
         let mut memory = Memory(bytes);
-        let mut reader = TarReader::new(&mut memory);
+        let limits = Limits { unpacked_bytes_max: 1 << 20, ..Limits::default() };
+        let meter = Meter::new(limits, None, &|_| {});
+        let mut reader = TarReader::new(&mut memory, &meter);
         let mut found = Vec::new();
         while let Some(entry) = reader.next()? {
             let mut data = Vec::new();
@@ -562,6 +592,10 @@ mod tests {
         let mut lies = pax(&[("GNU.sparse.map", b"0,4,2,4"), ("GNU.sparse.size", b"124")]);
         lies.extend(with(&header("x", EntryType::Regular, 8), data));
         assert!(list(&lies).is_err(), "pieces that overlap");
+        let mut endless = pax(&[("GNU.sparse.map", b"0,8"), ("GNU.sparse.size", b"1152921504606846976")]);
+        endless.extend(with(&header("x", EntryType::Regular, 8), data));
+        let error = list(&endless).expect_err("holes are counted like what is unpacked");
+        assert!(matches!(Trouble::of(&error), Trouble::Limit(_)), "{error:?}");
     }
 
     #[test]
@@ -573,5 +607,9 @@ mod tests {
         bytes.extend([0; 1024]);
         bytes.extend([9; 700]);
         assert_eq!(list(&bytes).expect("good").len(), 3, "bytes that are no archive are told of");
+        bytes.truncate(4096);
+        bytes.resize(65 << 20, 0);
+        let error = list(&bytes).expect_err("zeros are not read for ever");
+        assert!(matches!(Trouble::of(&error), Trouble::Limit(_)), "{error:?}");
     }
 }

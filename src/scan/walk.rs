@@ -329,7 +329,7 @@ impl<'a> Walk<'a> {
 
     /// The archive that a target is: each archive in it may be a layer, each document may name layers.
     fn outer_tar(&self, number: usize, source: &mut dyn Source, depth: usize, loose: &mut Unit) -> io::Result<()> {
-        let mut reader = TarReader::new(source);
+        let mut reader = TarReader::new(source, &self.meter);
         while let Some(entry) = reader.next()? {
             self.meter.entry()?;
             let key = clean(&entry.path);
@@ -542,7 +542,7 @@ impl<'a> Walk<'a> {
     fn tar(&self, unit: &mut Unit, places: &mut Vec<Vec<u8>>, source: &mut dyn Source, depth: usize) -> io::Result<()> {
         // Whiteouts mean something in the layer's own archive.
         let is_layer = places.is_empty();
-        let mut reader = TarReader::new(source);
+        let mut reader = TarReader::new(source, &self.meter);
         while let Some(entry) = reader.next()? {
             self.meter.entry()?;
             if is_layer && !matches!(entry.kind, tar::Kind::Folder | tar::Kind::Behind) {
