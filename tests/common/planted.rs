@@ -130,8 +130,9 @@ pub fn tf_index() -> Vec<u8> {
     [b"\0\0\x06\x08\x01\x1a\x02\x08\x01\0\x0c\x14dense/kernel".to_vec(), noise(2000)].concat()
 }
 
-pub fn tensorrt() -> Vec<u8> {
-    [b"ptrt".to_vec(), vec![0; 60], noise(4096)].concat()
+/// An engine of one of the two marks that versions of TensorRT write.
+pub fn tensorrt(mark: &[u8; 4]) -> Vec<u8> {
+    [mark.to_vec(), vec![0; 60], noise(4096)].concat()
 }
 
 pub fn hdf5() -> Vec<u8> {
@@ -177,12 +178,13 @@ pub fn all() -> Vec<(&'static str, &'static str, &'static str, Vec<u8>)> {
         ("one/h", "tf-saved-model", "certain", tf_saved_model()),
         ("one/i", "tf-graph", "certain", tf_graph()),
         ("one/j", "tf-checkpoint", "certain", tf_index()),
-        ("one/k", "tensorrt", "certain", tensorrt()),
+        ("one/k", "tensorrt", "certain", tensorrt(b"ptrt")),
         ("one/l", "hdf5", "certain", hdf5()),
         ("one/m", "tflite", "certain", tflite()),
         ("one/n", "numpy", "likely", npy(1 << 20)),
         ("one/o", "numpy", "likely", npz()),
         ("one/p", "keras", "certain", keras()),
+        ("one/q", "tensorrt", "certain", tensorrt(b"ftrt")),
         ("two/variables.data-00000-of-00001", "tf-checkpoint", "likely", noise(1 << 20)),
         ("two/model.ckpt", "named", "likely", noise(1 << 20)),
         ("three/weights.bin", "named", "likely", noise(1 << 20)),

@@ -265,7 +265,8 @@ fn tflite(_: &[u8], probe: &mut Probe) -> io::Result<Option<Seen>> {
 
 fn tensorrt(name: &[u8], probe: &mut Probe) -> io::Result<Option<Seen>> {
     let head = probe.head(HEAD_BYTES_FIRST)?;
-    if !head.starts_with(b"ptrt") || head.len() < 64 || is_text(head) {
+    // Two marks, by version.
+    if !(head.starts_with(b"ptrt") || head.starts_with(b"ftrt")) || head.len() < 64 || is_text(head) {
         return Ok(None);
     }
     let named = [&b".engine"[..], b".plan", b".trt", b".mytrtfile"].iter().any(|end| name.ends_with(end));
@@ -530,11 +531,13 @@ mod tests {
 
     #[test]
     fn a_tensorrt_engine_is_known_by_magic_and_binary_content() {
-        let mut engine = b"ptrt".to_vec();
-        engine.resize(2000, 0);
-        is("m.engine", &engine, Format::Tensorrt, Confidence::Certain);
-        is("m", &engine, Format::Tensorrt, Confidence::Certain);
-        is_not("notes", &[b"ptrt: notes on a format. ".repeat(100)].concat());
+        for mark in [b"ptrt", b"ftrt"] {
+            let mut engine = mark.to_vec();
+            engine.resize(2000, 0);
+            is("m.engine", &engine, Format::Tensorrt, Confidence::Certain);
+            is("m", &engine, Format::Tensorrt, Confidence::Certain);
+            is_not("notes", &[mark, &b": notes on a format. ".repeat(100)[..]].concat());
+        }
     }
 
     fn zip(names: &[&str], extra: &[u8]) -> Vec<u8> {
