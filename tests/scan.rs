@@ -433,6 +433,35 @@ fn an_exported_file_system_is_looked_at_like_a_tree() {
 }
 
 #[test]
+fn weights_that_begin_like_a_document_are_found_in_archives_and_layouts() {
+    let root = tempfile::tempdir().expect("a folder");
+    // The length of a header is written first: one of 0x7b20 bytes begins with a space and a brace, 0x5b20 with a bracket.
+    let weights = |len: usize| {
+        let json = r#"{"w":{"dtype":"BF16","shape":[64,64],"data_offsets":[0,8192]}}"#;
+        [&(len as u64).to_le_bytes()[..], format!("{json:len$}").as_bytes(), &noise(8192)].concat()
+    };
+    let (brace, bracket) = (weights(0x7b20), weights(0x5b20));
+    assert!(brace.starts_with(b" {") && bracket.starts_with(b" ["));
+    // And a tar, whose first bytes are a name.
+    let inner = tar_of(&[("{a}/w", &planted::gguf())]);
+    let files: [(&str, &[u8]); 3] =
+        [("opt/m/model.safetensors", &brace), ("opt/m/w", &bracket), ("opt/inner.tar", &inner)];
+    let wanted = ["opt/inner.tar!{a}/w", "opt/m/model.safetensors", "opt/m/w"];
+    write(root.path(), "export.tar", &tar_of(&files));
+    assert_eq!(paths(&look_at(&root.path().join("export.tar"))), wanted);
+    let mut layout = oci_files();
+    layout.extend(files.map(|(path, bytes)| (path.to_owned(), bytes.to_vec())));
+    for (path, bytes) in &layout {
+        write(&root.path().join("layout"), path, bytes);
+    }
+    write(root.path(), "app.oci", &tar_of_map(&layout));
+    for target in ["layout", "app.oci"] {
+        let seen = paths(&look_at(&root.path().join(target)));
+        assert!(wanted.iter().all(|path| seen.contains(&(*path).to_owned())), "{target}: {seen:?}");
+    }
+}
+
+#[test]
 fn holes_and_long_names_hide_nothing() {
     let root = tempfile::tempdir().expect("a folder");
     let name = format!("{}/w", "folder-of-a-long-name/".repeat(30));

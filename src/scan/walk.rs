@@ -369,11 +369,11 @@ impl<'a> Walk<'a> {
         }
         let parts = key.iter().filter(|byte| **byte == b'/').count() + 1;
         let mut probe = self.probe(source);
-        if parts <= LAYER_PARTS_MAX && len <= DOCUMENT_BYTES_MAX && is_document(probe.head(64)?) {
-            return self.document(number, key, &mut probe);
-        }
         let seen = detect::look(&key, &mut probe, self.plan.min_bytes)?;
+        let may_be_document = parts <= LAYER_PARTS_MAX && len <= DOCUMENT_BYTES_MAX;
         match seen {
+            // Weights may begin as a document does: the length that some formats begin with can be the number of a brace.
+            Seen::Other if may_be_document && is_document(probe.head(64)?) => self.document(number, key, &mut probe),
             Seen::Container(Container::Tar | Container::Packed(_)) if parts <= LAYER_PARTS_MAX => {
                 if let Some((file, at)) = probe.place() {
                     (self.meter.progress)(Step::Found(len));
