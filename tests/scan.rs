@@ -462,6 +462,37 @@ fn weights_that_begin_like_a_document_are_found_in_archives_and_layouts() {
 }
 
 #[test]
+fn a_packed_file_of_an_exported_file_system_is_known_by_its_name_at_any_depth() {
+    let root = tempfile::tempdir().expect("a folder");
+    let nameless = gzip(&noise(1 << 20));
+    let export = tar_of(&[
+        ("opt/m/pytorch_model.bin.gz", &nameless),
+        ("opt/m/x/y/pytorch_model.bin.gz", &nameless),
+        ("srv/weights.bin.gz", &nameless),
+        ("srv/config.json", b"{}"),
+        ("var/data.bin.gz", &nameless),
+        ("var/lib/inner.tar.gz", &gzip(&tar_of(&[("w", &planted::gguf())]))),
+    ]);
+    write(root.path(), "export.tar", &export);
+    write(root.path(), "export.tar.gz", &gzip(&export));
+    for name in ["export.tar", "export.tar.gz"] {
+        let plan = ScanPlan::new(vec![root.path().join(name)]);
+        let wanted = [
+            "opt/m/pytorch_model.bin.gz",
+            "opt/m/x/y/pytorch_model.bin",
+            "srv/weights.bin.gz",
+            "var/lib/inner.tar.gz!w",
+        ];
+        assert_eq!(paths(&look(&plan)), wanted, "{name}");
+        let left_alone = look(&ScanPlan { archives: false, ..plan });
+        assert_eq!(paths(&left_alone), Vec::<String>::new(), "{name}: archives are to be left alone");
+    }
+    // Layers are no archives that merely lie there.
+    write(root.path(), "app.tar", &docker_save_classic());
+    assert_layers(&look(&ScanPlan { archives: false, ..ScanPlan::new(vec![root.path().join("app.tar")]) }));
+}
+
+#[test]
 fn holes_and_long_names_hide_nothing() {
     let root = tempfile::tempdir().expect("a folder");
     let name = format!("{}/w", "folder-of-a-long-name/".repeat(30));

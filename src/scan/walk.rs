@@ -137,6 +137,8 @@ struct Found {
 /// What was found in one blob, or in all that lies in none.
 #[derive(Default)]
 struct Unit {
+    /// Of a blob, its name as far as it is unpacked. Not in any place: what lies in a layer has no other name before it.
+    name: Vec<u8>,
     findings: Vec<Seeing>,
     untold: u64,
     /// Folders that hold a model's configuration.
@@ -256,7 +258,7 @@ impl<'a> Walk<'a> {
             Job::Blob { target, key, file, at, len } => {
                 let mut unit = Unit::default();
                 let mut range = FileRange::new(file.clone(), at, len, &self.meter);
-                self.blob(&mut unit, &mut range);
+                self.blob(&mut unit, &key, &mut range);
                 if self.plan.verify && unit.trouble.is_none() {
                     unit.sha256 = self.hash(FileRange::new(file, at, len, &self.meter), &mut unit.trouble);
                 }
@@ -381,7 +383,7 @@ impl<'a> Walk<'a> {
                     return Ok(());
                 }
                 let mut unit = Unit::default();
-                self.blob(&mut unit, &mut probe);
+                self.blob(&mut unit, &key, &mut probe);
                 if matches!(unit.trouble, Some(Trouble::Time)) {
                     return Err(Trouble::Time.into());
                 }
@@ -441,9 +443,13 @@ impl<'a> Walk<'a> {
     }
 
     /// One blob to its end: a layer, or a file.
-    fn blob(&self, unit: &mut Unit, source: &mut dyn Source) {
+    ///
+    /// Whether it is a layer is known only when all documents are read; until then it may be a file like any other, which is
+    /// known by its name too.
+    fn blob(&self, unit: &mut Unit, key: &[u8], source: &mut dyn Source) {
         let mut probe = self.probe(source);
-        let ended = detect::look(b"", &mut probe, self.plan.min_bytes).and_then(|seen| {
+        unit.name = key.to_vec();
+        let ended = detect::look(key, &mut probe, self.plan.min_bytes).and_then(|seen| {
             unit.plain = matches!(seen, Seen::Container(Container::Tar));
             self.seen(unit, &mut Vec::new(), &mut probe, seen, 1)
         });
@@ -480,7 +486,7 @@ impl<'a> Walk<'a> {
         depth: usize,
     ) -> io::Result<()> {
         let mut probe = self.probe(source);
-        let name = places.last().map_or(&[][..], |place| place);
+        let name = places.last().unwrap_or(&unit.name);
         let seen = detect::look(name, &mut probe, self.plan.min_bytes)?;
         self.seen(unit, places, &mut probe, seen, depth)
     }
@@ -517,6 +523,9 @@ impl<'a> Walk<'a> {
                     Container::Zip => self.zip(unit, places, probe, depth + 1),
                     Container::Packed(packing) => Unpacked::new(packing, probe, &self.meter).and_then(|mut plain| {
                         let name = places.pop();
+                        if name.is_none() {
+                            unit.name = without_ending(&unit.name).to_vec();
+                        }
                         places.extend(name.as_deref().map(|name| without_ending(name).to_vec()));
                         let ended = self.file(unit, places, &mut plain, depth + 1);
                         if let Some(name) = name {
@@ -830,7 +839,12 @@ impl<'a> Walk<'a> {
         let number = |path: &[u8]| numbers.hash_one(path);
         for target in self.targets {
             let found = target.found.into_inner().unwrap_or_else(PoisonError::into_inner);
-            let telling = Telling { target: &target.shown, number: &number, complete: report.complete };
+            let telling = Telling {
+                target: &target.shown,
+                number: &number,
+                complete: report.complete,
+                archives: self.plan.archives,
+            };
             let is_file = matches!(target.input, Input::File { .. } | Input::Pipe(_));
             let layout = matches!(target.input, Input::Tree { layout: true, .. });
             telling.tell(found, is_file, layout, &mut report);
@@ -869,6 +883,8 @@ struct Telling<'a> {
     target: &'a str,
     number: &'a dyn Fn(&[u8]) -> u64,
     complete: bool,
+    /// Archives that merely lie somewhere were to be looked into.
+    archives: bool,
 }
 
 impl Telling<'_> {
@@ -894,7 +910,12 @@ impl Telling<'_> {
         }
         report.unread.append(&mut found.unread);
         report.unread_untold += found.unread_untold;
-        self.take(found.loose, None, report);
+        let folders = std::mem::take(&mut found.loose.folders);
+        self.take(found.loose, None, &folders, report);
+        // Archives that no image makes layers merely lie there.
+        if !is_image && !self.archives {
+            found.blobs.clear();
+        }
         let hides: BTreeMap<Vec<u8>, Hides> =
             found.blobs.iter_mut().map(|(key, unit)| (key.clone(), std::mem::take(&mut unit.hides))).collect();
         let mut layers = 0;
@@ -930,7 +951,7 @@ impl Telling<'_> {
                 let why = format!("packed with {kind}, which is not unpacked here");
                 self.unread(report, &key, why, true);
             }
-            self.take(unit, Some((&key, &placed, &hides)), report);
+            self.take(unit, Some((&key, &placed, &hides)), &folders, report);
         }
         report.looked.layers += layers;
         let images =
@@ -986,12 +1007,19 @@ impl Telling<'_> {
         &self,
         unit: Unit,
         blob: Option<(&[u8], &[(&Image, usize)], &BTreeMap<Vec<u8>, Hides>)>,
+        loose_folders: &HashSet<u64>,
         report: &mut Report,
     ) {
         report.findings_untold += unit.untold;
         for seeing in unit.findings {
             let place = seeing.places.join(&b'!');
-            if seeing.verdict.beside_config && !unit.folders.contains(&(self.number)(folder_of(&place))) {
+            // What a blob itself is lies in the archive's folders, what lies in it in its own.
+            let (folders, beside) = match blob {
+                Some((key, ..)) if seeing.places.is_empty() => (loose_folders, key),
+                Some(_) => (&unit.folders, &place[..]),
+                None => (loose_folders, &place[..]),
+            };
+            if seeing.verdict.beside_config && !folders.contains(&(self.number)(folder_of(beside))) {
                 continue;
             }
             let mut path = place;
