@@ -921,6 +921,26 @@ fn thousands_of_findings_are_counted_and_do_not_fill_the_memory() {
     assert!(memory < MEMORY_MAX, "{memory}");
 }
 
+#[test]
+fn what_is_only_mentioned_takes_no_room_from_what_counts() {
+    let root = hostile();
+    let mut files: Vec<(String, Vec<u8>)> =
+        (0..10_500).map(|n| (format!("s{n}"), [&b"MFS1DATA"[..], &[1; 504]].concat())).collect();
+    files.push(("w".to_owned(), planted::safetensors()));
+    let list: Vec<(&str, &[u8])> = files.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice())).collect();
+    write(root.path(), "a.tar", &tar_of(&list));
+    let path = root.path().join("a.tar");
+
+    let (code, report, err, _) = apart(&path, &[]);
+
+    let findings = report["findings"].as_array().expect("a list");
+    assert_eq!((code, &findings[0]["path"], &report["findings_untold"]), (26, &json!("w"), &json!(0)), "{err}");
+    assert_eq!(findings.len(), 5_001, "mentions have an end of their own");
+    write(root.path(), "accepted", format!("sha256:{}\n", sha256(&planted::safetensors())).as_bytes());
+    let accepted = root.path().join("accepted");
+    assert_eq!(apart(&path, &["--accept", accepted.to_str().expect("UTF-8")]).0, 0);
+}
+
 /// Any edit of an archive ends in a report, in bounded time, without a panic; and the same report each time.
 #[test]
 fn any_edit_of_an_archive_is_survived() {

@@ -31,7 +31,7 @@ pub use image::Hidden;
 pub use pattern::Pattern;
 pub use sarif::sarif;
 
-/// Findings that are told one by one; more are counted.
+/// Findings that are told one by one; more are counted. Of what is only mentioned half as many are told.
 pub const FINDINGS_MAX: usize = 10_000;
 
 /// Places that could not be read and are told one by one.

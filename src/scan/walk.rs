@@ -56,6 +56,7 @@ pub(super) fn run(plan: &ScanPlan, progress: &(dyn Fn(Step) + Sync)) -> Result<R
         jobs: Mutex::new(Jobs::default()),
         changed: Condvar::new(),
         findings: AtomicU64::new(0),
+        mentions: AtomicU64::new(0),
         mounts_skipped: AtomicU64::new(0),
     };
     walk.lock_jobs().waiting = (0..walk.targets.len()).rev().map(Job::Target).collect();
@@ -105,6 +106,8 @@ struct Walk<'a> {
     jobs: Mutex<Jobs>,
     changed: Condvar,
     findings: AtomicU64,
+    /// What is told and is no finding.
+    mentions: AtomicU64,
     mounts_skipped: AtomicU64,
 }
 
@@ -642,11 +645,13 @@ impl<'a> Walk<'a> {
     }
 
     fn add(&self, unit: &mut Unit, seeing: Seeing) {
-        // One that is only mentioned must not take the place of one that counts.
-        let room = if seeing.verdict.confidence == Confidence::Info { FINDINGS_MAX / 2 } else { FINDINGS_MAX } as u64;
-        if self.findings.fetch_add(1, Ordering::Relaxed) < room {
+        // One that is only mentioned must not take the place of one that counts: each kind has its own room.
+        let is_mention = seeing.verdict.confidence == Confidence::Info;
+        let (count, room) =
+            if is_mention { (&self.mentions, FINDINGS_MAX / 2) } else { (&self.findings, FINDINGS_MAX) };
+        if count.fetch_add(1, Ordering::Relaxed) < room as u64 {
             unit.findings.push(seeing);
-        } else if seeing.verdict.confidence > Confidence::Info {
+        } else if !is_mention {
             unit.untold += 1;
         }
     }
