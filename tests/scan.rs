@@ -777,6 +777,74 @@ fn claims_of_endless_names_records_and_sizes_end_in_an_error() {
     refused(&root.path().join("tree"), &[], "zeros behind the end");
 }
 
+/// A zip archive whose first entry is deflated and spoilt, and whose second is weights; as a streaming writer makes it, or
+/// one that tells sizes beforehand.
+fn zip_with_a_spoilt_entry(streamed: bool) -> Vec<u8> {
+    let mut encoder = flate2::write::DeflateEncoder::new(Vec::new(), flate2::Compression::fast());
+    encoder.write_all(&b"text that is packed, ".repeat(500)).expect("in memory");
+    let mut packed = encoder.finish().expect("in memory");
+    // A block of a kind that there is not.
+    packed[0] = 0xff;
+    let whole = planted::zip(&[("notes", &packed), ("w", &planted::safetensors())]);
+    let mut out = whole[..30 + 5 + packed.len()].to_vec();
+    out[8] = 8;
+    if streamed {
+        out[6] = 8;
+        out[18..26].fill(0);
+        out.extend(b"PK\x07\x08");
+        out.extend([0; 4]);
+        out.extend((packed.len() as u32).to_le_bytes());
+        out.extend(10_500_u32.to_le_bytes());
+    }
+    out.extend(&whole[30 + 5 + packed.len()..]);
+    out
+}
+
+#[test]
+fn a_spoilt_entry_of_a_zip_archive_hides_none_of_those_behind_it() {
+    let root = hostile();
+    let spoilt = zip_with_a_spoilt_entry(false);
+    write(root.path(), "tree/a.zip", &spoilt);
+    write(root.path(), "tree/b.tar", &tar_of(&[("a.zip", &spoilt)]));
+    let report = look_at(&root.path().join("tree"));
+    assert_eq!(paths(&report), ["a.zip!w", "b.tar!a.zip!w"]);
+    assert!(report.unread.is_empty(), "{:?}", report.unread);
+    let mentioned: Vec<&str> =
+        report.findings.iter().filter(|one| one.why.contains("broken")).map(|one| one.path.as_str()).collect();
+    assert_eq!(mentioned, ["a.zip!notes", "b.tar!a.zip!notes"]);
+
+    // Where only its directory tells how to go on, nobody here knows what the rest is.
+    let streamed = zip_with_a_spoilt_entry(true);
+    let weights = planted::gguf();
+    for (name, archive) in [
+        ("t.tar", tar_of(&[("x/y/z/d/a.zip", &streamed), ("x/y/z/d/m", &weights)])),
+        ("p.tar", tar_of(&[("a.zip.gz", &gzip(&streamed)), ("x/y/z/d/m", &weights)])),
+        ("i.tar", image_of(&tar_of(&[("srv/a.zip", &streamed), ("srv/m", &weights)]))),
+    ] {
+        write(root.path(), name, &archive);
+        let report = look_at(&root.path().join(name));
+        assert_eq!(paths(&report).len(), 1, "what lies behind the zip archive in {name}: {report:?}");
+        let unread: Vec<&str> = report.unread.iter().map(|unread| unread.path.as_str()).collect();
+        assert!(unread.len() == 1 && unread[0].contains("a.zip") && report.unread[0].hostile, "{name}: {report:?}");
+    }
+    let whole = planted::zip(&[("readme", b"hello"), ("w", &planted::safetensors())]);
+    let second = 30 + "readme".len() + "hello".len();
+    for (name, archive) in [
+        ("streamed/a.zip", streamed),
+        ("mark/a.zip", [&whole[..second], b"X", &whole[second + 1..]].concat()),
+        ("size/a.zip", [&whole[..21], &[1], &whole[22..]].concat()),
+    ] {
+        write(root.path(), name, &archive);
+        refused(root.path().join(name).parent().expect("a folder"), &[], "zip");
+    }
+    // Where programs of Android sign an archive, between the last entry and the directory, nothing is broken.
+    let block = |len: u64| [&len.to_le_bytes()[..], &[7; 100], &len.to_le_bytes(), b"APK Sig Block 42"].concat();
+    let end = whole.len() - 22;
+    write(root.path(), "apk/a.apk", &[&whole[..end], &block(124), &whole[end..]].concat());
+    let report = look_at(&root.path().join("apk"));
+    assert_eq!((paths(&report).len(), report.unread.len()), (1, 0), "{report:?}");
+}
+
 #[test]
 fn weights_whose_packing_breaks_behind_their_head_are_found_also_when_they_are_to_be_hashed() {
     let root = hostile();

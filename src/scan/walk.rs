@@ -57,6 +57,7 @@ pub(super) fn run(plan: &ScanPlan, progress: &(dyn Fn(Step) + Sync)) -> Result<R
         changed: Condvar::new(),
         findings: AtomicU64::new(0),
         mentions: AtomicU64::new(0),
+        lost: AtomicU64::new(0),
         mounts_skipped: AtomicU64::new(0),
     };
     walk.lock_jobs().waiting = (0..walk.targets.len()).rev().map(Job::Target).collect();
@@ -108,6 +109,8 @@ struct Walk<'a> {
     findings: AtomicU64,
     /// What is told and is no finding.
     mentions: AtomicU64,
+    /// Places in archives that could not be read.
+    lost: AtomicU64,
     mounts_skipped: AtomicU64,
 }
 
@@ -144,6 +147,9 @@ struct Unit {
     name: Vec<u8>,
     findings: Vec<Seeing>,
     untold: u64,
+    /// Places in it that could not be read to the end, and why, though others may read them.
+    unread: Vec<(Vec<Vec<u8>>, String)>,
+    unread_untold: u64,
     /// Folders that hold a model's configuration.
     folders: HashSet<u64>,
     hides: Hides,
@@ -540,7 +546,12 @@ impl<'a> Walk<'a> {
                 };
                 let Err(e) = ended else { return Ok(()) };
                 match Trouble::of(&e) {
-                    // No program could unpack it further than was looked. A layer is another matter, and so is a limit.
+                    // Programs go by the directory at a zip archive's end, which is not read here, past what ended this.
+                    Trouble::Broken(why) if container == Container::Zip && depth > 0 => {
+                        self.lose(unit, places, format!("a zip archive that is broken from some point on: {why}"));
+                        Ok(())
+                    }
+                    // What lies behind the break is no archive's any more. A layer is another matter, and so is a limit.
                     Trouble::Broken(why) if !places.is_empty() && depth > 0 => {
                         self.mention(unit, places, format!("broken from some point on: {why}"));
                         Ok(())
@@ -574,7 +585,17 @@ impl<'a> Walk<'a> {
 
     fn zip(&self, unit: &mut Unit, places: &mut Vec<Vec<u8>>, source: &mut dyn Source, depth: usize) -> io::Result<()> {
         let end = zip::walk(source, &self.meter, &mut |entry, plain| match entry.closed {
-            None => self.inner(unit, places, &entry.name, plain, depth),
+            None => match self.inner(unit, places, &entry.name, plain, depth).map_err(|e| (Trouble::of(&e), e)) {
+                // Its end is known: what lies behind it is not lost.
+                Err((Trouble::Broken(why), _)) if entry.delimited => {
+                    places.push(clean(&entry.name));
+                    self.mention(unit, places, format!("broken from some point on: {why}"));
+                    places.pop();
+                    Ok(())
+                }
+                Err((_, e)) => Err(e),
+                Ok(()) => Ok(()),
+            },
             Some((why, len)) => {
                 if len >= self.plan.min_bytes.max(1 << 20) {
                     places.push(entry.name.clone());
@@ -642,6 +663,14 @@ impl<'a> Walk<'a> {
     fn mention(&self, unit: &mut Unit, places: &[Vec<u8>], why: String) {
         let verdict = Verdict { format: Format::Archive, confidence: Confidence::Info, why, beside_config: false };
         self.add(unit, Seeing { places: places.to_vec(), verdict, bytes: None, sha256: None });
+    }
+
+    fn lose(&self, unit: &mut Unit, places: &[Vec<u8>], why: String) {
+        if self.lost.fetch_add(1, Ordering::Relaxed) < UNREAD_MAX as u64 {
+            unit.unread.push((places.to_vec(), why));
+        } else {
+            unit.unread_untold += 1;
+        }
     }
 
     fn add(&self, unit: &mut Unit, seeing: Seeing) {
@@ -775,6 +804,8 @@ impl<'a> Walk<'a> {
         let loose = &mut found.loose;
         loose.findings.extend(unit.findings);
         loose.untold += unit.untold;
+        loose.unread.extend(unit.unread);
+        loose.unread_untold += unit.unread_untold;
         loose.folders.extend(unit.folders);
     }
 
@@ -789,6 +820,8 @@ impl<'a> Walk<'a> {
             Some(mut first) => {
                 first.findings.extend(unit.findings);
                 first.untold += unit.untold;
+                first.unread.extend(unit.unread);
+                first.unread_untold += unit.unread_untold;
                 first.folders.extend(unit.folders);
                 first.hides = unit.hides;
                 first.trouble = first.trouble.or(unit.trouble);
@@ -1016,6 +1049,11 @@ impl Telling<'_> {
         report: &mut Report,
     ) {
         report.findings_untold += unit.untold;
+        report.unread_untold += unit.unread_untold;
+        for (places, why) in unit.unread {
+            let place: Vec<&[u8]> = blob.iter().map(|(key, ..)| *key).chain(places.iter().map(Vec::as_slice)).collect();
+            self.unread(report, &place.join(&b'!'), why, true);
+        }
         for seeing in unit.findings {
             let place = seeing.places.join(&b'!');
             // What a blob itself is lies in the archive's folders, what lies in it in its own.

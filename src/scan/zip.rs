@@ -2,7 +2,7 @@
 //!
 //! In: a [`Source`] at the first local header (hostile). Out: each entry's name and plain bytes.
 //! Promises: total; an entry that only the directory at the end could delimit (stored, its size told after it) ends the
-//! walk, which is said ([`End::Unknown`]).
+//! walk, which is said ([`End::Unknown`]); an entry that cannot be unpacked does not, where its header tells its length.
 //! Held by: the tests below, tests/scan.rs.
 
 use std::io::{self, BufRead, BufReader, Read};
@@ -21,6 +21,8 @@ pub(super) enum End {
 /// An entry that `each` is shown.
 pub(super) struct Entry {
     pub name: Vec<u8>,
+    /// Its end is known without unpacking it.
+    pub delimited: bool,
     /// Why its bytes are not shown, and the length it claims to have.
     pub closed: Option<(&'static str, u64)>,
 }
@@ -47,13 +49,14 @@ pub(super) fn walk(
         }
         match u32::from_le_bytes(mark) {
             LOCAL => {}
+            low if is_signing_block(&mut stream, low)? => continue,
             mark if DIRECTORY.contains(&mark) => return Ok(End::Directory),
             _ => return Err(broken("no zip header where the next entry should begin")),
         }
         meter.entry()?;
         let local = Local::read(&mut stream)?;
         let follow = local.flags & SIZES_FOLLOW != 0 && local.packed == 0;
-        let mut entry = Entry { name: local.name, closed: None };
+        let mut entry = Entry { name: local.name, delimited: !follow, closed: None };
         match (local.method, follow) {
             (0, true) => return Ok(End::Unknown),
             _ if local.flags & ENCRYPTED != 0 => entry.closed = Some(("encrypted", local.plain)),
@@ -90,6 +93,22 @@ pub(super) fn walk(
             }
         }
     }
+}
+
+/// Passes over the block of signatures that Android has between the last entry and the directory: its length, that many bytes,
+/// of which the last are the length once more and a name. `low` is the lower half of the length, read already.
+fn is_signing_block(stream: &mut Stream, low: u32) -> io::Result<bool> {
+    const NAME: &[u8] = b"APK Sig Block 42";
+    // What is neither is no archive's any more, however much of it is read here.
+    let mut high = [1; 4];
+    if DIRECTORY.contains(&low) || fill(stream, &mut high)? != 4 || high != [0; 4] {
+        return Ok(false);
+    }
+    let len = u64::from(low);
+    let Some(signatures) = len.checked_sub(24) else { return Ok(false) };
+    let mut end = [0; 24];
+    let whole = stream.skip(signatures)? == signatures && fill(stream, &mut end)? == end.len();
+    Ok(whole && end[..8] == len.to_le_bytes() && end[8..] == *NAME)
 }
 
 struct Local {
