@@ -7,7 +7,7 @@ use std::io::Write;
 use std::net::TcpStream;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use base64::Engine;
@@ -15,7 +15,11 @@ use base64::engine::general_purpose::STANDARD;
 use common::hostile::{Hostile, Request, head, respond};
 use modelfs::error::{Code, Error};
 use modelfs::mem::Secret;
+use modelfs::store::LeasedCredentials;
+use modelfs::store::vault_aws::VaultAws;
+use modelfs::telemetry::Telemetry;
 use modelfs::vault::{AuthMethod, TransitKey, Vault, VaultSettings};
+use object_store::CredentialProvider;
 use serde_json::{Value, json};
 
 const TOKEN: &str = "canary-token-0123456789";
@@ -176,6 +180,53 @@ fn an_answer_of_another_shape_is_none_of_vaults() {
     says(&wrapped.vault.transit_public_key(&at()).expect_err("a lie"), Code::VaultAnswer, &[]);
     says(&wrapped.vault.kv_read("secret", "a", None).expect_err("a lie"), Code::VaultAnswer, &[]);
     says(&wrapped.vault.kv_list("secret", "a").expect_err("a lie"), Code::VaultAnswer, &[]);
+}
+
+const TEN_YEARS_S: u64 = 10 * 365 * 24 * 3600;
+
+/// A clock cannot be advanced by it, and the thread that replaces them must live.
+#[tokio::test(flavor = "multi_thread")]
+async fn storage_credentials_that_claim_to_last_for_ever_are_used_like_others() {
+    let keys = json!({ "access_key": "AK1", "secret_key": "canary", "security_token": "canary", "ttl": u64::MAX });
+    let liar = Liar::saying("200 OK", JSON, answer(keys));
+    let issuer = VaultAws::new(liar.vault.clone(), "aws", "models");
+    let credentials = LeasedCredentials::new(Box::new(issuer), Arc::new(Telemetry::default()));
+
+    let got = tokio::time::timeout(BOUND, credentials.get_credential()).await.expect("in bounded time");
+
+    assert_eq!(got.expect("credentials").key_id, "AK1");
+    assert!(credentials.status().ends_in_seconds.is_some_and(|ends| ends <= TEN_YEARS_S), "{:?}", credentials.status());
+}
+
+/// Whoever believes that it never ends would never see that it was taken away.
+#[test]
+fn a_token_that_claims_to_last_for_ever_is_watched_like_others() {
+    let gone = Arc::new(AtomicBool::new(false));
+    let revoked = gone.clone();
+    let server = Hostile::start(move |_: &Request, stream: &mut TcpStream| {
+        if revoked.load(Ordering::SeqCst) {
+            return respond(stream, "403 Forbidden", JSON, br#"{"errors":["permission denied"]}"#);
+        }
+        let data = json!({ "ttl": u64::MAX, "renewable": true, "expire_time": "2999-01-01T00:00:00Z" });
+        respond(stream, "200 OK", JSON, answer(data).as_bytes())
+    });
+    let dir = tempfile::tempdir().expect("a folder");
+    let often = VaultSettings { check: Duration::from_millis(50), ..settings(&server.endpoint(), &dir) };
+    let vault = Vault::open(&often).expect("usable");
+    vault.login().expect("a token");
+    assert!(
+        vault.status()["token_seconds_left"].as_u64().is_some_and(|left| left <= TEN_YEARS_S),
+        "{}",
+        vault.status()
+    );
+
+    gone.store(true, Ordering::SeqCst);
+
+    let start = Instant::now();
+    while !vault.state().is_lost() {
+        assert!(start.elapsed() < BOUND, "nobody looked: {}", vault.status());
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }
 
 #[test]

@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 use zeroize::{Zeroize, Zeroizing};
 
 use super::raw::{Method, Raw};
-use super::wire::{Answer, Wire};
+use super::wire::{Answer, Wire, lasting};
 use crate::crypto::{hmac_sha256, sha256};
 use crate::error::{Code, Error, Result};
 use crate::mem::{LockedBuf, take_env};
@@ -118,7 +118,7 @@ impl Token {
         if text.is_empty() {
             refuse!(VaultAnswer, "Vault's answer to the login holds an empty token");
         }
-        let ttl = (auth.lease_duration > 0).then(|| Duration::from_secs(auth.lease_duration));
+        let ttl = (auth.lease_duration > 0).then(|| lasting(auth.lease_duration));
         Ok(Token { text, got: Instant::now(), ttl, renewable: auth.renewable })
     }
 }
@@ -270,7 +270,7 @@ async fn own_token(file: Option<&Path>, secrets: &EnvSecrets, wire: &Wire) -> Re
     let ttl = if data.get("expire_time").is_some_and(|at| !at.is_null()) { ttl.max(1) } else { ttl };
     let renewable = data.get("renewable").and_then(Value::as_bool).unwrap_or(false);
     super::raw::wipe_map(&mut data);
-    Ok(Token { text, got: Instant::now(), ttl: (ttl > 0).then(|| Duration::from_secs(ttl)), renewable })
+    Ok(Token { text, got: Instant::now(), ttl: (ttl > 0).then(|| lasting(ttl)), renewable })
 }
 
 async fn secret_id(file: Option<&Path>, wrapped: bool, secrets: &EnvSecrets, wire: &Wire) -> Result<LockedBuf> {

@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime};
 use serde_json::{Map, Value, json};
 
 use super::raw::{Method, Raw, wipe_map};
+use super::wire::lasting;
 use super::{Vault, VaultSettings, http_client};
 use crate::error::{Code, Error, Result};
 use crate::refuse;
@@ -93,7 +94,7 @@ impl Vault {
         let names = |name: &str| data.get(name).and_then(Value::as_array).cloned().unwrap_or_default();
         let policies = names("policies").into_iter().chain(names("identity_policies"));
         let seen = TokenSeen {
-            ttl: expires.then(|| Duration::from_secs(ttl)),
+            ttl: expires.then(|| lasting(ttl)),
             renewable: data.get("renewable").and_then(Value::as_bool).unwrap_or(false),
             policies: policies.filter_map(|policy| policy.as_str().map(str::to_owned)).collect(),
         };

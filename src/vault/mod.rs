@@ -453,7 +453,7 @@ impl Vault {
         };
         let (key_id, secret, session) = (locked("access_key"), locked("secret_key"), locked("security_token"));
         // Vault makes no lease of what ends by itself.
-        let ttl = data.get("ttl").and_then(Value::as_u64).map(Duration::from_secs);
+        let ttl = data.get("ttl").and_then(Value::as_u64).map(wire::lasting);
         let ttl = if answer.lease.is_zero() { ttl.unwrap_or_default() } else { answer.lease };
         wipe_map(&mut data);
         let (Some(key_id), Some(secret)) = (key_id?, secret?) else {

@@ -25,6 +25,15 @@ pub const ANSWER_BYTES_MAX: usize = 1 << 20;
 /// Longest piece of what a server says that is repeated.
 const SAID_BYTES_MAX: usize = 300;
 
+/// The longest time that an answer is believed to speak of. Vault's own limit is 32 days unless an operator raises it, and a
+/// clock cannot be advanced by whatever a number has room for.
+const LASTING_MAX: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+
+/// For how long, by the seconds that an answer tells.
+pub fn lasting(seconds: u64) -> Duration {
+    Duration::from_secs(seconds).min(LASTING_MAX)
+}
+
 /// How to reach one Vault.
 #[derive(Clone)]
 pub struct Wire {
@@ -106,7 +115,7 @@ impl Wire {
             data: parsed.data,
             auth: parsed.auth,
             lease_id: parsed.lease_id,
-            lease: Duration::from_secs(parsed.lease_duration.into()),
+            lease: lasting(parsed.lease_duration.into()),
             renewable: parsed.renewable,
         })
     }
