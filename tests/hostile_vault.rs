@@ -346,3 +346,10 @@ fn nobody_listening_is_said_within_the_timeout() {
     assert!(start.elapsed() < BOUND);
     assert_eq!(vault.state().name(), "away");
 }
+
+#[test]
+fn an_answer_without_data_names_the_mount_that_may_be_of_another_kind() {
+    let empty = Liar::saying("200 OK", JSON, answer(Value::Null));
+    let error = empty.vault.kv_read("secret", "a/b", None).expect_err("no record");
+    says(&error, Code::VaultAnswer, &["cannot read secret/a/b", "is secret a KV v2 mount?"]);
+}

@@ -378,10 +378,10 @@ impl Vault {
     /// A KV v2 record and its version; `None` if there is none. The caller wipes what is secret in it ([`wipe_map`]).
     pub fn kv_read(&self, mount: &str, path: &str, version: Option<u32>) -> Result<Option<(Map<String, Value>, u32)>> {
         let what = format!("cannot read {mount}/{path} in Vault");
-        let (mount, path) = (mount.to_owned(), path.to_owned());
+        let (at, path) = (mount.to_owned(), path.to_owned());
         let answer = self.call(what.clone(), move || {
             let mut request = ReadSecretRequest::builder();
-            request.mount(&mount).path(&path).version(version.map(u64::from));
+            request.mount(&at).path(&path).version(version.map(u64::from));
             request.build().expect("every field has a value")
         });
         let data = match answer {
@@ -389,7 +389,9 @@ impl Vault {
             Err(missing) if missing.code() == Code::VaultNotFound => return Ok(None),
             Err(other) => return Err(other),
         };
-        let Some(data) = data else { refuse!(VaultAnswer, "{what}: the answer has no data; is {what} a KV v2 mount?") };
+        let Some(data) = data else {
+            refuse!(VaultAnswer, "{what}: the answer has no data; is {mount} a KV v2 mount?")
+        };
         let (Value::Object(fields), Ok(read)) = (data.data, u32::try_from(data.metadata.version)) else {
             refuse!(VaultAnswer, "{what}: the record is no set of fields");
         };
