@@ -325,6 +325,20 @@ fn a_login_that_echoes_the_password_is_not_repeated() {
     assert!(!error.chain().contains("canary"));
 }
 
+/// As Vault 1.13.0 answers. Taken for an outage it would be tried again until Vault locks the user out.
+#[test]
+fn a_wrong_password_is_a_refusal_and_not_tried_again_where_vault_calls_it_its_own_fault() {
+    let body = br#"{"errors":["invalid username or password"]}"#;
+    let server = Hostile::start(|_: &Request, stream: &mut TcpStream| respond(stream, "500 x", JSON, body));
+    let dir = tempfile::tempdir().expect("a folder");
+    let plain = settings(&server.endpoint(), &dir);
+    let AuthMethod::Token { file } = &plain.auth else { unreachable!("as made above") };
+    let auth = AuthMethod::Userpass { mount: "userpass".into(), username: "ann".into(), password_file: file.clone() };
+    let vault = Vault::open(&VaultSettings { auth, ..plain }).expect("usable");
+    says(&vault.login().expect_err("refused"), Code::VaultDenied, &["the user or the password is wrong"]);
+    assert_eq!(server.requests().len(), 1);
+}
+
 #[test]
 fn a_login_without_a_token_in_its_answer_is_none() {
     for body in [answer(Value::Null), answer(json!({ "client_token": "not here" }))] {

@@ -159,6 +159,10 @@ impl Wire {
             ),
             503 if has("sealed") => (Code::VaultSealed, format!("Vault at {place} is sealed; unseal it")),
             501 => (Code::VaultSealed, format!("Vault at {place} is not initialised")),
+            // Vault 1.13.0 calls a wrong password its own fault; asking again would lock the user out.
+            500 if path.starts_with("auth/") && has("invalid username or password") => {
+                (Code::VaultDenied, format!("Vault refuses the credentials at {path}{says}"))
+            }
             429 | 472 | 473 | 500..600 => (Code::VaultUnreachable, format!("Vault at {place} answers {status}{says}")),
             400 if has("check-and-set") => (Code::Exists, "somebody else wrote it first".into()),
             400 if has("wrapping token is not valid") => (
