@@ -398,14 +398,17 @@ impl FloorStore {
         Ok(channels)
     }
 
-    /// Forgets the floor of a channel, here and in the pin: the next reader believes what the store then shows. For an
+    /// Forgets the floor of a channel, in the pin and then here: the next reader believes what the store then shows. For an
     /// operator who has looked why.
+    ///
+    /// # Errors
+    /// What the pin says to someone who has no right to write there: nothing is forgotten then, here neither.
     pub fn reset(&self, store: &str, model: ModelId, channel: &str) -> Result<()> {
-        Locked::new(&self.dir)?.remove(&state::file_name(store, model, channel))?;
-        match &self.pin {
-            Some(pin) => pin.reset(FloorPlace { store, model, channel }),
-            None => Ok(()),
+        if let Some(pin) = &self.pin {
+            let kept = |err: Error| err.context(format!("the floor of tag {channel} stays, here and in the pin"));
+            pin.reset(FloorPlace { store, model, channel }).map_err(kept)?;
         }
+        Locked::new(&self.dir)?.remove(&state::file_name(store, model, channel))
     }
 }
 
@@ -517,6 +520,36 @@ mod tests {
         assert!(check_ref(Some(&floor()), &policy, NOW, &reference(42)).is_ok());
         let configured = FloorPolicy { min_ref_seq: 1, ..policy };
         assert_eq!(check_ref(None, &configured, NOW, &reference(1)).unwrap(), []);
+    }
+
+    /// As for a server, whose right on the pin is to read it.
+    #[derive(Debug)]
+    struct ReadOnlyPin;
+
+    impl FloorPin for ReadOnlyPin {
+        fn load(&self, _: FloorPlace<'_>) -> Result<Option<RefFloor>> {
+            Ok(Some(floor()))
+        }
+        fn advance(&self, _: FloorPlace<'_>, _: &RefFloor) -> Result<()> {
+            Err(Error::new(Code::VaultDenied, "permission denied"))
+        }
+        fn reset(&self, _: FloorPlace<'_>) -> Result<()> {
+            Err(Error::new(Code::VaultDenied, "permission denied"))
+        }
+    }
+
+    #[test]
+    fn a_floor_whose_pin_cannot_be_reset_is_forgotten_nowhere() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, model) = ("file:///srv", (ModelId([1; 32]), "acme/m"));
+        let floors = FloorStore::new(dir.path()).pinned(Arc::new(ReadOnlyPin), true);
+        floors.advance(store, model, "latest", &reference(42), (Vid([3; 16]), 3)).unwrap();
+
+        let refused = floors.reset(store, model.0, "latest").unwrap_err();
+
+        assert_eq!(refused.code(), Code::VaultDenied);
+        assert!(refused.chain().contains("tag latest stays"), "{}", refused.chain());
+        assert_eq!(floors.load_local(store, model.0, "latest").unwrap().unwrap().max_ref_seq, 42);
     }
 
     #[test]
