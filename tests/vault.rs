@@ -321,19 +321,39 @@ fn an_aws_identity_logs_in_with_a_signed_question_and_a_wrong_key_is_refused() {
         "bound_iam_principal_arn": "arn:aws:iam::123456789012:user/models",
     });
     server.write("auth/iam/role/models", role);
-    let login = |role: &str, secret: &str| {
+    // A Vault that wants its own name signed, so that nobody can repeat to it what another was told.
+    server.enable_auth("iam-named", "aws");
+    let named = json!({
+        "sts_endpoint": sts.endpoint(), "sts_region": "us-east-1", "iam_server_id_header_value": "vault.example",
+    });
+    server.write("auth/iam-named/config/client", named);
+    let role = json!({
+        "auth_type": "iam", "resolve_aws_unique_ids": false,
+        "bound_iam_principal_arn": "arn:aws:iam::123456789012:user/models",
+    });
+    server.write("auth/iam-named/role/models", role);
+    let login_at = |mount: &str, server_id: &str, role: &str, secret: &str| {
         child(&[
             ("WISH", "aws"),
             ("ADDRESS", &server.address()),
             ("STS", &format!("{}/", sts.endpoint())),
+            ("MOUNT", mount),
+            ("SERVER_ID", server_id),
             ("ROLE", role),
             ("AWS_ACCESS_KEY_ID", "AKIATEST"),
             ("AWS_SECRET_ACCESS_KEY", secret),
             ("AWS_SESSION_TOKEN", "session-of-the-tests"),
         ])
     };
+    let login = |role: &str, secret: &str| login_at("iam", "", role, secret);
     let said = login("models", "aws-secret-of-the-tests");
     assert!(said.contains("CHILD live"), "{said}");
+    let said = login_at("iam-named", "vault.example", "models", "aws-secret-of-the-tests");
+    assert!(said.contains("CHILD live"), "{said}");
+    for (id, why) in [("", "missing header"), ("vault.elsewhere", "vault.elsewhere")] {
+        let said = login_at("iam-named", id, "models", "aws-secret-of-the-tests");
+        assert!(said.contains("CHILD VAULT_DENIED") && said.contains(why), "{id}: {said}");
+    }
     let said = login("models", "another-canary-secret");
     assert!(said.contains("CHILD VAULT_DENIED") && said.contains("by aws"), "{said}");
     assert!(!said.contains("canary"), "{said}");
@@ -384,7 +404,7 @@ fn child(variables: &[(&str, &str)]) -> String {
     let mut command = Command::new(std::env::current_exe().expect("this test"));
     command.args(["child_process", "--exact", "--nocapture", "--test-threads=1"]).env_remove("VAULT_TOKEN");
     for (name, value) in variables {
-        let own = ["WISH", "ADDRESS", "STS", "ROLE"].contains(name);
+        let own = ["WISH", "ADDRESS", "STS", "MOUNT", "SERVER_ID", "ROLE"].contains(name);
         command.env(if own { format!("MODELFS_TEST_{name}") } else { (*name).to_owned() }, value);
     }
     let output = command.output().expect("started");
@@ -398,10 +418,11 @@ fn child_process() {
     let auth = match wish.as_str() {
         "token" | "calm" => AuthMethod::Token { file: None },
         "aws" => AuthMethod::Aws {
-            mount: "iam".into(),
+            mount: given("MOUNT"),
             role: Some(given("ROLE")),
             sts: given("STS"),
             region: "us-east-1".into(),
+            server_id: Some(given("SERVER_ID")).filter(|id| !id.is_empty()),
         },
         other => panic!("{other}?"),
     };

@@ -366,6 +366,9 @@ pub const OPTIONS: &[OptionSpec] = &[
         .value("REGION", Form::Text, "eu-central-1")
         .default("us-east-1")
         .means("aws: the region that the login is signed for"),
+    one("vault-aws-server-id", "MODELFS_VAULT_AWS_SERVER_ID", REACH, Section::Vault)
+        .value("NAME", Form::Read(|text| super::vault::check_server_id(text).map(drop)), "vault.example")
+        .means("aws: the name of Vault that the login is signed for, where Vault has an iam_server_id_header_value"),
     one("vault-aws-sts", "MODELFS_VAULT_AWS_STS", REACH, Section::Vault)
         .value("URL", Form::Url, "https://sts.eu-central-1.amazonaws.com/")
         .default("https://sts.amazonaws.com/")

@@ -65,6 +65,7 @@ pub fn vault_settings(layers: &Layers) -> Result<Option<VaultSettings>> {
             role: text("vault-role")?,
             sts: text("vault-aws-sts")?.unwrap_or_else(|| "https://sts.amazonaws.com/".into()),
             region: text("vault-aws-region")?.unwrap_or_else(|| "us-east-1".into()),
+            server_id: layers.parse("vault-aws-server-id", check_server_id)?,
         },
         "userpass" => AuthMethod::Userpass {
             mount: mount("userpass")?,
@@ -132,6 +133,14 @@ pub(super) fn check_namespace(text: &str) -> Result<String> {
     let plain = |c: char| c.is_ascii_alphanumeric() || "_-./".contains(c);
     if text.is_empty() || text.len() > 256 || !text.chars().all(plain) {
         refuse!(Usage, "{text:?} is no namespace of Vault");
+    }
+    Ok(text.to_owned())
+}
+
+/// It is sent in a header, and compared byte by byte.
+pub(super) fn check_server_id(text: &str) -> Result<String> {
+    if text.is_empty() || text.len() > 256 || !text.bytes().all(|b| b.is_ascii_graphic()) {
+        refuse!(Usage, "vault-aws-server-id is no plain word; it is what Vault's iam_server_id_header_value says");
     }
     Ok(text.to_owned())
 }

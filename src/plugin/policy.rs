@@ -59,7 +59,7 @@ fn rule(name: &str) -> Rule {
         "lock-when-idle" => Rule::Administrator("volumes of one version share it, and one of them alone is idle"),
         "ready-timeout" => Rule::Administrator("how long a mount may take is the container engine's to say"),
         "profile" => Rule::Administrator("it is written to"),
-        "vault-addr" | "vault-aws-sts" | "vault-ca-cert" | "vault-plain-http" => {
+        "vault-addr" | "vault-aws-server-id" | "vault-aws-sts" | "vault-ca-cert" | "vault-plain-http" => {
             Rule::Administrator("credentials are sent there")
         }
         "audit"
@@ -505,6 +505,7 @@ mod tests {
             "vault-ca-cert=/x",
             "vault-plain-http",
             "vault-aws-sts=https://evil",
+            "vault-aws-server-id=evil",
             "cache=1GiB",
             "profile=/etc/passwd",
             "lock-when-idle=1h",

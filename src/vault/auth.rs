@@ -57,6 +57,8 @@ pub enum AuthMethod {
         role: Option<String>,
         sts: String,
         region: String,
+        /// Names the Vault that the signature is for (`iam_server_id_header_value` of its method).
+        server_id: Option<String>,
     },
     /// The password by file, or `MODELFS_VAULT_PASSWORD`.
     Userpass {
@@ -197,7 +199,9 @@ pub async fn login(method: &AuthMethod, secrets: &EnvSecrets, wire: &Wire) -> Re
             }
             Body(body)
         }
-        AuthMethod::Aws { role, sts, region, .. } => aws_body(role.as_deref(), sts, region, secrets)?,
+        AuthMethod::Aws { role, sts, region, server_id, .. } => {
+            aws_body(role.as_deref(), sts, region, server_id.as_deref(), secrets)?
+        }
         AuthMethod::Userpass { password_file, .. } => {
             let password = match (password_file, &secrets.password) {
                 (Some(path), _) => read_secret_file(path)?,
@@ -335,7 +339,13 @@ fn trimmed(mut text: LockedBuf, path: &Path) -> Result<LockedBuf> {
 }
 
 /// A signed `GetCallerIdentity`: Vault sends it to STS and learns who signed. AWS Signature Version 4.
-fn aws_body(role: Option<&str>, sts: &str, region: &str, secrets: &EnvSecrets) -> Result<Body> {
+fn aws_body(
+    role: Option<&str>,
+    sts: &str,
+    region: &str,
+    server_id: Option<&str>,
+    secrets: &EnvSecrets,
+) -> Result<Body> {
     use base64::Engine;
     use base64::engine::general_purpose::STANDARD;
     const ASK: &str = "Action=GetCallerIdentity&Version=2011-06-15";
@@ -359,6 +369,10 @@ fn aws_body(role: Option<&str>, sts: &str, region: &str, secrets: &EnvSecrets) -
     ];
     if let Some(session) = &aws.session {
         headers.push(("x-amz-security-token", text(session)?.to_string()));
+    }
+    if let Some(id) = server_id {
+        // Signed like the others: what one Vault is told cannot be repeated to another that asks for its own name.
+        headers.push(("x-vault-aws-iam-server-id", id.to_owned()));
     }
     let signed = headers.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(";");
     let canonical = headers.iter().map(|(name, value)| format!("{name}:{value}\n")).collect::<String>();
