@@ -1,5 +1,10 @@
 //! Several mounts of one process: one memory for one version, a right for each mount.
 
+#[path = "common/fake_vault.rs"]
+mod fake_vault;
+#[path = "common/hostile.rs"]
+#[allow(dead_code)]
+mod hostile;
 #[path = "common/program.rs"]
 mod program;
 
@@ -10,11 +15,13 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use fake_vault::FakeVault;
 use modelfs::config::{self, MountPlan};
 use modelfs::control::{AccessRequest, ControlTarget};
 use modelfs::error::{Code, Result};
 use modelfs::host::{Host, HostPlan, Mounted};
 use program::{Program, can_mount, is_mountpoint, run_ok};
+use serde_json::json;
 
 const NAME: &str = "acme/m";
 const BYTES: usize = (9 << 20) + 99;
@@ -60,15 +67,38 @@ fn scene(name: &str) -> Option<Scene> {
 
 impl Scene {
     fn mount(&self, place: &str, key: &str, more: &[&str]) -> Result<Arc<Mounted>> {
-        let mut layers = config::base_layers(None)?;
         let home = self.root.join("home");
         let mut words = vec![
             format!("key=file:{}", home.join(key).display()),
             format!("trust={}", home.join(".config/modelfs/signing.key.pub").display()),
         ];
         words.extend(more.iter().map(|word| (*word).to_string()));
-        layers.mount_options(&words, false)?;
-        self.host.mount(MountPlan::from_layers(&layers, &self.store, &self.root.join(place), true)?)
+        self.mount_from(&self.store, place, &words)
+    }
+
+    fn mount_from(&self, store: &str, place: &str, words: &[String]) -> Result<Arc<Mounted>> {
+        let mut layers = config::base_layers(None)?;
+        layers.mount_options(words, false)?;
+        self.host.mount(MountPlan::from_layers(&layers, store, &self.root.join(place), true)?)
+    }
+
+    /// The same model in another store, whose key is in a Vault, mounted at `other` with `more`.
+    fn mount_by_vault(&self, more: &[&str]) -> (FakeVault, Arc<Mounted>) {
+        let folder = self.root.join("of-vault");
+        fs::create_dir(&folder).expect("mkdir");
+        let (vault, program) = (FakeVault::start(&folder), Program::in_folder(&folder));
+        let mut words = vault.words();
+        let mut seal = program.command(&["seal"]);
+        seal.arg(self.root.join("source")).args([program.store(), NAME]);
+        for word in words.iter().filter(|word| !word.starts_with("floor=")) {
+            let (name, value) = word.split_once('=').expect("every word has a value");
+            seal.args([&format!("--{name}"), value]);
+        }
+        run_ok(&mut seal);
+        words.push(format!("trust={}", program.trusted_key().display()));
+        words.extend(more.iter().map(|word| (*word).to_string()));
+        let mounted = self.mount_from(program.store(), "other", &words).expect("mounted");
+        (vault, mounted)
     }
 
     fn fetched(&self) -> u64 {
@@ -222,6 +252,101 @@ fn a_locked_version_is_given_to_no_newcomer() {
     one.access(AccessRequest::Unlock { model: None }).expect("unlocked");
     let two = scene.mount("other", "model.key", &[]).expect("mounted");
     assert!(holds(&file(&two, "first.bin"), 1));
+    scene.host.stop().expect("stopped");
+}
+
+fn vault_of(mounted: &Mounted) -> serde_json::Value {
+    mounted.status()["vault"]["state"].clone()
+}
+
+fn is_refused(mounted: &Mounted) -> bool {
+    let opened = fs::File::open(file(mounted, "second.bin"));
+    opened.is_err_and(|error| error.kind() == ErrorKind::PermissionDenied)
+}
+
+fn unlock(mounted: &Mounted) -> Result<serde_json::Value> {
+    mounted.access(AccessRequest::Unlock { model: None })
+}
+
+/// With `on-key-loss=keep`, where nothing is locked that could be unlocked.
+#[test]
+fn an_unlock_ends_a_loss_that_locked_nothing_or_says_that_it_lasts() {
+    let Some(scene) = scene("an_unlock_ends_a_loss_that_locked_nothing_or_says_that_it_lasts") else { return };
+    let (vault, one) = scene.mount_by_vault(&["versions"]);
+    vault.revoke_all();
+    vault.shut(true);
+    // The floor cannot be asked for: that is how the mount learns of it here.
+    assert_eq!(one.reload(None).expect_err("lost").code(), Code::VaultDenied);
+    assert_eq!(vault_of(&one), "lost");
+    assert!(holds(&file(&one, "current/first.bin"), 1), "a mount that keeps its keys goes on");
+
+    let refused = unlock(&one).expect_err("there is no login yet");
+
+    assert_eq!(refused.code(), Code::VaultDenied, "{refused:?}");
+    for word in ["still lost", "modelfs unlock", "the user or the password is wrong"] {
+        assert!(refused.chain().contains(word), "{word:?} is not in: {}", refused.chain());
+    }
+    assert_eq!(vault_of(&one), "lost");
+    vault.shut(false);
+    assert_eq!(unlock(&one).expect("in again"), json!({"unlocked": [], "vault": "live"}));
+    assert_eq!(vault_of(&one), "live");
+    one.reload(None).expect("the floor is asked for again");
+    assert_eq!(unlock(&one).expect("nothing to do"), json!({"unlocked": []}));
+    scene.host.stop().expect("stopped");
+    assert_eq!(vault.tokens(), 0, "every token was given back");
+}
+
+#[test]
+fn a_mount_whose_token_was_revoked_is_refused_until_vault_takes_it_again() {
+    let Some(scene) = scene("a_mount_whose_token_was_revoked_is_refused_until_vault_takes_it_again") else { return };
+    let one = scene.mount("mnt", "model.key", &[]).expect("mounted");
+    let (vault, two) = scene.mount_by_vault(&["on-key-loss=lock", "open=lazy"]);
+    assert!(holds(&file(&two, "first.bin"), 1));
+
+    vault.revoke_all();
+
+    scene.wait_until("the refusal", || two.status()["refused"] == true);
+    assert!(is_refused(&two));
+    assert!(holds(&file(&one, "first.bin"), 1), "the other mount goes on");
+    // What could log in does not do so by itself.
+    assert_eq!(vault_of(&two), "lost");
+    two.recheck().expect("its login is as good as ever");
+    assert!(holds(&file(&two, "first.bin"), 1));
+    assert_eq!(vault_of(&two), "live");
+
+    vault.revoke_all();
+    scene.wait_until("the second refusal", || two.status()["refused"] == true);
+    vault.shut(true);
+    assert_eq!(two.recheck().expect_err("no login").code(), Code::VaultDenied);
+    assert_eq!(unlock(&two).expect_err("no login").code(), Code::VaultDenied);
+    assert!(is_refused(&two));
+    vault.shut(false);
+    unlock(&two).expect("in again");
+    assert!(holds(&file(&two, "second.bin"), 2));
+    scene.host.stop().expect("stopped");
+}
+
+#[test]
+fn who_refused_a_mount_alone_lets_its_readers_in_again() {
+    let Some(scene) = scene("who_refused_a_mount_alone_lets_its_readers_in_again") else { return };
+    let (vault, two) = scene.mount_by_vault(&["on-key-loss=lock", "open=lazy"]);
+    // Vault takes the token and then us again, while the right is not proved: that stays.
+    two.refuse(Some("its right was not proved"));
+    vault.revoke_all();
+    scene.wait_until("the loss", || vault_of(&two) == "lost");
+    unlock(&two).expect("in again");
+    assert_eq!(vault_of(&two), "live");
+    assert!(is_refused(&two));
+    two.refuse(None);
+    assert!(!is_refused(&two));
+    // The right is proved, while Vault has taken the token: that stays.
+    vault.revoke_all();
+    scene.wait_until("the refusal", || two.status()["refused"] == true);
+    two.refuse(Some("its right was not proved"));
+    two.refuse(None);
+    assert!(is_refused(&two));
+    unlock(&two).expect("in again");
+    assert!(holds(&file(&two, "second.bin"), 2));
     scene.host.stop().expect("stopped");
 }
 

@@ -536,6 +536,112 @@ fn a_token_that_was_given_and_revoked_is_lost() {
     until("the loss is told", || told.kinds() == [Kind::LeaseLost]);
 }
 
+/// As Vault Agent does it: a new token lies in the file before the old one ends, or comes after that was revoked.
+#[test]
+fn a_token_that_is_replaced_in_its_file_is_taken_over_before_the_old_one_is_missed() {
+    let server = server!();
+    for lock_on_loss in [false, true] {
+        let name = format!("sink-{lock_on_loss}");
+        let first = server.token(json!({ "ttl": "2s", "renewable": false }));
+        let vault = logs_in(&VaultSettings { lock_on_loss, ..server.settings(token_file(server, &name, &first)) });
+        let told = Told::by(&vault);
+        let second = server.token(json!({ "ttl": "1h" }));
+        server.secret_file(&name, &second);
+        until("the first one is over", || !server.knows(&first));
+        until("the second one counts", || vault.status()["token_seconds_left"].as_u64() > Some(60));
+        // Revoked by whoever has put another one there.
+        let third = server.token(json!({ "ttl": "2h" }));
+        server.secret_file(&name, &third);
+        server.write("auth/token/revoke", json!({ "token": second }));
+        vault.kv_list("secret", "").expect("a request that meets the revoked one goes on with the third");
+        until("the third one counts", || vault.status()["token_seconds_left"].as_u64() > Some(3700));
+        // What lies there now is none: then it is a loss.
+        server.secret_file(&name, "hvs.nobody-gave-this-out");
+        server.write("auth/token/revoke", json!({ "token": third }));
+        until("the loss is seen", || vault.state().is_lost());
+        assert_eq!(told.kinds().iter().filter(|kind| **kind == Kind::LeaseLost).count(), 1, "{:?}", told.kinds());
+        let fourth = server.token(json!({ "ttl": "1h" }));
+        server.secret_file(&name, &fourth);
+        if lock_on_loss {
+            // What is to stay dark does not look for itself.
+            says(&vault.login().expect_err("lost"), Code::VaultDenied, &["`modelfs unlock`"]);
+            vault.forgive().expect("in again");
+        }
+        until("it is in again", || vault.state().name() == "live");
+        vault.login().expect("in");
+    }
+}
+
+/// The real Agent: it logs in by AppRole and writes what it gets, ten seconds' worth at a time.
+#[test]
+fn a_token_that_vault_agent_renews_outlives_any_one_token() {
+    let server = server!();
+    let role_id = server.approle("ar-agent", json!({ "token_ttl": "10s", "token_max_ttl": "10s" }));
+    let role_file = server.secret_file("agent.role-id", &role_id);
+    let secret_file = server.secret_file("agent.secret-id", &server.secret_id("ar-agent"));
+    let sink = server.file("agent.token");
+    let config = format!(
+        "vault {{ address = {:?} }}
+         auto_auth {{
+           method \"approle\" {{
+             mount_path = \"auth/ar-agent\"
+             config = {{
+               role_id_file_path = {role_file:?}
+               secret_id_file_path = {secret_file:?}
+               remove_secret_id_file_after_reading = false
+             }}
+           }}
+           sink \"file\" {{ config = {{ path = {sink:?}, mode = 0600 }} }}
+         }}",
+        server.address()
+    );
+    let _agent = server.agent(&server.secret_file("agent.hcl", &config));
+    until("the Agent has logged in", || sink.exists());
+    let first = std::fs::read_to_string(&sink).expect("a token");
+    let settings =
+        VaultSettings { lock_on_loss: true, ..server.settings(AuthMethod::Token { file: Some(sink.clone()) }) };
+    let vault = logs_in(&settings);
+    let told = Told::by(&vault);
+    until("the first one is over", || !server.knows(&first));
+    vault.own_token().expect("the one after it holds");
+    assert!(!told.kinds().contains(&Kind::LeaseLost), "{:?}", told.kinds());
+}
+
+/// The password is changed and put back: nobody has to say so to a mount that keeps its keys.
+#[test]
+fn a_login_that_is_refused_for_a_while_is_tried_again_unless_a_loss_shall_last() {
+    let server = server!();
+    server.enable_auth("up-again", "userpass");
+    // This client asks within seconds; one of a mount asks so seldom that Vault does not lock its user out.
+    let lockout = json!({
+        "lockout_threshold": "1000000", "lockout_duration": "15m", "lockout_counter_reset_duration": "15m",
+    });
+    server.write("sys/auth/up-again/tune", json!({ "user_lockout_config": lockout }));
+    let password = |text: &str| {
+        server.write("auth/up-again/users/ann", json!({ "password": text, "token_ttl": "1h" }));
+    };
+    for lock_on_loss in [false, true] {
+        password("correct-horse");
+        let auth = AuthMethod::Userpass {
+            mount: "up-again".into(),
+            username: "ann".into(),
+            password_file: Some(server.secret_file("up-again", "correct-horse")),
+        };
+        let vault = logs_in(&VaultSettings { lock_on_loss, ..server.settings(auth) });
+        password("another");
+        server.write("sys/leases/revoke-prefix/auth/up-again", json!({ "sync": true }));
+        until("the loss is seen", || vault.state().is_lost());
+        says(&vault.forgive().expect_err("no login yet"), Code::VaultDenied, &["a new login is refused"]);
+        assert!(vault.state().is_lost());
+        password("correct-horse");
+        if lock_on_loss {
+            vault.forgive().expect("in again");
+        }
+        until("it is in again", || vault.state().name() == "live");
+        vault.login().expect("in");
+    }
+}
+
 /// A given token that may not be renewed and nears its end must not make the client spin.
 #[test]
 fn a_token_that_cannot_be_renewed_is_watched_calmly_until_it_ends() {
@@ -570,7 +676,8 @@ fn a_revoked_token_is_replaced_unless_its_loss_shall_lock() {
         server.write("sys/leases/revoke-prefix/auth/ar-revoked", json!({ "sync": true }));
         if lock_on_loss {
             until("the loss is seen", || vault.state().is_lost());
-            vault.forgive();
+            says(&vault.login().expect_err("lost"), Code::VaultDenied, &["was revoked", "`modelfs unlock`"]);
+            vault.forgive().expect("in again");
         }
         vault.login().expect("in again");
         until("live again", || vault.state().name() == "live");

@@ -81,6 +81,7 @@ pub fn unlock(args: &UnlockArgs, out: &Out) -> Result<()> {
     out.result(&done, || match done["unlocked"].as_array() {
         _ if out.quiet => String::new(),
         Some(unlocked) if !unlocked.is_empty() => format!("unlocked {}", names(&done["unlocked"])),
+        _ if done["vault"] == "live" => "nothing was locked; Vault takes the mount again".into(),
         _ => "nothing was locked".into(),
     })
 }

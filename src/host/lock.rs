@@ -153,17 +153,26 @@ impl Revoker {
         }))
     }
 
-    /// Reads the keys again and serves the very versions that were mounted, with an empty cache. All that are asked for, or
-    /// none.
+    /// Logs in to Vault again if that is lost, reads the keys again and serves the very versions that were mounted, with an
+    /// empty cache. All that are asked for, or none.
+    ///
+    /// # Errors
+    /// What refused the keys; with nothing locked, what refused the login.
     fn unlock(&self, name: Option<&str>) -> Result<Value> {
         let locked: Vec<Arc<Model>> = self.named(name)?.into_iter().filter(|model| model.is_locked()).collect();
         let before = self.locks.load(Ordering::SeqCst);
         let mut opened = Vec::with_capacity(locked.len());
-        if !locked.is_empty() {
-            if let Some(vault) = &self.access.connected {
-                // The operator says that we may ask again.
-                vault.forgive();
+        let lost = self.access.connected.as_ref().filter(|vault| vault.state().is_lost());
+        // The operator says that we may ask again, whether or not anything was locked for it.
+        let came_back = lost.map(|vault| vault.forgive());
+        if let Some(Err(refused)) = came_back {
+            if locked.is_empty() {
+                return Err(refused.context("Vault is still lost to this mount"));
             }
+            // A key from elsewhere may open them all the same.
+            tracing::warn!("{}", refused.chain());
+        }
+        if !locked.is_empty() {
             let opener = self.opener(self.access.clone())?;
             for model in locked {
                 let keys = opener(&model).map_err(|error| {
@@ -193,7 +202,11 @@ impl Revoker {
         if !names.is_empty() {
             tracing::warn!("unlocked {}", names.join(", "));
         }
-        Ok(json!({"unlocked": names}))
+        let mut done = json!({"unlocked": names});
+        if let Some(vault) = lost {
+            done["vault"] = json!(vault.state().name());
+        }
+        Ok(done)
     }
 
     fn sessions(&self, mountpoint: &Path) -> Value {

@@ -66,6 +66,23 @@ pub struct Ready {
     pub passthrough: bool,
 }
 
+/// Why all readers of a mount are refused. Who has refused them alone lets them in again.
+#[derive(Debug, Default)]
+struct Refusals {
+    /// Its right was not proved anew.
+    right: Option<String>,
+    /// Vault has taken its token.
+    vault: Option<String>,
+    /// It ends: nothing lets anybody in again.
+    ended: bool,
+}
+
+impl Refusals {
+    fn why(&self) -> Option<&str> {
+        self.right.as_deref().or(self.vault.as_deref())
+    }
+}
+
 /// A running mount.
 pub struct Mounted {
     pub(super) host: Arc<Host>,
@@ -79,6 +96,7 @@ pub struct Mounted {
     pub(super) started: Instant,
     /// The kernel has closed the connection.
     session_over: (Mutex<bool>, Condvar),
+    refusals: Mutex<Refusals>,
     profiling: Mutex<Option<Profiling>>,
     control: Mutex<Option<ControlServer>>,
     /// What looks after the mount: watchers of idleness, keys and versions.
@@ -172,6 +190,7 @@ impl Mounted {
             ready,
             started: Instant::now(),
             session_over: (Mutex::new(false), Condvar::new()),
+            refusals: Mutex::default(),
             profiling: Mutex::default(),
             control: Mutex::default(),
             tasks: Mutex::default(),
@@ -208,16 +227,16 @@ impl Mounted {
             tasks.push(self.revoker.lock_when_idle(limit));
         }
         if let (OnKeyLoss::Lock, Some(vault)) = (self.plan.on_key_loss, &self.plan.access.connected) {
-            let lost = |state: &VaultState| match state {
-                VaultState::Lost { why } => Some(why.chain()),
-                VaultState::Idle | VaultState::Live { .. } | VaultState::Away { .. } | VaultState::Sealed { .. } => {
-                    None
-                }
-            };
             tasks.push(if self.host.alone {
-                self.revoker.lock_when_lost(vault.watch(), lost)
+                self.revoker.lock_when_lost(vault.watch(), |state| match state {
+                    VaultState::Lost { why } => Some(why.chain()),
+                    VaultState::Idle
+                    | VaultState::Live { .. }
+                    | VaultState::Away { .. }
+                    | VaultState::Sealed { .. } => None,
+                })
             } else {
-                self.refuse_when_lost(vault.watch(), lost)
+                self.refuse_while_lost(vault.watch())
             });
         }
         if self.plan.policy.is_some() {
@@ -263,27 +282,32 @@ impl Mounted {
     }
 
     /// Where versions are shared a lost key ends one mount's right, not the others'.
-    fn refuse_when_lost(
-        self: &Arc<Self>,
-        mut state: watch::Receiver<VaultState>,
-        lost: impl Fn(&VaultState) -> Option<String> + Send + 'static,
-    ) -> JoinHandle<()> {
+    fn refuse_while_lost(self: &Arc<Self>, mut state: watch::Receiver<VaultState>) -> JoinHandle<()> {
         let weak = Arc::downgrade(self);
         self.host.handle.spawn(async move {
             loop {
-                let why = lost(&state.borrow_and_update());
+                state.mark_unchanged();
                 let Some(mounted) = weak.upgrade() else { return };
-                if let Some(why) = why {
-                    let refusing = tokio::task::spawn_blocking(move || mounted.refuse(Some(&why)));
-                    let _ = refusing.await;
-                } else {
-                    drop(mounted);
-                }
+                let _ = tokio::task::spawn_blocking(move || mounted.heed_vault()).await;
                 if state.changed().await.is_err() {
                     return;
                 }
             }
         })
+    }
+
+    /// Refuses readers if Vault has taken our token and that is to count here; lets them in when it has taken us again.
+    fn heed_vault(&self) {
+        let Some(vault) = &self.plan.access.connected else { return };
+        if self.host.alone || self.plan.on_key_loss != OnKeyLoss::Lock {
+            return;
+        }
+        self.change_refusals(|refusals| match vault.state() {
+            VaultState::Lost { why } => refusals.vault = Some(why.chain()),
+            VaultState::Live { .. } => refusals.vault = None,
+            // None of these says that our token holds.
+            VaultState::Idle | VaultState::Away { .. } | VaultState::Sealed { .. } => {}
+        });
     }
 
     pub fn ready(&self) -> &Ready {
@@ -312,10 +336,27 @@ impl Mounted {
         self.gone.subscribe()
     }
 
-    /// Refuses opens and reads through the daemon on this mount alone (EACCES), until called with `None`. What programs have
-    /// open or mapped past the daemon they keep. Blocking for as long as the kernel takes to drop cached pages.
+    /// Refuses opens and reads through the daemon on this mount alone (EACCES), until called with `None`: its right was not
+    /// proved anew, or was. What programs have open or mapped past the daemon they keep. Blocking for as long as the kernel
+    /// takes to drop cached pages.
     pub fn refuse(&self, why: Option<&str>) {
-        let was = self.fs.refuses_all();
+        self.change_refusals(|refusals| refusals.right = why.map(str::to_owned));
+    }
+
+    /// The mount ends: whatever is said later, nobody is let in again.
+    fn refuse_for_good(&self) {
+        self.refusals.lock().expect("a thread died holding the refusals").ended = true;
+        self.fs.refuse_all(true);
+    }
+
+    fn change_refusals(&self, change: impl FnOnce(&mut Refusals)) {
+        // Held to the end, so that what is in force is what was said last.
+        let mut refusals = self.refusals.lock().expect("a thread died holding the refusals");
+        change(&mut refusals);
+        if refusals.ended {
+            return;
+        }
+        let (was, why) = (self.fs.refuses_all(), refusals.why());
         self.fs.refuse_all(why.is_some());
         if why.is_some() {
             self.fs.drop_all_pages();
@@ -339,8 +380,9 @@ impl Mounted {
         self.host.telemetry.events.tell(&event.subject(subject(&self.plan)));
     }
 
-    /// Proves once more, by a new login and with keys read anew, that this mount's own access opens every version it shows.
-    /// Secrets of a login that came by the environment were used up at the mount. Blocking.
+    /// Proves once more, by a new login and with keys read anew, that this mount's own access opens every version it shows. If
+    /// it does and Vault was lost to the mount, the mount logs in again too. Secrets of a login that came by the environment
+    /// were used up at the mount. Blocking.
     ///
     /// # Errors
     /// What refused it; the mount stays as it is.
@@ -355,7 +397,12 @@ impl Mounted {
         if let Some(Err(failed)) = vault.map(|vault| vault.revoke_self()) {
             tracing::debug!("our Vault token ends by itself: {}", failed.chain());
         }
-        opens
+        opens?;
+        if let Some(vault) = &self.plan.access.connected {
+            vault.forgive()?;
+            self.heed_vault();
+        }
+        Ok(())
     }
 
     /// Reads the policy again, then resolves again what was asked for and shows what is newer ([`Versions::reload`]). A policy
@@ -459,7 +506,7 @@ impl Mounted {
         }
         if self.attachment.is_given() {
             // It stays in the tree until whoever made it takes it off: nothing may be left in the kernel's pages.
-            self.fs.refuse_all(true);
+            self.refuse_for_good();
             self.fs.drop_all_pages();
         }
         let deadline = Instant::now() + grace;
@@ -492,7 +539,7 @@ impl Mounted {
         }
         let over = unmounted && self.wait_session_over();
         if !over {
-            self.fs.refuse_all(true);
+            self.refuse_for_good();
         }
         let last = self.versions.close();
         self.fs.drop_backings(over);
@@ -630,7 +677,10 @@ impl ControlTarget for Mounted {
     }
 
     fn access(&self, request: AccessRequest) -> Result<Value> {
-        self.revoker.answer(request, self.mountpoint())
+        let answer = self.revoker.answer(request, self.mountpoint())?;
+        // Whoever was told that it is unlocked may read at once.
+        self.heed_vault();
+        Ok(answer)
     }
 
     fn reload(&self, model: Option<&str>) -> Result<Value> {

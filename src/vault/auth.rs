@@ -250,20 +250,33 @@ fn secret_body<'a>(plain: impl IntoIterator<Item = (&'a str, &'a str)>, name: &s
     Ok(Body(body))
 }
 
-async fn own_token(file: Option<&Path>, secrets: &EnvSecrets, wire: &Wire) -> Result<Token> {
-    let text = match (&secrets.token, file) {
-        (Some(token), _) => LockedBuf::copy_of(token)?,
-        (None, Some(path)) => read_secret_file(path)?,
+/// The file that a token given to us comes from, if it comes from one.
+fn own_token_file(file: Option<&Path>, secrets: &EnvSecrets) -> Option<PathBuf> {
+    match (&secrets.token, file) {
+        (Some(_), _) => None,
+        (None, Some(path)) => Some(path.to_owned()),
         (None, None) => {
-            let home = std::env::var_os("HOME").map(PathBuf::from).filter(|home| home.is_absolute());
-            match home.map(|home| home.join(".vault-token")).filter(|path| path.symlink_metadata().is_ok()) {
-                Some(path) => read_secret_file(&path)?,
-                None => refuse!(
-                    Usage,
-                    "no Vault token: set VAULT_TOKEN, run `vault login`, or choose another vault-auth than token"
-                ),
-            }
+            let home = std::env::var_os("HOME").map(PathBuf::from).filter(|home| home.is_absolute())?;
+            Some(home.join(".vault-token")).filter(|path| path.symlink_metadata().is_ok())
         }
+    }
+}
+
+/// What is in that file now. `None` if there is no such file, or none that can be read: it is being replaced, perhaps.
+pub fn token_in_file(method: &AuthMethod, secrets: &EnvSecrets) -> Option<LockedBuf> {
+    let AuthMethod::Token { file } = method else { return None };
+    let path = own_token_file(file.as_deref(), secrets)?;
+    read_secret_file(&path).inspect_err(|error| tracing::debug!("{}", error.chain())).ok()
+}
+
+async fn own_token(file: Option<&Path>, secrets: &EnvSecrets, wire: &Wire) -> Result<Token> {
+    let text = match (&secrets.token, own_token_file(file, secrets)) {
+        (Some(token), _) => LockedBuf::copy_of(token)?,
+        (None, Some(path)) => read_secret_file(&path)?,
+        (None, None) => refuse!(
+            Usage,
+            "no Vault token: set VAULT_TOKEN, run `vault login`, or choose another vault-auth than token"
+        ),
     };
     let what = "cannot look up the Vault token";
     let answer: Answer<Value> =

@@ -2,13 +2,15 @@
 //!
 //! ```text
 //!  VaultSettings ──open──> Vault ──(first use)──> login (auth) ──> token, in locked memory
-//!                            │                                        └ renewed at two thirds, or a new login
+//!                            │                                        └ renewed at two thirds, or a new login; one that
+//!                            │                                          somebody else renews is read from its file again
 //!                            └─ transit_*, kv_*, aws_* ──> wire (bounded, no redirects) ──> Vault
 //! ```
 //! In: names from local configuration, never from a store. Out: secrets in locked memory, or an error that names the cause
 //! and the fix. All methods block and may be called from any thread: the client has a thread and a runtime of its own.
 //! Promises: nothing is asked before it is needed; every call ends within the timeout; a token is in locked memory and in
-//! no message; a mount learns through [`Vault::watch`] when Vault is away, sealed, or has taken our token.
+//! no message; a mount learns through [`Vault::watch`] when Vault is away, sealed, or has taken our token; out of a loss leads
+//! nothing but a new login.
 //! Not here: what a wrapped key is for (`keys`), what is done when the token is lost (`daemon`).
 //! Held by: tests/vault.rs against a live Vault, tests/hostile_vault.rs against one that lies.
 
@@ -59,6 +61,11 @@ const AWAY_LAST: Duration = Duration::from_secs(60);
 const LOOK_FIRST: Duration = Duration::from_millis(500);
 /// The longest time between two looks at a token that never expires.
 const LOOK_LAST: Duration = Duration::from_secs(3600);
+/// The longest pause between attempts to log in after a loss: longer than the 15 minutes for which Vault counts failed logins
+/// before it locks a user out, so that ours lock nobody out.
+const LOST_LAST: Duration = Duration::from_secs(16 * 60);
+/// What an operator does about a loss.
+const CURE: &str = "once its login works again, `modelfs unlock` lets a mount in";
 
 /// How to reach Vault and as whom. Holds names and places, no secret.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -75,7 +82,8 @@ pub struct VaultSettings {
     pub timeout: Duration,
     /// How often the background asks whether the token still holds.
     pub check: Duration,
-    /// A token that ends before its time was taken away by somebody: do not log in again by ourselves.
+    /// A token that ends before its time was taken away by somebody: do not log in again by ourselves. Otherwise a login that
+    /// was refused is tried again, with growing pauses.
     pub lock_on_loss: bool,
 }
 
@@ -108,7 +116,7 @@ pub enum VaultState {
     Sealed {
         why: Error,
     },
-    /// Our token does not hold any more, and we may not or shall not get another.
+    /// Our token does not hold any more, and we may not or shall not get another. Ends with a login, and with nothing else.
     Lost {
         why: Error,
     },
@@ -242,13 +250,17 @@ impl Vault {
         shown
     }
 
-    /// Forgets a lost token, so that the next call logs in again: the operator said that it may (`unlock`).
-    pub fn forgive(&self) {
+    /// Logs in again after a loss: the operator said that it may (`unlock`), or our right was proved anew. Does nothing
+    /// while nothing is lost.
+    ///
+    /// # Errors
+    /// What refused the login; then it stays lost.
+    pub fn forgive(&self) -> Result<()> {
+        if !self.state().is_lost() {
+            return Ok(());
+        }
         let inner = self.inner.clone();
-        self.run(async move {
-            *inner.session.lock().await = None;
-            inner.state.send_replace(VaultState::Idle);
-        });
+        self.run(async move { inner.patiently(|inner| async move { inner.come_back().await }).await })
     }
 
     /// Logs in now, if that was not done yet.
@@ -560,9 +572,24 @@ impl Inner {
         telemetry.events.tell(&event.detail(detail));
     }
 
-    /// Enters a state. Only that it is another one than before is worth telling.
+    /// The token was given to us, by the environment or a file: we cannot get another by ourselves.
+    fn given(&self) -> bool {
+        matches!(self.settings.auth, AuthMethod::Token { .. })
+    }
+
+    /// Enters a state. Only that it is another one than before is worth telling. Out of a loss leads only
+    /// [`Inner::come_back`], not an answer to what was asked before.
     fn turn(&self, state: VaultState) {
-        let was = self.state.send_replace(state.clone());
+        let mut left = None;
+        self.state.send_if_modified(|now| {
+            let again = now.is_lost();
+            if again && !state.is_lost() {
+                return false;
+            }
+            left = Some(std::mem::replace(now, state.clone()));
+            !again
+        });
+        let Some(was) = left else { return };
         let is_down = |state: &VaultState| matches!(state, VaultState::Away { .. } | VaultState::Sealed { .. });
         match &state {
             VaultState::Away { why } | VaultState::Sealed { why } if !is_down(&was) => {
@@ -598,14 +625,9 @@ impl Inner {
 
     /// What an outcome says about Vault itself.
     fn note<T>(&self, outcome: &Result<T>) {
-        let lost = self.state.borrow().is_lost();
         match outcome {
-            Err(why) if why.code() == Code::VaultSealed && !lost => {
-                self.turn(VaultState::Sealed { why: why.clone() });
-            }
-            Err(why) if why.code() == Code::VaultUnreachable && !lost => {
-                self.turn(VaultState::Away { why: why.clone() });
-            }
+            Err(why) if why.code() == Code::VaultSealed => self.turn(VaultState::Sealed { why: why.clone() }),
+            Err(why) if why.code() == Code::VaultUnreachable => self.turn(VaultState::Away { why: why.clone() }),
             _ => {}
         }
     }
@@ -675,18 +697,28 @@ impl Inner {
         Ok(token)
     }
 
-    /// The token ended: after its time a new login is what anyone expects; before it, somebody took it away.
+    /// The token ended: after its time a new login is what anyone expects; before it, somebody took it away. Of a token that
+    /// somebody else renews the file is asked first.
     async fn after_loss(self: &Arc<Self>, old: &Arc<Token>, gone: Error) -> Result<Arc<Token>> {
-        let expired = old.expires().is_some_and(|at| at <= Instant::now() + Duration::from_secs(1));
-        let given = matches!(self.settings.auth, AuthMethod::Token { .. });
-        if given || (!expired && self.settings.lock_on_loss) {
-            let why = gone.context("our Vault token was revoked or has expired");
-            self.turn(VaultState::Lost { why: why.clone() });
-            return Err(why);
+        match self.adopt(old).await {
+            Ok(Some(newer)) => return Ok(newer),
+            Err(away) if away.class() == Class::Unreachable => return Err(away),
+            Ok(None) => {}
+            Err(refused) => tracing::warn!("the token in the file is no better: {}", refused.chain()),
         }
         let mut session = self.session.lock().await;
-        if let Some(newer) = session.as_ref().filter(|newer| !Arc::ptr_eq(newer, old)) {
+        // A renewal makes another `Token` of the same text.
+        if let Some(newer) = session.as_ref().filter(|newer| newer.text[..] != old.text[..]) {
             return Ok(newer.clone());
+        }
+        if let VaultState::Lost { why } = &*self.state.borrow() {
+            return Err(why.clone());
+        }
+        let expired = old.expires().is_some_and(|at| at <= Instant::now() + Duration::from_secs(1));
+        if self.given() || (!expired && self.settings.lock_on_loss) {
+            let why = gone.context(format!("our Vault token was revoked or has expired ({CURE})"));
+            self.turn(VaultState::Lost { why: why.clone() });
+            return Err(why);
         }
         match self.log_in().await {
             Ok(token) => {
@@ -704,9 +736,77 @@ impl Inner {
         if !matches!(refused.class(), Class::Denied | Class::Usage) {
             return refused;
         }
-        let why = refused.context("our Vault token is gone and a new login is refused");
+        let why = refused.context(format!("our Vault token is gone and a new login is refused ({CURE})"));
         self.turn(VaultState::Lost { why: why.clone() });
         why
+    }
+
+    /// The way out of a loss: a new login, or the token that is in the file now.
+    async fn come_back(self: &Arc<Self>) -> Result<()> {
+        let mut session = self.session.lock().await;
+        if !self.state.borrow().is_lost() {
+            return Ok(());
+        }
+        let token = self.log_in().await.map_err(|refused| self.refused_again(refused))?;
+        tracing::warn!("Vault takes us again");
+        self.state.send_replace(VaultState::Live { expires: token.expires() });
+        *session = Some(token);
+        Ok(())
+    }
+
+    /// Tries to come back, where no loss is to last until somebody says so. `wait` is the pause of before, zero at first; the
+    /// answer is when to try again. A file is looked at as often as a token is and asks nothing of Vault until it changes;
+    /// logins come ever more seldom.
+    async fn after_a_loss(self: &Arc<Self>, lost: Option<&Token>, wait: &mut Duration) -> Duration {
+        let check = self.settings.check;
+        let from_file = auth::token_in_file(&self.settings.auth, &self.secrets).is_some();
+        if from_file && lost.is_some_and(|lost| !self.file_changed(lost)) {
+            return check;
+        }
+        if !from_file && wait.is_zero() {
+            *wait = check * 2;
+            return *wait;
+        }
+        let Err(refused) = self.come_back().await else { return Duration::ZERO };
+        tracing::warn!("Vault: {}", refused.chain());
+        if from_file {
+            return self.refused_file_wait();
+        }
+        *wait = wait.saturating_mul(2).min(LOST_LAST.max(check));
+        wait.mul_f64(1.0 + 0.1 * dice())
+    }
+
+    /// How long a token in a file that was refused is left alone: it tells somebody's log each time.
+    fn refused_file_wait(&self) -> Duration {
+        (self.settings.check * 10).min(AWAY_LAST)
+    }
+
+    /// Whether the file of our token holds another one than `old`.
+    fn file_changed(&self, old: &Token) -> bool {
+        auth::token_in_file(&self.settings.auth, &self.secrets).is_some_and(|text| text[..] != old.text[..])
+    }
+
+    /// Takes over the token that whoever renews it (Vault Agent) has put into the file in place of `old`. `None`: there is
+    /// no other.
+    ///
+    /// # Errors
+    /// Vault does not answer, or does not take it.
+    async fn adopt(&self, old: &Token) -> Result<Option<Arc<Token>>> {
+        if !self.file_changed(old) {
+            return Ok(None);
+        }
+        let mut session = self.session.lock().await;
+        if self.state.borrow().is_lost() {
+            return Ok(None);
+        }
+        if let Some(newer) = session.as_ref().filter(|newer| newer.text[..] != old.text[..]) {
+            return Ok(Some(newer.clone()));
+        }
+        let token = self.log_in().await?;
+        tracing::info!("took over the new token in the file");
+        *session = Some(token.clone());
+        self.live(&token);
+        Ok(Some(token))
     }
 
     /// Renews the token, or replaces it where it cannot be renewed (for long enough).
@@ -722,7 +822,7 @@ impl Inner {
                     *self.session.lock().await = Some(fresh.clone());
                     self.live(&fresh);
                     self.tell(Event::new(Kind::Renewal));
-                    if worth || matches!(self.settings.auth, AuthMethod::Token { .. }) {
+                    if worth || self.given() {
                         return Ok(());
                     }
                 }
@@ -740,7 +840,7 @@ impl Inner {
     }
 
     async fn log_in_anew(self: &Arc<Self>, old: &Token) -> Result<()> {
-        if matches!(self.settings.auth, AuthMethod::Token { .. }) {
+        if self.given() {
             return Ok(());
         }
         match self.log_in().await {
@@ -760,10 +860,14 @@ impl Inner {
 async fn tend(inner: Weak<Inner>) {
     let mut away = AWAY_FIRST;
     let mut pause = Duration::ZERO;
+    // Between logins after a loss, and until when a token in the file is not tried.
+    let (mut wait, mut refused_until) = (Duration::ZERO, Instant::now());
     loop {
         let Some(now) = inner.upgrade() else { return };
         let token = now.session.lock().await.clone();
         let check = now.settings.check;
+        let mut state = now.state.subscribe();
+        let lost = state.borrow().is_lost();
         drop(now);
         let due = match &token {
             // At two thirds of its life, a little earlier or later each time, so that a fleet does not come at once.
@@ -773,16 +877,30 @@ async fn tend(inner: Weak<Inner>) {
             }),
             None => LOOK_LAST,
         };
-        tokio::time::sleep(if pause.is_zero() { due.min(check) } else { pause }).await;
+        tokio::select! {
+            () = tokio::time::sleep(if pause.is_zero() { due.min(check) } else { pause }) => {}
+            // Somebody else has ended the loss: the new token is looked after from its first day.
+            () = async { drop(state.wait_for(|state| !state.is_lost()).await) }, if lost => {}
+        }
         let Some(now) = inner.upgrade() else { return };
         if now.state.borrow().is_lost() {
-            pause = check;
+            pause = if now.settings.lock_on_loss { check } else { now.after_a_loss(token.as_deref(), &mut wait).await };
             continue;
         }
-        let Some(token) = now.session.lock().await.clone() else { continue };
+        wait = Duration::ZERO;
+        let Some(mut token) = now.session.lock().await.clone() else { continue };
+        if refused_until <= Instant::now() {
+            match now.adopt(&token).await {
+                Ok(Some(newer)) => token = newer,
+                Ok(None) => {}
+                Err(refused) => {
+                    tracing::warn!("the new token in the file is not taken over: {}", refused.chain());
+                    refused_until = Instant::now() + now.refused_file_wait();
+                }
+            }
+        }
         let renew = token.ttl.is_some_and(|ttl| token.got.elapsed() >= ttl.mul_f64(0.6));
-        let given = matches!(now.settings.auth, AuthMethod::Token { .. });
-        let outcome = if renew && (token.renewable || !given) {
+        let outcome = if renew && (token.renewable || !now.given()) {
             now.renew(&token).await
         } else {
             match now.look(&token).await {

@@ -208,6 +208,23 @@ impl VaultServer {
         answer["wrap_info"]["token"].as_str().expect("a wrapping token").to_owned()
     }
 
+    /// Whether the token holds.
+    pub fn knows(&self, token: &str) -> bool {
+        self.try_call("GET", "auth/token/lookup-self", None, token.trim()).is_some_and(|(status, _)| status == 200)
+    }
+
+    /// Vault Agent with this configuration, until dropped.
+    pub fn agent(&self, config: &Path) -> Agent {
+        let mut command = Command::new(part(VAULT).expect("this server is one"));
+        command.arg("agent").arg(format!("-config={}", config.display())).env("HOME", self.dir.path());
+        for name in ["VAULT_TOKEN", "VAULT_ADDR"] {
+            command.env_remove(name);
+        }
+        let log = std::fs::File::create(self.dir.path().join("agent.log")).expect("a log");
+        command.stdout(log.try_clone().expect("a second handle")).stderr(log);
+        Agent(command.spawn().expect("vault can be started"))
+    }
+
     /// Whether somebody unwrapped it: then nobody else can.
     pub fn unwrap(&self, wrapping: &str) -> bool {
         self.try_call("POST", "sys/wrapping/unwrap", None, wrapping).is_some_and(|(status, _)| status == 200)
@@ -243,6 +260,15 @@ impl VaultServer {
             check: Duration::from_millis(200),
             lock_on_loss: false,
         }
+    }
+}
+
+pub struct Agent(Child);
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 
