@@ -44,6 +44,8 @@ struct World {
     valid: AtomicU64,
     issued: AtomicU64,
     away: AtomicBool,
+    /// Nothing is taken back.
+    denies: AtomicBool,
     revoked: Mutex<Vec<String>>,
 }
 
@@ -69,6 +71,9 @@ impl IssueCredentials for Issuer {
         unreachable!("not renewable")
     }
     fn revoke(&self, lease_id: &str) -> Result<()> {
+        if self.0.denies.load(Ordering::SeqCst) {
+            return Err(Error::new(Code::VaultDenied, "the token may not use sys/leases/revoke"));
+        }
         self.0.revoked.lock().expect("no panic under the lock").push(lease_id.into());
         Ok(())
     }
@@ -226,9 +231,22 @@ async fn what_can_be_given_back_is_given_back_at_the_end() {
     let server = server(&world, expired);
     let (store, credentials, _) = store(&server, &world);
     store.read_range("m/d/x", 0..10).await.expect("served");
-    credentials.close();
+    assert!(credentials.close().is_none());
     assert_eq!(*world.revoked.lock().expect("whole"), ["lease-0"]);
     assert!(store.read_range("m/d/x", 0..10).await.is_err(), "nothing is signed any more");
+}
+
+/// Whoever closes may know that it ends all the same, with the token that took it.
+#[tokio::test]
+async fn a_lease_that_is_not_taken_back_is_named_to_whoever_closes() {
+    let world = Arc::new(World::default());
+    let server = server(&world, expired);
+    let (store, credentials, _) = store(&server, &world);
+    store.read_range("m/d/x", 0..10).await.expect("served");
+    world.denies.store(true, Ordering::SeqCst);
+    let kept = credentials.close().expect("it goes on");
+    assert!(kept.chain().contains("sys/leases/revoke"), "{}", kept.chain());
+    assert!(credentials.close().is_none(), "said once");
 }
 
 /// Vault's aws engine in front of MinIO's STS, as docs/KEYS.md sets it up.

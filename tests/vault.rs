@@ -686,6 +686,88 @@ fn a_revoked_token_is_replaced_unless_its_loss_shall_lock() {
     }
 }
 
+// ---- leases ---------------------------------------------------------------------------------------------------------
+
+/// IAM as Vault's aws engine asks it; answers which users there are.
+fn iam() -> (Hostile, Arc<Mutex<Vec<String>>>) {
+    let users: Arc<Mutex<Vec<String>>> = Arc::default();
+    let known = users.clone();
+    let server = Hostile::start(move |request: &Request, stream: &mut TcpStream| {
+        let asked: std::collections::HashMap<String, String> =
+            url::form_urlencoded::parse(&request.body).into_owned().collect();
+        let (action, user) = (asked["Action"].as_str(), asked.get("UserName").cloned().unwrap_or_default());
+        let mut users = known.lock().expect("no panic under the lock");
+        let result = match action {
+            "CreateUser" => {
+                users.push(user.clone());
+                format!("<User><Path>/</Path><UserName>{user}</UserName><UserId>U</UserId><Arn>a</Arn></User>")
+            }
+            "CreateAccessKey" => format!(
+                "<AccessKey><UserName>{user}</UserName><AccessKeyId>AKIAUSER</AccessKeyId><Status>Active</Status>\
+                 <SecretAccessKey>secret-of-the-user</SecretAccessKey></AccessKey>"
+            ),
+            "DeleteUser" => {
+                users.retain(|known| *known != user);
+                String::new()
+            }
+            "ListAccessKeys" => "<AccessKeyMetadata></AccessKeyMetadata><IsTruncated>false</IsTruncated>".into(),
+            "ListGroupsForUser" => "<Groups></Groups><IsTruncated>false</IsTruncated>".into(),
+            "ListUserPolicies" => "<PolicyNames></PolicyNames><IsTruncated>false</IsTruncated>".into(),
+            "ListAttachedUserPolicies" => {
+                "<AttachedPolicies></AttachedPolicies><IsTruncated>false</IsTruncated>".into()
+            }
+            _ => String::new(),
+        };
+        let body = format!(
+            "<{action}Response xmlns=\"https://iam.amazonaws.com/doc/2010-05-08/\"><{action}Result>{result}</{action}Result>\
+             <ResponseMetadata><RequestId>1</RequestId></ResponseMetadata></{action}Response>"
+        );
+        respond(stream, "200 OK", &[("Content-Type", "text/xml")], body.as_bytes())
+    });
+    (server, users)
+}
+
+/// What docs/KEYS.md says of `iam_user` roles.
+#[test]
+fn an_iam_user_is_given_back_by_the_extra_rule_or_with_our_own_token() {
+    let server = server!();
+    let (iam, users) = iam();
+    let users = || users.lock().expect("no panic under the lock").len();
+    server.write("sys/mounts/aws-users", json!({ "type": "aws" }));
+    let root = json!({
+        "access_key": "AKIAROOT", "secret_key": "root", "region": "us-east-1", "iam_endpoint": iam.endpoint(),
+        "sts_endpoint": iam.endpoint(),
+    });
+    server.write("aws-users/config/root", root);
+    let policy = json!({ "Version": "2012-10-17", "Statement": [] }).to_string();
+    server.write("aws-users/roles/models", json!({ "credential_type": "iam_user", "policy_document": policy }));
+    let read = "path \"aws-users/creds/models\" { capabilities = [\"read\"] }\n";
+    server.policy("users", read);
+    server.policy("users-back", &format!("{read}path \"sys/leases/revoke\" {{ capabilities = [\"update\"] }}"));
+
+    // A token that was given to us and goes on: without the rule the user goes on as well.
+    let given = |policy: &str| {
+        let token = server.token(json!({ "policies": [policy], "ttl": "1h" }));
+        logs_in(&server.settings(token_file(server, policy, &token)))
+    };
+    let without = given("users");
+    let lease = without.aws_credentials("aws-users", "models").expect("a user").lease_id;
+    says(&without.revoke_lease(&lease).expect_err("no right"), Code::VaultDenied, &["sys/leases/revoke", "policy"]);
+    assert!(!without.revoke_self().expect("not ours"), "a given token is not ended");
+    assert_eq!(users(), 1);
+    given("users-back").revoke_lease(&lease).expect("given back");
+    until("the user is gone", || users() == 0);
+
+    // A token of our own takes its leases along.
+    let role_id = server.approle("ar-users", json!({ "token_policies": "users", "token_ttl": "1h" }));
+    let own = logs_in(&server.settings(approle(server, "ar-users", &role_id, &server.secret_id("ar-users"), false)));
+    let lease = own.aws_credentials("aws-users", "models").expect("a user").lease_id;
+    own.revoke_lease(&lease).expect_err("no right");
+    assert_eq!(users(), 1);
+    assert!(own.revoke_self().expect("ours"));
+    until("the user is gone", || users() == 0);
+}
+
 // ---- Vault away, sealed --------------------------------------------------------------------------------------------
 
 #[test]

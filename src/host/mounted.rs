@@ -34,7 +34,7 @@ use crate::read::Reader;
 use crate::reading;
 use crate::ready;
 use crate::refuse;
-use crate::store::StoreOptions;
+use crate::store::{self, StoreOptions};
 use crate::telemetry::events::{Actor, Event, Kind, Severity, Subject};
 use crate::vault::{Vault, VaultState};
 use crate::vfs::{Layout, Ownership, Vfs};
@@ -545,13 +545,17 @@ impl Mounted {
         self.fs.drop_backings(over);
         let (wiped_bytes, held_bytes) = self.host.wipe(last);
         tracing::info!(wiped_bytes, held_bytes, "wiped");
-        if let Some(credentials) = &self.plan.access.store.credentials {
-            credentials.close();
-        }
-        if let Some(vault) = &self.plan.access.connected
-            && let Err(failed) = vault.revoke_self()
-        {
+        let kept = self.plan.access.store.credentials.as_ref().and_then(|credentials| credentials.close());
+        let ended = self.plan.access.connected.as_ref().map(|vault| vault.revoke_self());
+        if let Some(Err(failed)) = &ended {
             tracing::debug!("our Vault token ends by itself: {}", failed.chain());
+        }
+        match kept {
+            Some(error) if matches!(ended, Some(Ok(true))) => {
+                tracing::debug!("a lease of storage credentials ended with our token: {}", error.chain());
+            }
+            Some(error) => store::tell_kept(&error),
+            None => {}
         }
         self.host.forget(self);
         // Before the answer is given: whoever hears it may mount again at once. Not closed yet: that waits for replies under

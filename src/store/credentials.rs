@@ -282,8 +282,8 @@ impl Shared {
         self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// The thread: the only place where the issuer is asked.
-    fn keep(&self) {
+    /// The thread: the only place where the issuer is asked. Answers why a lease could not be given back at the end.
+    fn keep(&self) -> Option<Error> {
         let mut state = self.state();
         while !state.closing {
             state.retired.retain_mut(|retired| !retired.wipe());
@@ -317,12 +317,16 @@ impl Shared {
             }
             retired.push(Retired { credential: Some(set.credential), lease_id, since: Instant::now() });
         }
+        let mut kept = None;
         for mut set in retired {
-            if let Some(lease) = set.lease_id.take() {
-                self.revoke(&lease);
+            if let Some(lease) = set.lease_id.take()
+                && let Err(error) = self.issuer.revoke(&lease)
+            {
+                kept = Some(error);
             }
             set.wipe();
         }
+        kept
     }
 
     fn do_next(&self, next: Next) {
@@ -351,7 +355,9 @@ impl Shared {
                 }
             },
             Next::Revoke(lease) => {
-                self.revoke(&lease);
+                if let Err(error) = self.issuer.revoke(&lease) {
+                    tell_kept(&error);
+                }
                 self.state().retired.iter_mut().filter(|set| set.lease_id.as_deref() == Some(&lease)).for_each(|set| {
                     set.lease_id = None;
                 });
@@ -389,18 +395,17 @@ impl Shared {
         }
         self.telemetry.events.tell(&event.detail(detail));
     }
+}
 
-    fn revoke(&self, lease: &str) {
-        if let Err(error) = self.issuer.revoke(lease) {
-            tracing::warn!("a lease of storage credentials was not given back and ends by itself: {}", error.chain());
-        }
-    }
+/// Says that a lease goes on.
+pub fn tell_kept(error: &Error) {
+    tracing::warn!("a lease of storage credentials was not given back and ends by itself: {}", error.chain());
 }
 
 /// S3 credentials of which there is always a set that the store takes, as far as the issuer gives one.
 pub struct LeasedCredentials {
     shared: Arc<Shared>,
-    thread: Mutex<Option<JoinHandle<()>>>,
+    thread: Mutex<Option<JoinHandle<Option<Error>>>>,
 }
 
 /// What `status` says of them.
@@ -538,20 +543,21 @@ impl LeasedCredentials {
     }
 
     /// Gives back what can be given back and overwrites the rest; waits until that is done. Nothing is signed afterwards.
-    pub fn close(&self) {
+    /// Answers why a lease could not be given back: it goes on, unless it ends with the issuer's own right.
+    pub fn close(&self) -> Option<Error> {
         self.shared.state().closing = true;
         self.shared.wake.notify_one();
         let thread = self.thread.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
-        if let Some(thread) = thread {
-            // It panicked, at worst; there is nothing to give back then.
-            let _ = thread.join();
-        }
+        // It panicked, at worst; there is nothing to give back then.
+        thread?.join().ok().flatten()
     }
 }
 
 impl Drop for LeasedCredentials {
     fn drop(&mut self) {
-        self.close();
+        if let Some(error) = self.close() {
+            tell_kept(&error);
+        }
     }
 }
 

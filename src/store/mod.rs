@@ -34,7 +34,7 @@ use crate::format::{self, ChunkIndex, Manifest, Oid};
 use crate::refuse;
 use crate::telemetry::Telemetry;
 
-pub use credentials::{IssueCredentials, Issued, LeasedCredentials};
+pub use credentials::{IssueCredentials, Issued, LeasedCredentials, tell_kept};
 pub use hedge::{Hedged, Progress};
 pub use limit::{Limiter, OriginLimits};
 pub use openings::Openings;

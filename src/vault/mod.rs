@@ -493,17 +493,18 @@ impl Vault {
         .map(drop)
     }
 
-    /// Ends our token, at a clean end. A token that was given to us (`VAULT_TOKEN`, a file) is not ours to end.
-    pub fn revoke_self(&self) -> Result<()> {
-        if matches!(self.inner.settings.auth, AuthMethod::Token { .. }) {
-            return Ok(());
+    /// Ends our token and with it every lease that it took, at a clean end. A token that was given to us (`VAULT_TOKEN`, a
+    /// file) is not ours to end. Answers whether one was ended.
+    pub fn revoke_self(&self) -> Result<bool> {
+        if self.inner.given() {
+            return Ok(false);
         }
         let inner = self.inner.clone();
         self.run(async move {
-            let Some(token) = inner.session.lock().await.take() else { return Ok(()) };
+            let Some(token) = inner.session.lock().await.take() else { return Ok(false) };
             inner.state.send_replace(VaultState::Idle);
             let request = Raw::new(Method::Post, "auth/token/revoke-self".into(), None);
-            inner.wire.send(request, Some(&token.text), "cannot revoke our token").await.map(drop)
+            inner.wire.send(request, Some(&token.text), "cannot revoke our token").await.map(|_| true)
         })
     }
 
