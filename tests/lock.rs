@@ -24,7 +24,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use fixture::{Fixture, Random, Style};
@@ -34,6 +34,7 @@ use modelfs::crypto::Verify;
 use modelfs::fuse::{Behaviour, OpenBy, OpenPolicy};
 use modelfs::host::Revoker;
 use modelfs::mem::{ArenaKind, can_pin};
+use modelfs::read::OpenFile;
 use modelfs::store::fault::{Call, Fault, Faulty, When};
 use mounted::{How, Mounted, can_mount};
 use needle::{MARKER_BYTES, Needle};
@@ -471,7 +472,7 @@ fn locks_and_unlocks_under_load_never_show_a_wrong_byte() {
         let mount = mount(&fixture, open, None);
         let model = mount.fs.vfs().models()[0].clone();
         let plain = &fixture.files.iter().find(|(path, _)| path == BIG).expect("sealed").1;
-        let stop = std::sync::atomic::AtomicBool::new(false);
+        let stop = AtomicBool::new(false);
         let whole_reads = AtomicU64::new(0);
         std::thread::scope(|scope| {
             for _ in 0..2 {
@@ -497,6 +498,89 @@ fn locks_and_unlocks_under_load_never_show_a_wrong_byte() {
             stop.store(true, Ordering::SeqCst);
         });
     }
+}
+
+/// How long the tests below wait for what takes moments, before they call it a hang.
+const HANGS_AFTER: Duration = Duration::from_secs(240);
+
+#[test]
+fn whoever_gives_an_answer_waits_for_no_lock_that_waits_for_the_answer() {
+    let fixture = sample();
+    let model = fixture.model(fixture.store.clone(), Verify::Strict);
+    let (fs, cache, runtime) = mounted::filesystem(How::default(), model.clone());
+    let big = fixture.files.iter().position(|(path, _)| path == BIG).expect("sealed");
+    let file = OpenFile::new(&cache, &model, big as u32);
+    runtime.block_on(fs.reader().read(&file, 0, 100)).map(drop).expect("read");
+    let (done, told) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let admission = model.admit().expect("served");
+        let locking = model.clone();
+        let locker = std::thread::spawn(move || locking.lock());
+        // True as soon as the lock is asked for: it is on its way, and waits for us.
+        while !model.is_locked() {
+            std::thread::yield_now();
+        }
+        assert!(fs.reader().try_read(&file, 0, 100).is_none(), "an answer from a model that is being locked");
+        drop(admission);
+        assert!(locker.join().expect("locked"));
+        done.send(()).expect("told");
+    });
+
+    told.recv_timeout(HANGS_AFTER).expect("the lock and an answer under way wait for each other");
+    runtime.shutdown_background();
+}
+
+#[test]
+fn thousands_of_locks_under_readers_hang_neither_the_readers_nor_the_locks() {
+    if !can_mount() {
+        return;
+    }
+    let fixture = sample();
+    // Every read comes to us; a part of the file is resident, the rest is fetched again and again.
+    let behaviour = Behaviour { open: OpenPolicy::Lazy, no_page_cache: true };
+    let how = How { behaviour, budget: 24 << 20, ..How::default() };
+    let mount = Mounted::new(how, || fixture.model(fixture.store.clone(), Verify::Strict));
+    mount.fs.set_passthrough(false);
+    let model = mount.fs.vfs().models()[0].clone();
+    let (big, small) =
+        (File::open(mount.path(BIG)).expect("open"), File::open(mount.path("config.json")).expect("open"));
+    let (stop, answers) = (AtomicBool::new(false), AtomicU64::new(0));
+    let (done, told) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        let (mount, big, small, stop, answers) = (&mount, &big, &small, &stop, &answers);
+        for reader in 0..4u64 {
+            scope.spawn(move || {
+                let mut piece = vec![0; 64 << 10];
+                let mut at = reader << 20;
+                while !stop.load(Ordering::SeqCst) {
+                    // Two of three are answered from memory.
+                    for (file, at) in [(small, 0), (small, 0), (big, at)] {
+                        if file.read_at(&mut piece, at).is_ok() {
+                            answers.fetch_add(1, Ordering::Relaxed);
+                        }
+                    }
+                    at = (at + (1 << 20)) % BIG_BYTES as u64;
+                }
+            });
+        }
+        scope.spawn(move || {
+            if let Err(std::sync::mpsc::RecvTimeoutError::Timeout) = told.recv_timeout(HANGS_AFTER) {
+                eprintln!("hangs after {} answers", answers.load(Ordering::Relaxed));
+                // Its readers cannot be killed before the kernel is told that no answer comes.
+                let _ = Command::new("umount").arg("-f").arg(mount.attachment.mountpoint()).status();
+                let _ = mount.attachment.detach();
+                std::process::exit(101);
+            }
+        });
+        for _ in 0..10_000 {
+            model.lock();
+            model.unlock(fixture.keys());
+        }
+        done.send(()).expect("told");
+        stop.store(true, Ordering::SeqCst);
+    });
+    assert!(answers.load(Ordering::Relaxed) > 0, "the test shows nothing: no read was answered");
+    assert!(std::fs::read(mount.path(BIG)).expect("served").len() == BIG_BYTES);
 }
 
 fn tell_sessions(mount: &Mounted) -> Vec<control::SessionInfo> {

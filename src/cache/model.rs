@@ -1,6 +1,7 @@
 //! A model as the cache takes it: verified, keys open, and closable, for good or until it is unlocked.
 
-use std::sync::{Arc, RwLock};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, RwLock};
 
 use tokio::sync::watch;
 
@@ -24,11 +25,17 @@ pub struct Model {
     pub(super) keys: RwLock<Option<ModelKeys>>,
     /// What the keys were unwrapped from. Stays known while it is locked.
     slot: RwLock<Option<Arc<str>>>,
+    /// Held while it changes between locked and served, so that what follows agrees.
+    change: Mutex<()>,
+    /// For those who only look. `locked` must not be asked by who holds an [`Admission`]: a lock that waits for the admission
+    /// stands before the second look, and that one would wait for the lock.
+    is_locked: AtomicBool,
+    /// Held for reading by every [`Admission`]; wakes who waits.
     locked: watch::Sender<bool>,
 }
 
 /// Leave to answer with the model's plaintext, now: [`Model::lock`] waits until it is dropped. Hold it for one answer, not
-/// across a wait.
+/// across a wait, and ask for no second one meanwhile; [`Model::is_locked`] may be asked.
 pub struct Admission<'a>(#[expect(dead_code, reason = "held, not looked at")] watch::Ref<'a, bool>);
 
 impl Model {
@@ -42,9 +49,20 @@ impl Model {
     ) -> Self {
         let (manifest, keys) = opened;
         let slot = RwLock::new(keys.slot().cloned());
-        let (keys, locked) = (RwLock::new(Some(keys)), watch::Sender::new(false));
-        let vitals = Vitals::default();
-        Model { name, manifest, source, verify, digest, serial, vitals, keys, slot, locked }
+        Model {
+            name,
+            manifest,
+            source,
+            verify,
+            digest,
+            serial,
+            vitals: Vitals::default(),
+            keys: RwLock::new(Some(keys)),
+            slot,
+            change: Mutex::default(),
+            is_locked: AtomicBool::new(false),
+            locked: watch::Sender::new(false),
+        }
     }
 
     /// Drops and wipes the keys: nothing more of this model can be opened.
@@ -55,6 +73,8 @@ impl Model {
     /// From the return on nothing of the model is answered any more, who waits is refused, and the keys are wiped. Names and
     /// sizes stay. `false`: it was locked before. Waits for answers being given, not for readers.
     pub fn lock(&self) -> bool {
+        let _change = self.change.lock().expect("a thread died holding the change of a lock");
+        self.is_locked.store(true, Ordering::SeqCst);
         let before = self.locked.send_replace(true);
         self.wipe_keys();
         !before
@@ -62,9 +82,11 @@ impl Model {
 
     /// Serves it again, with the keys of this very version.
     pub fn unlock(&self, keys: ModelKeys) {
+        let _change = self.change.lock().expect("a thread died holding the change of a lock");
         *self.slot.write().expect("a thread died holding the slot") = keys.slot().cloned();
         *self.keys.write().expect("a thread died holding the keys") = Some(keys);
         self.locked.send_replace(false);
+        self.is_locked.store(false, Ordering::SeqCst);
     }
 
     /// The key slot that opened it last, as `KIND/LABEL`; where mounts share it, the first one's.
@@ -83,8 +105,9 @@ impl Model {
         }
     }
 
+    /// True from the moment a lock is asked for. Waits for nothing.
     pub fn is_locked(&self) -> bool {
-        *self.locked.borrow()
+        self.is_locked.load(Ordering::SeqCst)
     }
 
     /// # Errors
