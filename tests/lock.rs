@@ -686,6 +686,50 @@ fn who_reads_past_the_daemon_is_told_and_only_hard_ends_it() {
     assert!(std::fs::read(&path).expect("others go on, with new memory").len() == BIG_BYTES);
 }
 
+#[test]
+fn a_file_that_is_taken_away_hurts_nobody_who_reads_it_through_the_daemon() {
+    if !can_mount() {
+        return;
+    }
+    let fixture = sample();
+    let plain = &fixture.files.iter().find(|(path, _)| path == BIG).expect("sealed").1;
+    let behaviour = Behaviour { open: OpenPolicy::Lazy, no_page_cache: true };
+    let mount =
+        Mounted::new(How { behaviour, ..How::default() }, || fixture.model(fixture.store.clone(), Verify::Strict));
+    if !mount.fs.passthrough() {
+        eprintln!("SKIPPED: this kernel has no passthrough");
+        return;
+    }
+    let model = mount.fs.vfs().models()[0].clone();
+    let big = fixture.files.iter().position(|(path, _)| path == BIG).expect("sealed");
+    let object = OpenFile::new(&mount.cache, &model, big as u32).sole_object().expect("one object").clone();
+    // Opened before the file is whole: their reads come to us for good.
+    let cold: Vec<File> = (0..3).map(|_| File::open(mount.path(BIG)).expect("open")).collect();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let stop = &stop;
+        for file in &cold {
+            scope.spawn(move || {
+                let (mut piece, mut at) = (vec![0; 1 << 20], 0);
+                while !stop.load(Ordering::SeqCst) {
+                    let got = file.read_at(&mut piece, at as u64).expect("nobody took anything from this reader");
+                    assert!(got > 0 && piece[..got] == plain[at..at + got], "wrong bytes at {at}");
+                    at = (at + got) % plain.len();
+                }
+            });
+        }
+        let mut held = Vec::new();
+        for round in 0..12 {
+            mount.wait_until("the file to be whole", |_| object.is_whole());
+            held.push(File::open(mount.path(BIG)).expect("open"));
+            let report = mount.cache.retire_held(&object).expect("it was whole");
+            assert_eq!(report.kept_bytes, 0, "round {round}: {report:?}");
+        }
+        stop.store(true, Ordering::SeqCst);
+    });
+    assert!(mount.hot_opens() > 0, "the test shows nothing: nobody had the file past the daemon");
+}
+
 // ---- The program ----------------------------------------------------------------------------------------------------
 
 fn json_of(program: &Program, arguments: &[&str]) -> serde_json::Value {

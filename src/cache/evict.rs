@@ -228,7 +228,8 @@ impl Shared {
         loop {
             let state = object.state();
             let moving = |chunk: &Chunk| matches!(chunk, Chunk::Filling { .. } | Chunk::Leaving { .. });
-            if !state.chunks.iter().any(moving) && state.phase != Phase::Retiring || Instant::now() >= deadline {
+            let leaves = matches!(state.phase, Phase::Retiring | Phase::Cutting);
+            if !state.chunks.iter().any(moving) && !leaves || Instant::now() >= deadline {
                 return state;
             }
             drop(state);
@@ -254,6 +255,7 @@ impl Shared {
         let held = state.pinned > 0
             || (state.hot_opens > 0 && !unmounted)
             || state.chunks.iter().any(|chunk| matches!(chunk, Chunk::Filling { .. } | Chunk::Leaving { .. }))
+            || state.phase == Phase::Cutting
             || (state.phase != Phase::Partial && file.others_hold().unwrap_or(true));
         if held {
             report.held_objects += 1;

@@ -24,6 +24,8 @@ pub(super) enum Joined {
     Ready(Pin),
     Wait(oneshot::Receiver<Result<Pin>>),
     Failed(Error),
+    /// The object is being taken away: to be asked again once it is gone.
+    Cutting,
 }
 
 impl Shared {
@@ -37,6 +39,9 @@ impl Shared {
         }
         let mut state = object.state();
         let state = &mut *state;
+        if state.phase == Phase::Cutting {
+            return Joined::Cutting;
+        }
         let chunk = &mut state.chunks[index.0 as usize];
         match chunk {
             Chunk::Resident { pins, read, .. } => {

@@ -79,9 +79,9 @@ impl Cache {
     }
 
     /// Takes one whole object away from everyone who has it past the daemon; the model stays served, and the object is
-    /// fetched anew. `false`: it was not whole.
+    /// fetched anew. Readers through the daemon wait meanwhile. `None`: it was not whole.
     pub fn retire_held(&self, object: &Arc<CachedObject>) -> Option<LockReport> {
-        if !object.is_whole() {
+        if object.state().phase == Phase::Partial {
             return None;
         }
         let mut cuts = Cuts::default();
@@ -91,14 +91,16 @@ impl Cache {
 }
 
 impl Shared {
-    /// The object's state once nothing of ours reads or writes its memory, or `None` at the deadline: a file must not be cut
-    /// short under a thread that writes into it.
-    fn quiet<'a>(&self, object: &'a CachedObject) -> Option<MutexGuard<'a, State>> {
+    /// The object's state once it is as `wanted`, or `None` at the deadline.
+    fn state_when<'a>(
+        &self,
+        object: &'a CachedObject,
+        wanted: impl Fn(&State) -> bool,
+    ) -> Option<MutexGuard<'a, State>> {
         let deadline = Instant::now() + QUIET_DEADLINE;
         loop {
             let state = object.state();
-            let moving = |chunk: &Chunk| matches!(chunk, Chunk::Filling { .. } | Chunk::Leaving { .. });
-            if state.pinned == 0 && state.phase != Phase::Retiring && !state.chunks.iter().any(moving) {
+            if wanted(&state) {
                 return Some(state);
             }
             drop(state);
@@ -109,36 +111,61 @@ impl Shared {
         }
     }
 
+    /// Takes an object away once nothing of ours reads or writes its memory: a file must not be cut short under a thread
+    /// that copies from it or writes into it. If that cannot be done it stays as it was, and is counted as kept.
     fn cut_object(&self, object: &Arc<CachedObject>, cuts: &mut Cuts) {
         let bytes_of = |state: &State| (state.resident * object.layout.chunk_len()).min(object.layout.plain_len());
         let kept = |cuts: &mut Cuts, bytes: u64, error: &Error| {
             cuts.report.kept_bytes += bytes;
             tracing::error!(model = %object.model.name, "{}", error.chain());
         };
-        let Some(mut state) = self.quiet(object) else {
-            let bytes = bytes_of(&object.state());
-            let busy = Error::new(
-                Code::Host,
-                format!(
-                    "an object of {} is still being filled {} s after the lock",
-                    object.model.name,
-                    QUIET_DEADLINE.as_secs()
-                ),
-            );
-            return kept(cuts, bytes, &busy);
+        let busy = |doing: &str| {
+            let (name, seconds) = (&object.model.name, QUIET_DEADLINE.as_secs());
+            Error::new(Code::Host, format!("an object of {name} is still being {doing} {seconds} s after it was to go"))
         };
-        if state.phase == Phase::Whole {
-            state.phase = Phase::Retiring;
+        let moving = |chunk: &Chunk| matches!(chunk, Chunk::Filling { .. } | Chunk::Leaving { .. });
+        let claimable = |state: &State| match state.phase {
+            Phase::Whole => true,
+            Phase::Partial => state.pinned == 0 && !state.chunks.iter().any(moving),
+            // Somebody else is at it.
+            Phase::Retiring | Phase::Cutting => false,
+        };
+        let Some(mut state) = self.state_when(object, claimable) else {
+            let bytes = bytes_of(&object.state());
+            return kept(cuts, bytes, &busy("filled or evicted"));
+        };
+        let was_whole = state.phase == Phase::Whole;
+        if was_whole {
+            state.phase = Phase::Cutting;
             drop(state);
             // Before the memory goes: a new open would read an empty file.
             self.retire(object.key);
-            state = object.state();
+            // Of a model that is served on, somebody may have come to read before the phase was set.
+            state = match self.state_when(object, |state| state.pinned == 0) {
+                Some(state) => state,
+                None => {
+                    let mut state = object.state();
+                    state.phase = Phase::Whole;
+                    let bytes = bytes_of(&state);
+                    drop(state);
+                    return kept(cuts, bytes, &busy("read"));
+                }
+            };
         }
         let Some(file) = state.file.clone() else { return };
         let bytes = bytes_of(&state);
         let cut = match file.cut_off(state.hot_opens > 0) {
             Ok(cut) => cut,
-            Err(error) => return kept(cuts, bytes, &error),
+            Err(error) => {
+                // Still as it was, or cut short half way: then nobody is to read it, nor wait for it to be wiped.
+                if !file.is_frozen() {
+                    state.phase = Phase::Cutting;
+                } else if was_whole {
+                    state.phase = Phase::Whole;
+                }
+                drop(state);
+                return kept(cuts, bytes, &error);
+            }
         };
         let mut grants = Vec::with_capacity(state.chunks.len());
         for chunk in state.chunks.iter_mut() {

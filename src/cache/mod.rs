@@ -114,6 +114,9 @@ pub const GENERATIONS: u64 = 1 << 20;
 /// How often whoever waits for a prefetch looks whether it ended.
 const PREFETCH_POLL: Duration = Duration::from_millis(10);
 
+/// How often whoever wants a chunk of an object that is being taken away looks whether that is over.
+const CUTTING_POLL: Duration = Duration::from_millis(2);
+
 /// What recency is kept of: single chunks, or an object that is whole and leaves as a whole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Unit {
@@ -161,6 +164,8 @@ enum Phase {
     Whole,
     /// On its way out: hot opens are refused, but nothing is wiped yet.
     Retiring,
+    /// Being taken away from whoever has it: nothing of it is pinned anew either.
+    Cutting,
 }
 
 struct State {
@@ -255,7 +260,7 @@ impl CachedObject {
     /// Whether a program has the whole object open or mapped past the daemon.
     fn is_held(&self) -> bool {
         let state = self.state();
-        let lent = state.phase == Phase::Whole || state.phase == Phase::Retiring;
+        let lent = state.phase != Phase::Partial;
         let file = state.file.as_ref().filter(|_| lent);
         file.is_some_and(|file| state.hot_opens > 0 || file.others_hold().unwrap_or(true))
     }
@@ -474,6 +479,9 @@ impl Cache {
         let file;
         {
             let mut state = object.state();
+            if state.phase == Phase::Cutting {
+                return None;
+            }
             let indices = first.0..=last.0;
             if !indices.clone().all(|i| matches!(state.chunks[i as usize], Chunk::Resident { .. })) {
                 return None;
@@ -499,16 +507,17 @@ impl Cache {
     /// # Cancel safety
     /// Dropping the future leaves the fetch running for whoever else waits; a pin that nobody takes is released.
     pub async fn pin(&self, object: &Arc<CachedObject>, index: ChunkIndex) -> Result<Pin> {
-        match self.shared.join(object, index) {
-            Joined::Ready(pin) => {
-                self.shared.touch(object, index, index);
-                Ok(pin)
+        loop {
+            match self.shared.join(object, index) {
+                Joined::Ready(pin) => {
+                    self.shared.touch(object, index, index);
+                    return Ok(pin);
+                }
+                Joined::Failed(error) => return Err(error),
+                Joined::Wait(receiver) => return receiver.await.unwrap_or_else(|_| Err(stopping())),
+                // Whoever cuts has a deadline.
+                Joined::Cutting => tokio::time::sleep(CUTTING_POLL).await,
             }
-            Joined::Failed(error) => Err(error),
-            Joined::Wait(receiver) => match receiver.await {
-                Ok(outcome) => outcome,
-                Err(_) => Err(stopping()),
-            },
         }
     }
 
