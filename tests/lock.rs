@@ -29,7 +29,7 @@ use std::time::{Duration, Instant};
 
 use fixture::{Fixture, Random, Style};
 use modelfs::cache::LockReport;
-use modelfs::control::{self, Taken};
+use modelfs::control::{self, AccessRequest, Taken};
 use modelfs::crypto::Verify;
 use modelfs::fuse::{Behaviour, OpenBy, OpenPolicy};
 use modelfs::host::Revoker;
@@ -728,6 +728,43 @@ fn a_file_that_is_taken_away_hurts_nobody_who_reads_it_through_the_daemon() {
         stop.store(true, Ordering::SeqCst);
     });
     assert!(mount.hot_opens() > 0, "the test shows nothing: nobody had the file past the daemon");
+}
+
+#[test]
+fn a_file_that_cannot_be_taken_away_is_told_as_a_failure_and_can_be_later() {
+    if !can_mount() {
+        return;
+    }
+    let fixture = sample();
+    let mount = mount(&fixture, OpenPolicy::Whole, None);
+    if !mount.fs.passthrough() {
+        eprintln!("SKIPPED: this kernel has no passthrough");
+        return;
+    }
+    let mut reader = Reader::start("map", &mount.path(BIG));
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("runtime");
+    let access = modelfs::config::Access::from_layers(&modelfs::config::Layers::default()).expect("no options");
+    let revoker = Revoker::new(mount.fs.clone(), "/nowhere".parse().expect("a path"), access, runtime.handle().clone());
+    let session = format!("pid={}", reader.child.id());
+    let ask = || {
+        let request = AccessRequest::ShutOut { session: session.clone(), seconds: None, hard: true };
+        revoker.answer(request, mount.attachment.mountpoint())
+    };
+    // An answer of ours that does not let go.
+    let model = mount.fs.vfs().models()[0].clone();
+    let big = fixture.files.iter().position(|(path, _)| path == BIG).expect("sealed");
+    let file = OpenFile::new(&mount.cache, &model, big as u32);
+    let answer = mount.fs.reader().try_read(&file, 0, 100).expect("resident");
+
+    let refused = ask().expect_err("it has everything still");
+
+    assert!(refused.message().contains("could not be taken away"), "{refused:?}");
+    assert!(reader.child.try_wait().expect("wait").is_none());
+    drop(answer);
+    let done = ask().expect("taken away");
+    assert_eq!(done["objects_retired"], 1, "{done}");
+    assert_eq!(done["still_reading_pids"], serde_json::json!([]), "{done}");
+    assert_eq!(reader.end().0, "SIGBUS");
 }
 
 // ---- The program ----------------------------------------------------------------------------------------------------

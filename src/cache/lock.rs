@@ -28,6 +28,14 @@ pub struct LockReport {
     pub kept_bytes: u64,
 }
 
+impl LockReport {
+    pub fn add(&mut self, other: LockReport) {
+        self.wiped_bytes += other.wiped_bytes;
+        self.unwiped_bytes += other.unwiped_bytes;
+        self.kept_bytes += other.kept_bytes;
+    }
+}
+
 /// Plaintext that nobody reaches any more and that waits to be overwritten.
 #[must_use = "pages go back unwiped if this is dropped"]
 #[derive(Default)]

@@ -78,8 +78,9 @@ fn show_shut_out(done: &Value) -> String {
         done["still_reading_pids"].as_array().into_iter().flatten().map(Value::to_string).collect();
     if !still.is_empty() {
         text.push_str(&format!(
-            "\nstill reading what they have open or mapped past the daemon: pid {}; --hard takes it away from everyone",
-            still.join(", ")
+            "\nstill reading what they have open or mapped past the daemon: pid {}; {} takes it away from everyone",
+            still.join(", "),
+            if done["hard"] == true { "`modelfs lock`" } else { "--hard" }
         ));
     }
     text

@@ -140,6 +140,10 @@ pub struct ShutOut {
     pub passthrough_handles: u64,
     /// With `hard`: objects taken away from everyone who had them past the daemon.
     pub objects_retired: u64,
+    /// The files of those of its objects that nobody has past the daemon any more.
+    pub taken_away: Vec<NodeId>,
+    /// With `hard`: what became of the plaintext. Kept bytes could not be taken away; whoever had them goes on.
+    pub report: LockReport,
 }
 
 impl ModelFs {
@@ -226,7 +230,7 @@ impl ModelFs {
         let handles: Vec<Arc<Handle>> =
             inner.handles.lock().expect("a thread died holding the handles").values().cloned().collect();
         let mut pages = HashSet::new();
-        let mut held: Vec<Arc<CachedObject>> = Vec::new();
+        let mut held: Vec<(NodeId, Arc<CachedObject>)> = Vec::new();
         for handle in handles {
             let pid = processes::process_of(handle.opener.thread).unwrap_or(0);
             if !session.is(handle.opener.uid, &processes::process(pid)) {
@@ -239,17 +243,21 @@ impl ModelFs {
                 }
                 Way::Hot { object, .. } => {
                     done.passthrough_handles += 1;
-                    if !held.iter().any(|other| Arc::ptr_eq(other, object)) {
-                        held.push(object.clone());
+                    if !held.iter().any(|(_, other)| Arc::ptr_eq(other, object)) {
+                        held.push((handle.node, object.clone()));
                     }
                 }
             }
         }
         inner.drop_pages(|node| pages.contains(&node));
         if hard {
-            for object in held {
-                if inner.reader.cache().retire_held(&object).is_some() {
-                    done.objects_retired += 1;
+            for (node, object) in held {
+                let report = inner.reader.cache().retire_held(&object);
+                done.objects_retired += u64::from(report.is_some_and(|report| report.kept_bytes == 0));
+                let report = report.unwrap_or_default();
+                done.report.add(report);
+                if report.kept_bytes == 0 {
+                    done.taken_away.push(node);
                 }
             }
         }

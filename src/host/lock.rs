@@ -6,7 +6,7 @@
 //! Not here: how plaintext is taken back (`fuse::guard`, `cache`), what the socket looks like (`control`).
 //! Held by: tests/lock.rs.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -26,6 +26,7 @@ use crate::reading::Reading;
 use crate::refuse;
 use crate::store::StoreUrl;
 use crate::telemetry::events::{Event, Kind, Severity, Subject};
+use crate::vfs::NodeId;
 
 /// How often the idle limit is looked at: a twentieth of it, within these.
 const IDLE_LOOK: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(30));
@@ -113,11 +114,7 @@ impl Revoker {
             self.tell(model, Event::new(Kind::Lock).severity(severity).detail(why));
         }
         if report.unwiped_bytes > 0 {
-            tracing::warn!(
-                "{} bytes were cut off from readers but went back to the kernel unwiped; give the daemon io_uring and \
-                 CAP_IPC_LOCK (or a RLIMIT_MEMLOCK as large as the cache), or boot with init_on_free=1",
-                report.unwiped_bytes
-            );
+            tell_unwiped(report.unwiped_bytes);
         }
         if report.kept_bytes > 0 {
             return Err(Error::new(
@@ -209,16 +206,19 @@ impl Revoker {
         Ok(done)
     }
 
+    fn path_of(&self, node: NodeId, mountpoint: &Path) -> Option<PathBuf> {
+        let (model, file, _) = self.fs.vfs().file(node)?;
+        let path = model.manifest.path(&model.manifest.files()[file as usize]);
+        Some(mountpoint.join(&model.name).join(path))
+    }
+
     fn sessions(&self, mountpoint: &Path) -> Value {
-        let vfs = self.fs.vfs();
         let taken: Vec<Taken> = self
             .fs
             .open_by()
             .into_iter()
             .filter_map(|open| {
-                let (model, file, _) = vfs.file(open.node)?;
-                let path = model.manifest.path(&model.manifest.files()[file as usize]);
-                let path = mountpoint.join(&model.name).join(path);
+                let path = self.path_of(open.node, mountpoint)?;
                 let passthrough = open.passthrough;
                 Some(Taken { pid: open.pid, uid: open.uid, since: open.since, path, passthrough })
             })
@@ -236,6 +236,7 @@ impl Revoker {
     fn shut_out(&self, session: &Session, time: Option<Duration>, hard: bool, mountpoint: &Path) -> Result<Value> {
         let done = self.fs.shut_out(session.clone(), time, hard)?;
         tracing::warn!(hard, "shut out: {session}");
+        let gone: Vec<PathBuf> = done.taken_away.iter().filter_map(|node| self.path_of(*node, mountpoint)).collect();
         // After the fact, so that what it opened meanwhile is told too.
         let told = self.sessions(mountpoint);
         let still: Vec<&Value> = told["sessions"]
@@ -244,17 +245,34 @@ impl Revoker {
             .flatten()
             .filter(|it| it["shut_out"] == true)
             .filter(|it| {
-                let files = it["files"].as_array().into_iter().flatten();
-                !hard && files.into_iter().any(|file| file["mapped"] == true || file["passthrough"].as_u64() > Some(0))
+                let has = |file: &&Value| file["mapped"] == true || file["passthrough"].as_u64() > Some(0);
+                let mut files = it["files"].as_array().into_iter().flatten().filter(has);
+                files.any(|file| !gone.iter().any(|path| file["path"].as_str().map(Path::new) == Some(path.as_path())))
             })
             .map(|it| &it["pid"])
             .collect();
+        if done.report.unwiped_bytes > 0 {
+            tell_unwiped(done.report.unwiped_bytes);
+        }
+        if done.report.kept_bytes > 0 {
+            return Err(Error::new(
+                Code::Host,
+                format!(
+                    "{session} is shut out, but {} bytes that it has past the daemon could not be taken away; try again, or \
+                     `modelfs lock` the model",
+                    done.report.kept_bytes
+                ),
+            ));
+        }
         Ok(json!({
             "session": session.to_string(),
             "seconds": time.map(|time| time.as_secs()),
             "plain_handles_refused": done.plain_handles,
             "passthrough_handles": done.passthrough_handles,
             "objects_retired": done.objects_retired,
+            "wiped_bytes": done.report.wiped_bytes,
+            "unwiped_bytes": done.report.unwiped_bytes,
+            "hard": hard,
             "still_reading_pids": still,
         }))
     }
@@ -306,6 +324,13 @@ impl Revoker {
             tracing::error!("{}", error.chain());
         }
     }
+}
+
+fn tell_unwiped(bytes: u64) {
+    tracing::warn!(
+        "{bytes} bytes were cut off from readers but went back to the kernel unwiped; give the daemon io_uring and \
+         CAP_IPC_LOCK (or a RLIMIT_MEMLOCK as large as the cache), or boot with init_on_free=1"
+    );
 }
 
 /// A daemon has no terminal, and whoever asks for an unlock is at another.
