@@ -10,6 +10,7 @@ mod program;
 
 use std::fs;
 use std::io::ErrorKind;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -99,6 +100,19 @@ impl Scene {
         words.extend(more.iter().map(|word| (*word).to_string()));
         let mounted = self.mount_from(program.store(), "other", &words).expect("mounted");
         (vault, mounted)
+    }
+
+    /// Seals the same files once more, for a passphrase alone; the option that opens them.
+    fn seal_with_a_passphrase(&self, name: &str) -> String {
+        let phrase = self.root.join("home/phrase");
+        fs::write(&phrase, "a long passphrase of a test\n").expect("write");
+        fs::set_permissions(&phrase, fs::Permissions::from_mode(0o600)).expect("chmod");
+        let word = format!("passphrase-file:{}", phrase.display());
+        let mut seal = Command::new(env!("CARGO_BIN_EXE_modelfs"));
+        seal.arg("seal").arg(self.root.join("source")).args([&self.store, name, "--key", &word]);
+        seal.env("HOME", self.root.join("home")).env("XDG_CONFIG_HOME", self.root.join("home/.config"));
+        run_ok(&mut seal);
+        format!("key={word}")
     }
 
     fn fetched(&self) -> u64 {
@@ -347,6 +361,35 @@ fn who_refused_a_mount_alone_lets_its_readers_in_again() {
     assert!(is_refused(&two));
     unlock(&two).expect("in again");
     assert!(holds(&file(&two, "second.bin"), 2));
+    scene.host.stop().expect("stopped");
+}
+
+#[test]
+fn an_unlock_that_any_mount_overtakes_with_a_lock_serves_nothing_at_all() {
+    let Some(scene) = scene("an_unlock_that_any_mount_overtakes_with_a_lock_serves_nothing_at_all") else { return };
+    let slow = scene.seal_with_a_passphrase("acme/slow");
+    let (quick, slow_alone) = (["model=acme/m", "model=acme/slow", slow.as_str()], ["model=acme/slow", slow.as_str()]);
+    let one = scene.mount("mnt", "model.key", &quick).expect("mounted");
+    let two = scene.mount("other", "other.key", &slow_alone).expect("mounted");
+    one.access(AccessRequest::Lock { model: None }).expect("locked");
+    let unlocking = {
+        let one = one.clone();
+        std::thread::spawn(move || one.access(AccessRequest::Unlock { model: None }))
+    };
+
+    // Stretching the passphrase takes far longer than a lock: some come while it goes on.
+    while !unlocking.is_finished() {
+        two.access(AccessRequest::Lock { model: Some("acme/slow".into()) }).expect("locked");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+
+    let refused = unlocking.join().expect("a thread").expect_err("locked again meanwhile");
+    assert_eq!(refused.code(), Code::Locked, "{refused:?}");
+    for model in one.status()["models"].as_array().expect("models") {
+        assert_eq!(model["locked"], true, "all or none: {model}");
+    }
+    one.access(AccessRequest::Unlock { model: None }).expect("unlocked");
+    assert!(holds(&file(&one, "first.bin"), 1));
     scene.host.stop().expect("stopped");
 }
 

@@ -28,7 +28,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use fixture::{Fixture, Random, Style};
-use modelfs::cache::LockReport;
+use modelfs::cache::{LockReport, Model};
 use modelfs::control::{self, AccessRequest, Taken};
 use modelfs::crypto::Verify;
 use modelfs::fuse::{Behaviour, OpenBy, OpenPolicy};
@@ -61,6 +61,10 @@ fn mount(fixture: &Fixture, open: OpenPolicy, arena: Option<ArenaKind>) -> Mount
 
 fn lock(mount: &Mounted) -> LockReport {
     mount.fs.lock(&mount.fs.vfs().models())
+}
+
+fn unlock(model: &Model, fixture: &Fixture) {
+    assert!(model.unlock(fixture.keys(), model.locks()), "nobody else locks it");
 }
 
 fn arenas() -> [ArenaKind; 2] {
@@ -347,7 +351,7 @@ fn keys_that_are_taken_back_lock_the_mount() {
     assert!(is_refused(&path));
 
     // Unlocked by hand and lost once more: locked once more.
-    mount.fs.vfs().models()[0].unlock(fixture.keys());
+    unlock(&mount.fs.vfs().models()[0], &fixture);
     assert!(File::open(&path).is_ok());
     state.send_replace("lost");
     mount.wait_until("the second lock", |mount| mount.fs.vfs().models()[0].is_locked());
@@ -386,7 +390,7 @@ fn what_programs_read_through_the_daemon_is_refused_and_leaves_the_page_cache() 
         assert_eq!(std::fs::metadata(mount.path(BIG)).expect("stat").len(), BIG_BYTES as u64);
         assert_eq!(std::fs::read_dir(mount.root()).expect("list").count(), 2);
         // An unlock gives descriptors through the daemon back.
-        mount.fs.vfs().models()[0].unlock(fixture.keys());
+        unlock(&mount.fs.vfs().models()[0], &fixture);
         assert_eq!(held.read_at(&mut piece, 0).expect("read"), 4096);
         assert!(fixture.files.iter().any(|(path, bytes)| path == BIG && bytes[..4096] == piece[..]));
     }
@@ -445,7 +449,7 @@ fn an_unlocked_model_is_served_again_from_an_empty_cache_beside_what_the_lock_en
             assert!(is_refused(&mount.path(BIG)));
             assert_eq!(mount.cache.resident_bytes(model.serial), 0);
 
-            model.unlock(fixture.keys());
+            unlock(&model, &fixture);
 
             assert!(std::fs::read(mount.path(BIG)).expect("read") == *plain, "round {round}");
             assert!(mount.cache.telemetry().fetch_requests.get() > fetched, "what was locked came back from memory");
@@ -493,7 +497,7 @@ fn locks_and_unlocks_under_load_never_show_a_wrong_byte() {
                 let before = whole_reads.load(Ordering::SeqCst);
                 mount.wait_until("a read from end to end", |_| whole_reads.load(Ordering::SeqCst) > before);
                 lock(&mount);
-                model.unlock(fixture.keys());
+                unlock(&model, &fixture);
             }
             stop.store(true, Ordering::SeqCst);
         });
@@ -528,6 +532,21 @@ fn whoever_gives_an_answer_waits_for_no_lock_that_waits_for_the_answer() {
 
     told.recv_timeout(HANGS_AFTER).expect("the lock and an answer under way wait for each other");
     runtime.shutdown_background();
+}
+
+#[test]
+fn an_unlock_whose_keys_were_read_before_a_lock_serves_nothing() {
+    let fixture = sample();
+    let model = fixture.model(fixture.store.clone(), Verify::Strict);
+    model.lock();
+    let seen = model.locks();
+
+    model.lock();
+
+    assert!(!model.unlock(fixture.keys(), seen), "unlocked over a later lock");
+    assert!(model.is_locked() && model.admit().is_err());
+    assert!(model.unlock(fixture.keys(), model.locks()));
+    assert!(!model.is_locked() && model.admit().is_ok());
 }
 
 #[test]
@@ -574,7 +593,7 @@ fn thousands_of_locks_under_readers_hang_neither_the_readers_nor_the_locks() {
         });
         for _ in 0..10_000 {
             model.lock();
-            model.unlock(fixture.keys());
+            unlock(&model, &fixture);
         }
         done.send(()).expect("told");
         stop.store(true, Ordering::SeqCst);

@@ -25,8 +25,8 @@ pub struct Model {
     pub(super) keys: RwLock<Option<ModelKeys>>,
     /// What the keys were unwrapped from. Stays known while it is locked.
     slot: RwLock<Option<Arc<str>>>,
-    /// Held while it changes between locked and served, so that what follows agrees.
-    change: Mutex<()>,
+    /// How often it was locked. Held while it changes between locked and served, so that what follows agrees.
+    locks: Mutex<u64>,
     /// For those who only look. `locked` must not be asked by who holds an [`Admission`]: a lock that waits for the admission
     /// stands before the second look, and that one would wait for the lock.
     is_locked: AtomicBool,
@@ -59,7 +59,7 @@ impl Model {
             vitals: Vitals::default(),
             keys: RwLock::new(Some(keys)),
             slot,
-            change: Mutex::default(),
+            locks: Mutex::default(),
             is_locked: AtomicBool::new(false),
             locked: watch::Sender::new(false),
         }
@@ -73,20 +73,32 @@ impl Model {
     /// From the return on nothing of the model is answered any more, who waits is refused, and the keys are wiped. Names and
     /// sizes stay. `false`: it was locked before. Waits for answers being given, not for readers.
     pub fn lock(&self) -> bool {
-        let _change = self.change.lock().expect("a thread died holding the change of a lock");
+        let mut locks = self.locks.lock().expect("a thread died holding the locks of a model");
+        *locks += 1;
         self.is_locked.store(true, Ordering::SeqCst);
         let before = self.locked.send_replace(true);
         self.wipe_keys();
         !before
     }
 
-    /// Serves it again, with the keys of this very version.
-    pub fn unlock(&self, keys: ModelKeys) {
-        let _change = self.change.lock().expect("a thread died holding the change of a lock");
+    /// How often it was locked so far, by whichever mount.
+    pub fn locks(&self) -> u64 {
+        *self.locks.lock().expect("a thread died holding the locks of a model")
+    }
+
+    /// Serves it again, with the keys of this very version, unless it was locked since there were `seen` locks
+    /// ([`Model::locks`], asked before the keys were read). `false`: it was, and stays so.
+    #[must_use = "it may have been locked meanwhile"]
+    pub fn unlock(&self, keys: ModelKeys, seen: u64) -> bool {
+        let locks = self.locks.lock().expect("a thread died holding the locks of a model");
+        if *locks != seen {
+            return false;
+        }
         *self.slot.write().expect("a thread died holding the slot") = keys.slot().cloned();
         *self.keys.write().expect("a thread died holding the keys") = Some(keys);
         self.locked.send_replace(false);
         self.is_locked.store(false, Ordering::SeqCst);
+        true
     }
 
     /// The key slot that opened it last, as `KIND/LABEL`; where mounts share it, the first one's.

@@ -156,8 +156,8 @@ impl Revoker {
     /// # Errors
     /// What refused the keys; with nothing locked, what refused the login.
     fn unlock(&self, name: Option<&str>) -> Result<Value> {
-        let locked: Vec<Arc<Model>> = self.named(name)?.into_iter().filter(|model| model.is_locked()).collect();
-        let before = self.locks.load(Ordering::SeqCst);
+        let counted = |model: Arc<Model>| (model.locks(), model);
+        let locked: Vec<_> = self.named(name)?.into_iter().filter(|model| model.is_locked()).map(counted).collect();
         let mut opened = Vec::with_capacity(locked.len());
         let lost = self.access.connected.as_ref().filter(|vault| vault.state().is_lost());
         // The operator says that we may ask again, whether or not anything was locked for it.
@@ -171,30 +171,33 @@ impl Revoker {
         }
         if !locked.is_empty() {
             let opener = self.opener(self.access.clone())?;
-            for model in locked {
+            for (locks, model) in locked {
                 let keys = opener(&model).map_err(|error| {
                     self.tell(&model, Event::new(Kind::Unlock).severity(Severity::Medium).error(&error));
                     let rule = "an unlock reads keys again; those of the environment are gone once read";
                     error.context(format!("model {} stays locked ({rule})", model.name))
                 })?;
-                opened.push((model, keys));
+                opened.push((model, keys, locks));
             }
         }
         let _change = self.change.lock().expect("a thread died holding the change of locks");
-        if self.locks.load(Ordering::SeqCst) != before {
-            return Err(Error::new(Code::Locked, "locked again while the keys were being read; nothing was unlocked"));
-        }
-        let mut names = Vec::with_capacity(opened.len());
-        for (model, keys) in opened {
-            model.unlock(keys);
-            // A lock that came between the look above and here has wiped nothing yet that we just gave.
-            if self.locks.load(Ordering::SeqCst) != before {
-                model.lock();
-                return Err(Error::new(Code::Locked, "locked again at the same moment"));
+        let mut unlocked: Vec<Arc<Model>> = Vec::with_capacity(opened.len());
+        for (model, keys, locks) in opened {
+            if !model.unlock(keys, locks) {
+                // All or none: what was served for a moment goes again, with what was read of it.
+                let report = self.fs.lock(&unlocked);
+                if report.kept_bytes > 0 {
+                    tracing::error!("{} bytes of plaintext are still in memory; stop the mount", report.kept_bytes);
+                }
+                let name = &model.name;
+                refuse!(Locked, "{name} was locked again while the keys were being read; nothing was unlocked");
             }
-            names.push(model.name.clone());
-            self.tell(&model, Event::new(Kind::Rotation).detail("its keys were read anew"));
-            self.tell(&model, Event::new(Kind::Unlock));
+            unlocked.push(model);
+        }
+        let names: Vec<&str> = unlocked.iter().map(|model| model.name.as_str()).collect();
+        for model in &unlocked {
+            self.tell(model, Event::new(Kind::Rotation).detail("its keys were read anew"));
+            self.tell(model, Event::new(Kind::Unlock));
         }
         if !names.is_empty() {
             tracing::warn!("unlocked {}", names.join(", "));
