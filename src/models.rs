@@ -241,11 +241,18 @@ impl Versions {
     }
 
     /// Resolves what was asked for again, of one model or all, and makes what it means now current. Blocking; from a thread
-    /// outside the runtime that `runtime` names, or one of its blocking threads.
+    /// outside the runtime that `runtime` names, or one of its blocking threads. `may_show` is asked when all is opened and
+    /// nothing shown yet; what it gives is held until all is shown.
     ///
     /// # Errors
     /// `USAGE` if the mount does not show versions or has no such model; whatever refused a version: then nothing changed.
-    pub fn reload(&self, only: Option<&str>, fs: &ModelFs, runtime: &tokio::runtime::Handle) -> Result<Value> {
+    pub fn reload<Leave>(
+        &self,
+        only: Option<&str>,
+        fs: &ModelFs,
+        runtime: &tokio::runtime::Handle,
+        may_show: impl FnOnce() -> Result<Leave>,
+    ) -> Result<Value> {
         let mut guard = self.table.lock().expect("a thread died holding the versions");
         let Some(table) = guard.as_mut() else {
             refuse!(Usage, "this mount is bound to the versions it began with; mount with --versions to reload");
@@ -272,10 +279,11 @@ impl Versions {
         // Everything that can be refused is refused here, before anything changes.
         let mut new = Vec::new();
         let opened = self.open_new(table, resolved, &mut shown, &mut new).and_then(|meant| {
+            let leave = may_show()?;
             new.iter().try_for_each(|model| vfs.add(model))?;
-            Ok(meant)
+            Ok((leave, meant))
         });
-        let meant = match opened {
+        let (_leave, meant) = match opened {
             Ok(meant) => meant,
             Err(refused) => {
                 for model in new.iter().filter(|model| self.tenant.leave(model)) {

@@ -4,7 +4,9 @@
 mod program;
 
 use std::fs::{self, File};
+use std::io::ErrorKind;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -212,6 +214,36 @@ fn a_load_through_an_open_directory_never_mixes_versions() {
         }
         done.store(true, Ordering::SeqCst);
     });
+    mount.unmount();
+}
+
+#[test]
+fn a_lock_that_comes_during_a_reload_leaves_no_version_served() {
+    if !can_mount() {
+        return;
+    }
+    let scene = Scene::new();
+    let phrase = scene.folder.path().join("phrase");
+    fs::write(&phrase, "a long passphrase of a test\n").expect("write");
+    fs::set_permissions(&phrase, fs::Permissions::from_mode(0o600)).expect("chmod");
+    let word = format!("passphrase-file:{}", phrase.display());
+    let mount = scene.program.mount(&["--cache", "128MiB", "--versions", "--key", &word]);
+    // Its key takes a while to stretch, so that the reload goes on when the lock comes. The rule holds whenever it comes.
+    let source = scene.folder.path().join("source");
+    run_ok(scene.program.command(&["seal"]).arg(&source).args([scene.program.store(), NAME, "--key", &word]));
+    std::thread::scope(|scope| {
+        let reloading = scope.spawn(|| scene.reload());
+        std::thread::sleep(Duration::from_millis(300));
+        run_ok(scene.program.command(&["lock"]).arg(scene.program.mountpoint()));
+        let reloaded = reloading.join().expect("a thread");
+
+        let status = run_ok(scene.program.command(&["status", "--json"]).arg(scene.program.mountpoint()));
+        let status: serde_json::Value = serde_json::from_slice(&status.stdout).expect("JSON");
+        for model in status["models"].as_array().expect("models") {
+            assert_eq!(model["locked"], true, "{status}, {reloaded:?}");
+        }
+    });
+    assert_eq!(File::open(scene.at("current/weights.bin")).expect_err("locked").kind(), ErrorKind::PermissionDenied);
     mount.unmount();
 }
 

@@ -8,7 +8,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -45,7 +45,7 @@ pub struct Revoker {
     runtime: tokio::runtime::Handle,
     /// Held while models change between locked and served; never while anything is asked of store or key source.
     change: Mutex<()>,
-    /// Locks so far: an unlock that began before the last of them does not count.
+    /// Locks so far: versions that were opened before the last of them are not shown.
     locks: AtomicU64,
 }
 
@@ -90,7 +90,7 @@ impl Revoker {
 
     /// Locks one model or all. Blocking for as long as wiping takes; from its first moments on nothing is served.
     pub fn lock(&self, name: Option<&str>, why: &str) -> Result<Value> {
-        let models = self.named(name)?;
+        let mut models = self.named(name)?;
         let started = Instant::now();
         // Before waiting for anyone: what is under way does not count from here on.
         self.locks.fetch_add(1, Ordering::SeqCst);
@@ -98,6 +98,12 @@ impl Revoker {
             model.lock();
         }
         let _change = self.change.lock().expect("a thread died holding the change of locks");
+        // Once more: a version that was shown at the last moment is locked with the others.
+        for model in self.named(name).unwrap_or_default() {
+            if !models.iter().any(|other| Arc::ptr_eq(other, &model)) {
+                models.push(model);
+            }
+        }
         let report = self.fs.lock(&models);
         let names: Vec<&str> = models.iter().map(|model| model.name.as_str()).collect();
         let seconds = started.elapsed().as_secs_f64();
@@ -128,6 +134,24 @@ impl Revoker {
             "unwiped_bytes": report.unwiped_bytes,
             "seconds": seconds,
         }))
+    }
+
+    /// Locks so far, for [`Revoker::if_unlocked_since`].
+    pub(super) fn locks(&self) -> u64 {
+        self.locks.load(Ordering::SeqCst)
+    }
+
+    /// Leave to show versions that were opened since there were `seen` locks: while it is held no lock ends, and the next one
+    /// takes them along.
+    ///
+    /// # Errors
+    /// `LOCKED` if a lock came meanwhile.
+    pub(super) fn if_unlocked_since(&self, seen: u64) -> Result<MutexGuard<'_, ()>> {
+        let change = self.change.lock().expect("a thread died holding the change of locks");
+        if self.locks() != seen || self.fs.vfs().models().iter().any(|model| model.is_locked()) {
+            refuse!(Locked, "locked while new versions were being opened; none is shown, `modelfs unlock` first");
+        }
+        Ok(change)
     }
 
     /// What reads the keys of one of our models again by `access`, for the very version that is mounted.

@@ -457,11 +457,14 @@ impl Mounted {
     }
 
     fn reload_versions(&self, model: Option<&str>) -> Result<Value> {
+        // Before the first look: a lock that comes while versions are being opened counts.
+        let locks = self.revoker.locks();
         if self.fs.vfs().models().iter().any(|model| model.is_locked()) {
             refuse!(Locked, "the mount is locked, and shows no new version either; `modelfs unlock` first");
         }
         notify::service().reloading();
-        let outcome = self.versions.reload(model, &self.fs, &self.host.handle);
+        let may_show = || self.revoker.if_unlocked_since(locks);
+        let outcome = self.versions.reload(model, &self.fs, &self.host.handle, may_show);
         notify::service().ready(&match &outcome {
             Ok(_) => self.told(),
             Err(error) => format!("{}; not reloaded: {}", self.told(), error.chain()),
