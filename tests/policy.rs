@@ -623,6 +623,102 @@ fn bytes_beyond_the_burst_are_delayed_and_a_file_larger_than_any_burst_is_read()
     }
 }
 
+const ALL: &str = "[[rule]]\neverybody = true\nmodels = [\"*\"]\nmay = \"read\"\n";
+const STRANGERS: Session = Session::Uid(STRANGER.0);
+
+/// What takes away what was granted: the operator's word, and another policy.
+const STOPS: [(&str, fn(&Mount)); 3] = [
+    ("shut out", |mount| drop(mount.fs.shut_out(STRANGERS, None, false).expect("shut out"))),
+    ("everybody is refused", |mount| mount.fs.refuse_all(true)),
+    ("another policy", |mount| mount.set_policy(RULES)),
+];
+
+/// Grants everything again, with these limits; whoever owed begins anew.
+fn grant_all(mount: &Mount, limits: &str) {
+    mount.fs.refuse_all(false);
+    mount.fs.let_in(&STRANGERS);
+    mount.set_policy(&format!("[limits]\n{limits}{ALL}"));
+}
+
+/// What somebody was told who asked, waited for his turn, and was stopped meanwhile. Tried again where the turn came first:
+/// `answered` counts what is let.
+fn told_after_a_wait<P: Sync, T: Send>(
+    mount: &Mount,
+    answered: impl Fn() -> u64,
+    prepare: impl Fn() -> P,
+    ask: impl Fn(&P) -> T + Sync,
+    stop: impl Fn(&Mount),
+) -> T {
+    for _ in 0..20 {
+        let prepared = prepare();
+        mount.notes.clear();
+        let before = answered();
+        let (told, in_time) = std::thread::scope(|scope| {
+            let asked = scope.spawn(|| ask(&prepared));
+            until("nobody waits", || !mount.notes.of(Kind::Limit).is_empty() || asked.is_finished());
+            stop(mount);
+            let in_time = answered() == before;
+            (asked.join().expect("asked"), in_time)
+        });
+        if in_time {
+            return told;
+        }
+    }
+    panic!("twenty turns came before the word that was to stop them");
+}
+
+fn until(what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !done() {
+        assert!(Instant::now() < deadline, "{what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn an_open_that_waited_for_its_turn_is_asked_about_again() {
+    if !can_mount() {
+        return;
+    }
+    let mount = Mount::new(OpenPolicy::Lazy, Layout::Plain, None);
+    let file = mount.path("acme/secret/config.json");
+    let prepare = || {
+        grant_all(&mount, "opens_per_s = 1\nopens_burst = 1\nwait = \"20s\"\n");
+        // The second one owes.
+        (0..2).for_each(|_| assert!(matches!(cat(STRANGER, &file), Told::Let(_))));
+    };
+    let opens = || mount.cache.telemetry().opens_plain.get();
+    for (what, stop) in STOPS {
+        let told = told_after_a_wait(&mount, opens, prepare, |()| cat(STRANGER, &file), stop);
+        assert!(matches!(told, Told::Denied | Told::NotFound), "{what}: {told:?}");
+        let refused = mount.notes.of(Kind::Open);
+        assert!(refused.iter().any(|event| event.outcome == Outcome::Denied), "{what}: {refused:?}");
+    }
+}
+
+#[test]
+fn a_read_that_waited_for_its_turn_is_asked_about_again() {
+    if !can_mount() {
+        return;
+    }
+    let mount = Mount::new(OpenPolicy::Lazy, Layout::Plain, None);
+    let prepare = || {
+        grant_all(&mount, "bytes_per_s = \"16KiB\"\nbytes_burst = \"16KiB\"\n");
+        mount.fs.drop_all_pages();
+        let file = File::open(mount.path("acme/secret").join(BIG)).expect("open");
+        // SAFETY: advice on a descriptor of ours: so that nothing is read ahead.
+        assert_eq!(unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_RANDOM) }, 0);
+        // Owes some seconds' worth.
+        file.read_exact_at(&mut [0; 80 << 10], 0).expect("read");
+        file
+    };
+    let reads = || mount.cache.telemetry().reads.get();
+    for (what, stop) in STOPS {
+        let told = told_after_a_wait(&mount, reads, prepare, |file| by_a_stranger(file, read_some), stop);
+        assert_eq!(told, Err(Some(libc::EACCES)), "{what}");
+    }
+}
+
 #[test]
 fn who_is_denied_too_often_is_refused_everything_for_a_while_and_nobody_else_is() {
     if !can_mount() {

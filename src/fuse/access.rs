@@ -238,11 +238,21 @@ impl Inner {
         Some(Error::new(Code::Policy, format!("blocked after repeated denials, for {} s more", left.as_secs())))
     }
 
-    /// Judges an open, and notes in the opener how.
+    /// Whether an open goes on, by the operator's word and the policy of this moment. Asked when it comes, and again whenever
+    /// it has waited. Notes in the opener how he was judged.
     ///
     /// # Errors
     /// What the asker is told.
-    pub(super) fn judge_open(&self, opener: &mut Opener, node: NodeId) -> std::result::Result<(), Errno> {
+    pub(super) fn let_open(&self, opener: &mut Opener, node: NodeId) -> std::result::Result<(), Errno> {
+        if self.refuses(opener.thread, opener.uid) {
+            let error = Error::new(Code::Locked, "shut out by the operator, or the mount refuses everybody");
+            self.tell_not_opened(node, opener, &error);
+            return Err(Errno::EACCES);
+        }
+        self.judge_open(opener, node)
+    }
+
+    fn judge_open(&self, opener: &mut Opener, node: NodeId) -> std::result::Result<(), Errno> {
         let Some(active) = self.access() else { return Ok(()) };
         let Some(model) = self.vfs.model_of(node) else { return Ok(()) };
         // Whole, although this policy may not need it: a later one judges by what was seen now.
@@ -268,8 +278,14 @@ impl Inner {
         Err(errno)
     }
 
-    /// Whether a read through the daemon goes on: under the policy of this moment, by who opened and by who reads.
-    pub(super) fn may_read_on(&self, active: &Active, handle: &Handle, reader: &Opener) -> bool {
+    /// Whether a read through the daemon goes on, by the operator's word and the policy of this moment. Who opened and who
+    /// reads are both asked about: a descriptor may have been handed on.
+    pub(super) fn lets_read(&self, handle: &Handle, reader: &Opener) -> bool {
+        let shut_out = self.refuses(reader.thread, reader.uid) || self.refuses(handle.opener.thread, handle.opener.uid);
+        !shut_out && self.access().is_none_or(|active| self.may_read_on(&active, handle, reader))
+    }
+
+    fn may_read_on(&self, active: &Active, handle: &Handle, reader: &Opener) -> bool {
         let Some(model) = self.vfs.model_of(handle.node) else { return false };
         let opener = &handle.opener;
         let may = match &opener.judged {

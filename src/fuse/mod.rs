@@ -37,7 +37,7 @@ use lru::LruCache;
 use access::Access;
 
 use crate::cache::{CachedObject, GENERATIONS, HotGate, ObjectKey};
-use crate::error::{Code, Error};
+use crate::error::Error;
 use crate::policy::Buckets;
 use crate::read::habits::{Habits, Walk, Who};
 use crate::read::{OpenFile, READ_MAX, Reader};
@@ -286,7 +286,7 @@ impl Inner {
     }
 
     /// Answers an open that nothing stands against any more but a lock.
-    fn open_now(self: &Arc<Self>, ino: INodeNo, opener: Opener, reply: ReplyOpen) {
+    fn open_now(self: &Arc<Self>, ino: INodeNo, mut opener: Opener, reply: ReplyOpen) {
         let (node, thread) = (node_of(ino), opener.thread);
         if let Some(generation) = generation_of(ino) {
             return self.open_hot(node, generation, opener, reply);
@@ -322,6 +322,10 @@ impl Inner {
                 inner.stale(reply);
             } else {
                 inner.reader.cache().telemetry().opens_held_in_vain.inc();
+                if let Err(refused) = inner.let_open(&mut opener, node) {
+                    inner.vfs.release(node);
+                    return reply.error(refused);
+                }
                 inner.opened_plain(node, file, who, opener, reply);
             }
         });
@@ -608,12 +612,7 @@ impl Filesystem for ModelFs {
         inner.note_use();
         let mut opener = Opener::of(request);
         let node = node_of(ino);
-        if inner.refuses(opener.thread, opener.uid) {
-            let error = Error::new(Code::Locked, "shut out by the operator, or the mount refuses everybody");
-            inner.tell_not_opened(node, &opener, &error);
-            return reply.error(Errno::EACCES);
-        }
-        if let Err(refused) = inner.judge_open(&mut opener, node) {
+        if let Err(refused) = inner.let_open(&mut opener, node) {
             return reply.error(refused);
         }
         let is_hot = generation_of(ino).is_some();
@@ -635,8 +634,8 @@ impl Filesystem for ModelFs {
                 inner.tell_not_opened(node, &opener, &error);
                 return reply.error(errno(&error));
             }
-            // The policy may be another by now.
-            if let Err(refused) = inner.judge_open(&mut opener, node) {
+            // The policy may be another by now, and the operator may have spoken.
+            if let Err(refused) = inner.let_open(&mut opener, node) {
                 return reply.error(refused);
             }
             inner.open_now(ino, opener, reply);
@@ -657,27 +656,25 @@ impl Filesystem for ModelFs {
         let inner = &self.inner;
         let Some(handle) = inner.handle(handle) else { return reply.error(Errno::EBADF) };
         inner.note_use();
-        // Whoever opened it and whoever reads it: a descriptor may have been handed on.
-        if inner.refuses(request.pid(), request.uid()) || inner.refuses(handle.opener.thread, handle.opener.uid) {
+        let reader = Opener::of(request);
+        if !inner.lets_read(&handle, &reader) {
             return reply.error(Errno::EACCES);
         }
-        if let Some(active) = inner.access() {
-            if !inner.may_read_on(&active, &handle, &Opener::of(request)) {
-                return reply.error(Errno::EACCES);
-            }
-            if let Some(buckets) = handle.opener.buckets()
-                && buckets.may_read().is_err()
-            {
-                let (inner, buckets) = (inner.clone(), buckets.clone());
-                inner.runtime.clone().spawn(async move {
-                    let most = Inner::read_wait();
-                    match inner.turn(&handle.opener, handle.node, &buckets, most, Buckets::may_read).await {
-                        Ok(()) => inner.read_now(&handle, offset, size, reply),
-                        Err(error) => reply.error(errno(&error)),
-                    }
-                });
-                return;
-            }
+        if let Some(buckets) = handle.opener.buckets()
+            && inner.access().is_some()
+            && buckets.may_read().is_err()
+        {
+            let (inner, buckets) = (inner.clone(), buckets.clone());
+            inner.runtime.clone().spawn(async move {
+                let most = Inner::read_wait();
+                match inner.turn(&handle.opener, handle.node, &buckets, most, Buckets::may_read).await {
+                    // Asked again: what was let when it came may not be let any more.
+                    Ok(()) if inner.lets_read(&handle, &reader) => inner.read_now(&handle, offset, size, reply),
+                    Ok(()) => reply.error(Errno::EACCES),
+                    Err(error) => reply.error(errno(&error)),
+                }
+            });
+            return;
         }
         inner.read_now(&handle, offset, size, reply);
     }
