@@ -97,27 +97,45 @@ fn cgroup_of(pid: u32) -> Option<String> {
     Some(best.to_string())
 }
 
-/// The innermost container id and pod UID that a control group's path names.
-///
-/// Known forms: `/docker/ID`, `docker-ID.scope`, `libpod-ID.scope`, `cri-containerd-ID.scope`, `crio-ID.scope`,
-/// `kubepods/burstable/podUID/ID`, `kubepods-burstable-podUID.slice/...`.
-pub fn container_and_pod(cgroup: &str) -> (Option<String>, Option<String>) {
-    let (mut container, mut pod) = (None, None);
-    for part in cgroup.split('/') {
+/// A component of a control group's path that is named as engines name containers and pods.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Name<'a> {
+    Container(&'a str),
+    Pod(String),
+}
+
+impl Name<'_> {
+    /// Known forms: `/docker/ID`, `docker-ID.scope`, `libpod-ID.scope`, `cri-containerd-ID.scope`, `crio-ID.scope`,
+    /// `kubepods/burstable/podUID/ID`, `kubepods-burstable-podUID.slice/...`.
+    pub fn of(part: &str) -> Option<Name<'_>> {
         let part = part.strip_suffix(".scope").or_else(|| part.strip_suffix(".slice")).unwrap_or(part);
         if let Some(uid) = pod_uid(part) {
-            pod = Some(uid);
-            // A container named further out holds the pod, not the other way round.
-            container = None;
-            continue;
+            return Some(Name::Pod(uid));
         }
         // The monitor of a container is outside it.
         let id = part.rsplit(['-', ':']).next().unwrap_or(part);
-        if is_hex(id, 64) && !part.contains("conmon") {
-            container = Some(id.to_string());
-        }
+        (is_hex(id, 64) && !part.contains("conmon")).then_some(Name::Container(id))
     }
-    (container, pod)
+}
+
+/// The names in a control group's path, from the outside in.
+pub fn names(cgroup: &str) -> impl Iterator<Item = Name<'_>> {
+    cgroup.split('/').filter_map(Name::of)
+}
+
+/// The container and the pod that a control group is in: the outermost one, and if that is a pod the container right below.
+///
+/// The outermost name is the engine's. Whoever is inside may make groups below his own, of any name: they are his word alone.
+pub fn container_and_pod(cgroup: &str) -> (Option<String>, Option<String>) {
+    let mut names = names(cgroup);
+    match names.next() {
+        Some(Name::Container(id)) => (Some(id.to_owned()), None),
+        Some(Name::Pod(uid)) => match names.next() {
+            Some(Name::Container(id)) => (Some(id.to_owned()), Some(uid)),
+            Some(Name::Pod(_)) | None => (None, Some(uid)),
+        },
+        None => (None, None),
+    }
 }
 
 fn pod_uid(part: &str) -> Option<String> {
@@ -221,7 +239,6 @@ mod tests {
                 true,
             ),
             (format!("/kubelet/kubepods/besteffort/pod{uid}/{id}"), true, true),
-            (format!("/docker/{}/kubepods/pod{uid}/{id}", "b".repeat(64)), true, true),
             (format!("/machine.slice/libpod-conmon-{id}.scope"), false, false),
             ("/user.slice/user-1000.slice/session-3.scope".into(), false, false),
             ("/podinfo/pod-of-mine".into(), false, false),
@@ -235,10 +252,25 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_without_a_container_of_its_own_has_none() {
-        let outer = "c".repeat(64);
-        let uid = "0f8fad5b-d9cb-469f-a165-70867728950e";
-        assert_eq!(container_and_pod(&format!("/docker/{outer}/kubepods/pod{uid}")), (None, Some(uid.to_string())));
+    fn a_name_below_a_container_is_the_containers_own_doing() {
+        let (outer, inner) = ("c".repeat(64), "3f2a".repeat(16));
+        let (uid, other) = ("0f8fad5b-d9cb-469f-a165-70867728950e", "11111111-d9cb-469f-a165-70867728950e");
+        let (in_outer, of_pod) = ((Some(outer.clone()), None), (None, Some(uid.to_string())));
+        for (path, wanted) in [
+            (format!("/system.slice/docker-{outer}.scope/{inner}"), &in_outer),
+            (format!("/system.slice/docker-{outer}.scope/system.slice/docker-{inner}.scope"), &in_outer),
+            (format!("/docker/{outer}/kubepods/pod{uid}"), &in_outer),
+            (format!("/docker/{outer}/kubepods/pod{uid}/{inner}"), &in_outer),
+            (format!("/kubepods/burstable/pod{uid}"), &of_pod),
+            (format!("/kubepods/burstable/pod{uid}/pod{other}/{inner}"), &of_pod),
+        ] {
+            assert_eq!(&container_and_pod(&path), wanted, "{path}");
+        }
+        let deep = format!("/kubepods/burstable/pod{uid}/{outer}/kubepods/pod{other}/{inner}");
+        assert_eq!(container_and_pod(&deep), (Some(outer.clone()), Some(uid.to_string())));
+        let all: Vec<Name> = names(&deep).collect();
+        let pod = |uid: &str| Name::Pod(uid.to_string());
+        assert_eq!(all, [pod(uid), Name::Container(&outer), pod(other), Name::Container(&inner)]);
     }
 
     #[test]

@@ -22,7 +22,7 @@ use super::access::Judged;
 use super::{Handle, Inner, ModelFs, Way};
 use crate::cache::{CachedObject, LockReport, Model};
 use crate::error::{Code, Error, Result};
-use crate::processes::{self, Process};
+use crate::processes::{self, Name, Process};
 use crate::vfs::NodeId;
 
 /// Rules at once; more than this is not a list that anyone keeps in mind.
@@ -82,8 +82,15 @@ impl Session {
         match self {
             Session::Uid(of) => *of == uid,
             Session::Pid(of) => *of == process.pid,
-            Session::Container(of) => process.container.as_ref().is_some_and(|id| id.starts_with(of.as_str())),
-            Session::Pod(of) => process.pod.as_deref() == Some(of),
+            Session::Container(of) => {
+                let is = |id: &str| id.starts_with(of.as_str());
+                process.container.as_deref().is_some_and(is)
+                    || named(process, &|name| matches!(name, Name::Container(id) if is(id)))
+            }
+            Session::Pod(of) => {
+                process.pod.as_deref() == Some(of)
+                    || named(process, &|name| matches!(name, Name::Pod(uid) if uid == of))
+            }
             Session::Cgroup(of) => process
                 .cgroup
                 .as_deref()
@@ -91,6 +98,11 @@ impl Session {
                 .is_some_and(|rest| rest.is_empty() || rest.starts_with('/')),
         }
     }
+}
+
+/// Whether a name in the path of its control group fits. One that a container gave itself counts as well: it only takes away.
+fn named(process: &Process, fits: &dyn Fn(&Name) -> bool) -> bool {
+    process.cgroup.as_deref().is_some_and(|path| processes::names(path).any(|name| fits(&name)))
 }
 
 struct Rule {
@@ -383,5 +395,12 @@ mod tests {
                 && !is("container=2a3f2a3f2a3f")
                 && !is("pod=0f8fad5b-d9cb-469f-a165-708677289500")
         );
+        // Whoever is inside cannot leave by a name that he gives a group of his own.
+        let (outer, inner) = ("a".repeat(64), "b".repeat(64));
+        let cgroup = format!("/system.slice/docker-{outer}.scope/{inner}");
+        let (container, pod) = processes::container_and_pod(&cgroup);
+        let within = Process { pid: 8, container, pod, cgroup: Some(cgroup), ..Process::default() };
+        let is = |id: &str| format!("container={id}").parse::<Session>().expect("an id").is(0, &within);
+        assert!(is(&outer) && is(&inner) && !is(&"c".repeat(64)));
     }
 }

@@ -7,7 +7,7 @@
 use super::denials::{Culprit, Where};
 use super::{Limits, Policy};
 use crate::keys::Glob;
-use crate::processes::Seen;
+use crate::processes::{self, Name, Seen};
 
 /// What an asker may do with a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -43,7 +43,8 @@ pub struct Asker {
 }
 
 impl Asker {
-    /// With whom this one's denials are counted. A container's id that the user may have made up is none.
+    /// With whom this one's denials are counted: his container's outermost, so that new names below it are no new start. An
+    /// id that the user may have made up is none.
     pub fn culprit(&self) -> Culprit {
         let place = match &self.seen {
             None => Where::Unseen,
@@ -104,23 +105,25 @@ impl Who {
             known(seen.cgroup.as_deref().is_some_and(|path| self.cgroups.iter().any(|above| is_below(path, above))))
         });
         // A user who is given a part of the control groups names groups in it as he likes: there an id is worth no more
-        // than his own word, unless the rule names him.
+        // than his own word, unless the rule names him. So it is with whatever a container names below itself, always.
         let believed = |seen: &Seen| !self.uids.is_empty() || !seen.cgroup.as_deref().is_some_and(is_a_users_own);
-        let by_id = |seen: &Seen, id: &Option<String>, fits: &dyn Fn(&str) -> bool| match id.as_deref() {
-            Some(id) if fits(id) => {
-                if believed(seen) {
-                    Fits::Yes
-                } else {
-                    Fits::Unknown
-                }
+        let by_id = |seen: &Seen, id: &Option<String>, fits: &dyn Fn(&str) -> bool, names: &dyn Fn(&Name) -> bool| {
+            if id.as_deref().is_some_and(fits) {
+                if believed(seen) { Fits::Yes } else { Fits::Unknown }
+            } else if seen.cgroup.as_deref().is_some_and(|path| processes::names(path).any(|name| names(&name))) {
+                Fits::Unknown
+            } else {
+                Fits::No
             }
-            Some(_) | None => Fits::No,
         };
+        let is_container = |id: &str| self.containers.iter().any(|start| id.starts_with(start.as_str()));
+        let is_pod = |uid: &str| self.pods.iter().any(|pod| pod == uid);
         let of_container = when(&self.containers, asker, |seen| {
-            by_id(seen, &seen.container, &|id| self.containers.iter().any(|start| id.starts_with(start.as_str())))
+            by_id(seen, &seen.container, &is_container, &|name| matches!(name, Name::Container(id) if is_container(id)))
         });
-        let of_pod =
-            when(&self.pods, asker, |seen| by_id(seen, &seen.pod, &|id| self.pods.iter().any(|pod| pod == id)));
+        let of_pod = when(&self.pods, asker, |seen| {
+            by_id(seen, &seen.pod, &is_pod, &|name| matches!(name, Name::Pod(uid) if is_pod(uid)))
+        });
         let all = [of_uid, of_account, of_group, of_cgroup, of_container, of_pod];
         if all.contains(&Fits::No) {
             Fits::No
@@ -149,9 +152,13 @@ fn is_below(path: &str, above: &str) -> bool {
     path.strip_prefix(above).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
-/// Below `user@UID.service` systemd lets a user make control groups of any name.
+/// Below `user@UID.service` systemd lets a user make control groups of any name; root of a machine of systemd-nspawn or LXC,
+/// which have no ids, may do so below what it was given. What lies in a container says nothing of what it lies in.
 fn is_a_users_own(cgroup: &str) -> bool {
-    cgroup.split('/').any(|part| part.starts_with("user@") && part.ends_with(".service"))
+    cgroup.split('/').take_while(|part| Name::of(part).is_none()).any(|part| {
+        let of_machine = matches!(part, "payload" | "lxc") || part.starts_with("lxc.payload");
+        of_machine || part.starts_with("user@") && part.ends_with(".service")
+    })
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -303,7 +310,8 @@ mod tests {
                     let least = may(&policy, &unseen(uid, gid), "m");
                     for groups in [vec![], vec![1], vec![1, 2]] {
                         for container in [None, Some("a".repeat(64)), Some("b".repeat(64))] {
-                            for cgroup in ["/", "/system.slice/x.service", "/user.slice/user@1.service/x"] {
+                            let nested = format!("/docker/{}/{}", "a".repeat(64), "b".repeat(64));
+                            for cgroup in ["/", "/system.slice/x.service", "/user.slice/user@1.service/x", &nested] {
                                 let groups = groups.clone();
                                 let cgroup = Some(cgroup.to_owned());
                                 let container = container.clone();
@@ -350,6 +358,55 @@ mod tests {
             let mut asker = host(0, 0, &[]);
             asker.seen.as_mut().expect("seen").cgroup = Some(path.into());
             assert_eq!(may(&policy, &asker, "m"), wanted, "{path}");
+        }
+    }
+
+    /// As [`crate::processes::seen`] would make it of a process in this control group.
+    fn in_group(uid: u32, cgroup: &str) -> Asker {
+        let mut asker = host(uid, uid, &[]);
+        let seen = asker.seen.as_mut().expect("seen");
+        (seen.container, seen.pod) = processes::container_and_pod(cgroup);
+        seen.cgroup = Some(cgroup.into());
+        asker
+    }
+
+    #[test]
+    fn a_container_that_names_another_below_itself_is_not_that_one() {
+        let (a, b) = ("a".repeat(64), "b".repeat(64));
+        let (pod, of_pod) = ("0f8fad5b-d9cb-469f-a165-70867728950e", "11111111-d9cb-469f-a165-70867728950e");
+        let rule = |who: &str, may: &str| format!("[[rule]]\n{who}\nmodels = [\"*\"]\nmay = \"{may}\"\n");
+        let of_b = format!("containers = [\"{b}\"]");
+        let of_a = format!("containers = [\"{a}\"]");
+        let of_p = format!("pods = [\"{pod}\"]");
+        let everybody = rule("everybody = true", "read");
+        for path in [
+            format!("/system.slice/docker-{a}.scope/{b}"),
+            format!("/system.slice/docker-{a}.scope/docker-{b}.scope"),
+            format!("/kubepods/pod{of_pod}/{a}/kubepods/pod{pod}/{b}"),
+        ] {
+            let asker = in_group(0, &path);
+            for who in [of_b.clone(), format!("{of_b}\nuids = [0]")] {
+                assert_eq!(may(&policy(&rule(&who, "read")), &asker, "m"), May::None, "{path}: {who}");
+            }
+            assert_eq!(may(&policy(&rule(&of_a, "read")), &asker, "m"), May::Read, "{path}: the engine's own name");
+            // What it claims to be is taken away from it as well.
+            let takes = policy(&format!("{}{everybody}", rule(&of_b, "none")));
+            assert_eq!(may(&takes, &asker, "m"), May::None, "{path}");
+            assert_eq!(asker.culprit().place, Where::Container(a.clone()), "{path}: no new start");
+        }
+        let claims = in_group(0, &format!("/docker/{a}/kubepods/pod{pod}"));
+        assert_eq!(may(&policy(&rule(&of_p, "read")), &claims, "m"), May::None);
+        let genuine = in_group(0, &format!("/kubepods/pod{pod}/{b}"));
+        assert_eq!(may(&policy(&rule(&of_p, "read")), &genuine, "m"), May::Read);
+        assert_eq!(may(&policy(&rule(&of_b, "read")), &genuine, "m"), May::Read);
+        // Nor can it pass for a user of the host.
+        let within = in_group(0, &format!("/docker/{a}/user@0.service/payload"));
+        assert_eq!(within.culprit().place, Where::Container(a.clone()));
+        assert_eq!(may(&policy(&rule(&of_a, "read")), &within, "m"), May::Read);
+        for machine in ["/machine.slice/machine-x.scope/payload", "/lxc.payload.x"] {
+            let asker = in_group(0, &format!("{machine}/docker/{b}"));
+            assert_eq!(may(&policy(&rule(&of_b, "read")), &asker, "m"), May::None, "{machine}");
+            assert_eq!(asker.culprit().place, Where::Host, "{machine}");
         }
     }
 
