@@ -719,6 +719,45 @@ fn a_read_that_waited_for_its_turn_is_asked_about_again() {
     }
 }
 
+/// A log that must be written is not to be filled by who is refused.
+#[test]
+fn who_is_refused_again_and_again_is_told_of_so_often_a_second_and_no_more() {
+    if !can_mount() {
+        return;
+    }
+    const OPENS: usize = 1000;
+    let shut_out: fn(&Mount) = |mount| drop(mount.fs.shut_out(STRANGERS, None, false).expect("shut out"));
+    let locked: fn(&Mount) = |mount| drop(mount.fs.lock(&mount.fs.vfs().models()));
+    let pickles: fn(&Mount) = |mount| mount.fs.refuse_pickles();
+    let limited: fn(&Mount) = |mount| grant_all(mount, "opens_per_s = 1\nopens_burst = 1\nwait = \"0s\"\n");
+    for (what, refuse) in [("shut out", shut_out), ("locked", locked), ("a pickle", pickles), ("over a limit", limited)]
+    {
+        let pickle = |_: &mut Random| vec![("config.json".to_owned(), b"\x80\x04.".to_vec())];
+        let mount = Mount::of_files(OpenPolicy::Lazy, Layout::Plain, None, pickle);
+        refuse(&mount);
+        let began = Instant::now();
+        // Several models in turn: no model has a share of its own.
+        let files: Vec<PathBuf> =
+            (0..OPENS).map(|at| mount.path(MODELS[at % MODELS.len()]).join("config.json")).collect();
+        let output = command_as(STRANGER, "cat").args(&files).output().expect("setpriv");
+        let words = String::from_utf8_lossy(&output.stderr);
+        let refused = words.matches("Permission denied").count() + words.matches("resource busy").count();
+        let most = 20 * (2 + began.elapsed().as_secs() as usize);
+        let denied = |event: &&Event| event.outcome == Outcome::Denied;
+        let told = || [mount.notes.of(Kind::Open), mount.notes.of(Kind::Limit)].concat();
+        let count = told().iter().filter(denied).count();
+        println!("{what}: {count} of {refused} told in {:?}", began.elapsed());
+        assert!(refused > OPENS / 2, "{what}: {refused}");
+        assert!(count > 0 && count <= most, "{what}: {count} of {refused} are told, {most} would be enough");
+        // How many they were is told with the next.
+        std::thread::sleep(Duration::from_millis(1100));
+        let again = command_as(STRANGER, "cat").args(&files[..8]).output().expect("setpriv");
+        assert!(!again.status.success(), "{what}");
+        let more = |event: &Event| event.detail.as_deref().is_some_and(|detail| detail.contains("more like it before"));
+        assert!(count == refused || told().iter().any(more), "{what}: {:?}", told().last());
+    }
+}
+
 #[test]
 fn who_is_denied_too_often_is_refused_everything_for_a_while_and_nobody_else_is() {
     if !can_mount() {

@@ -20,14 +20,14 @@ use std::time::{Duration, Instant};
 use fuser::{Errno, INodeNo, Request};
 use lru::LruCache;
 
-use super::{Handle, Inner, ModelFs, Opener, Session};
+use super::{Handle, Inner, ModelFs, Opener, Session, told};
 use crate::error::{Code, Error, Result};
 use crate::policy::{Asker, Block, Blocked, Buckets, Denials, Limiter, May, Policy, Verdict, Wait, Where, types};
 use crate::processes;
 use crate::telemetry::events::{Event, Kind, Outcome, Severity};
 use crate::vfs::NodeId;
 
-/// Denied opens of one user and model told within a second; looks are told once.
+/// Denied opens of one user and model told within a second, and refusals for other reasons of one user; looks are told once.
 const OPENS_TOLD: u32 = 20;
 /// A read that waits for its turn is refused after this.
 const READ_WAIT: Duration = crate::policy::WAIT_MAX;
@@ -342,10 +342,7 @@ impl Inner {
         if let Some(missed) = notice.tell
             && self.is_heard()
         {
-            let mut event = Event::new(kind).severity(Severity::Medium).error(error);
-            if missed > 0 {
-                event = event.detail(format!("{}; {missed} more like it before were not told", error.chain()));
-            }
+            let event = told::after(missed, Event::new(kind).severity(Severity::Medium).error(error));
             self.tell(event.actor(self.actor(opener)).subject(self.subject(node)));
         }
         for block in begun {
@@ -416,15 +413,24 @@ impl Inner {
 
     fn at_limit(&self, opener: &Opener, node: NodeId, error: Option<&Error>) {
         self.reader.cache().telemetry().limited.inc();
-        if !self.is_heard() {
-            return;
-        }
         let event = Event::new(Kind::Limit);
-        let event = match error {
-            Some(error) => event.severity(Severity::Medium).error(error).outcome(Outcome::Denied),
-            None => event.detail(format!("uid {} waits for its turn", opener.uid)),
-        };
-        self.tell(event.actor(self.actor(opener)).subject(self.subject(node)));
+        match error {
+            Some(error) => {
+                let event = event.severity(Severity::Medium).error(error).outcome(Outcome::Denied);
+                self.tell_refused(event, node, opener);
+            }
+            None if self.is_heard() => {
+                let event = event.detail(format!("uid {} waits for its turn", opener.uid));
+                self.tell(event.actor(self.actor(opener)).subject(self.subject(node)));
+            }
+            None => {}
+        }
+    }
+
+    /// Whether one more refusal of this user that counts towards no block is told, and how many before it were not.
+    pub(super) fn refusal_is_told(&self, opener: &Opener) -> Option<u64> {
+        let culprit = self.whole_asker(opener).culprit();
+        self.denials().note_refusal(&culprit, OPENS_TOLD, Instant::now())
     }
 
     /// Whether this file's first bytes are still to be looked at before it may be opened.

@@ -56,9 +56,16 @@ impl Inner {
 
     /// Of an open that is refused or failed, for the reason that the error gives.
     pub(super) fn tell_not_opened(&self, node: NodeId, opener: &Opener, error: &Error) {
-        if self.is_heard() {
-            let event = Event::new(Kind::Open).severity(Severity::Medium).error(error);
-            self.tell(event.actor(self.actor(opener)).subject(self.subject(node)));
+        self.tell_refused(Event::new(Kind::Open).severity(Severity::Medium).error(error), node, opener);
+    }
+
+    /// Of a refusal that counts towards no block. So many a second of one user and no more: a loop could fill a log that must
+    /// be written, and then nobody would be let in.
+    pub(super) fn tell_refused(&self, event: Event, node: NodeId, opener: &Opener) {
+        if self.is_heard()
+            && let Some(missed) = self.refusal_is_told(opener)
+        {
+            self.tell(after(missed, event).actor(self.actor(opener)).subject(self.subject(node)));
         }
     }
 
@@ -105,4 +112,13 @@ impl Inner {
         }
         subject
     }
+}
+
+/// The event, with how many like it before were not told.
+pub(super) fn after(missed: u64, mut event: Event) -> Event {
+    if missed > 0 {
+        let detail = event.detail.take().unwrap_or_default();
+        event.detail = Some(format!("{detail}; {missed} more like it before were not told"));
+    }
+    event
 }

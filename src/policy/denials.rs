@@ -98,6 +98,22 @@ struct Last {
     untold: u64,
 }
 
+impl Last {
+    const fn at(since: Instant) -> Last {
+        Last { since, times: 0, untold: 0 }
+    }
+
+    fn note(&mut self, told_max: u32, now: Instant) -> Notice {
+        if now.saturating_duration_since(self.since) >= ONE_DENIAL {
+            (self.since, self.times) = (now, 0);
+        }
+        self.times = self.times.saturating_add(1);
+        let tell = if self.times <= told_max { Some(std::mem::take(&mut self.untold)) } else { None };
+        self.untold += u64::from(tell.is_none());
+        Notice { counts: self.times == 1, tell }
+    }
+}
+
 #[derive(Default)]
 struct Group {
     times: VecDeque<Instant>,
@@ -107,6 +123,8 @@ struct Group {
 /// The tables.
 pub struct Denials {
     last: LruCache<(Culprit, String), Last>,
+    /// Apart, so that no refusal of this kind makes a denial count for less.
+    refused: LruCache<Culprit, Last>,
     users: LruCache<Culprit, VecDeque<Instant>>,
     groups: LruCache<String, Group>,
     blocks: LruCache<Blocked, Block>,
@@ -116,6 +134,7 @@ impl Default for Denials {
     fn default() -> Denials {
         Denials {
             last: LruCache::new(TABLE_MAX),
+            refused: LruCache::new(TABLE_MAX),
             users: LruCache::new(TABLE_MAX),
             groups: LruCache::new(TABLE_MAX),
             blocks: LruCache::new(TABLE_MAX),
@@ -126,15 +145,14 @@ impl Default for Denials {
 impl Denials {
     /// Takes note of a denial; of those of one user and model within [`ONE_DENIAL`] one counts, and `told_max` are told.
     pub fn note(&mut self, who: &Culprit, model: &str, told_max: u32, now: Instant) -> Notice {
-        let fresh = || Last { since: now, times: 0, untold: 0 };
-        let last = self.last.get_or_insert_mut((who.clone(), model.to_owned()), fresh);
-        if now.saturating_duration_since(last.since) >= ONE_DENIAL {
-            (last.since, last.times) = (now, 0);
-        }
-        last.times += 1;
-        let tell = if last.times <= told_max { Some(std::mem::take(&mut last.untold)) } else { None };
-        last.untold += u64::from(tell.is_none());
-        Notice { counts: last.times == 1, tell }
+        self.last.get_or_insert_mut((who.clone(), model.to_owned()), || Last::at(now)).note(told_max, now)
+    }
+
+    /// Takes note of a refusal for another reason than the policy, which counts towards no block. Of those of one user within
+    /// [`ONE_DENIAL`] `told_max` are told, whatever they are of: nothing else holds back whoever goes through the models.
+    /// Returns whether it is to be told, with how many before it that were not.
+    pub fn note_refusal(&mut self, who: &Culprit, told_max: u32, now: Instant) -> Option<u64> {
+        self.refused.get_or_insert_mut(who.clone(), || Last::at(now)).note(told_max, now).tell
     }
 
     /// Counts one denial. The blocks that begin with it.
@@ -333,6 +351,17 @@ mod tests {
     }
 
     #[test]
+    fn refusals_that_block_nobody_are_told_so_often_a_second_and_hide_no_denial() {
+        let (mut denials, now) = (Denials::default(), Instant::now());
+        let told: Vec<_> = (0..5).map(|_| denials.note_refusal(&host(1), 2, now)).collect();
+        assert_eq!(told, [Some(0), Some(0), None, None, None]);
+        assert_eq!(denials.note_refusal(&host(2), 2, now), Some(0), "another user");
+        assert!(denials.note(&host(1), "a", 2, now).counts);
+        assert_eq!(denials.note_refusal(&host(1), 2, now + ONE_DENIAL), Some(3));
+        assert_eq!(denials.note_refusal(&host(1), 2, now + ONE_DENIAL), Some(0));
+    }
+
+    #[test]
     fn who_is_let_in_begins_anew() {
         let (mut denials, now) = (Denials::default(), Instant::now());
         for _ in 0..7 {
@@ -351,10 +380,12 @@ mod tests {
         let rules = DenialRules { count: 1, ..RULES };
         for uid in 0..3 * TABLE_MAX.get() as u32 {
             denials.note(&host(uid), "m", 1, now);
+            denials.note_refusal(&host(uid), 1, now);
             denials.count(&rules, &host(uid), Some(&format!("/{uid}")), now);
         }
         let most = TABLE_MAX.get();
         assert_eq!(denials.blocks.len(), most);
         assert!(denials.users.len() <= most && denials.groups.len() <= most && denials.last.len() <= most);
+        assert!(denials.refused.len() <= most);
     }
 }
