@@ -516,6 +516,55 @@ fn whoever_is_out_of_sight_is_judged_by_uid_and_primary_group_alone() {
     assert_eq!(by_anybody, Told::Let(b"{}".to_vec()));
 }
 
+/// Names of a folder with what the kernel says of each one's place, one entry a call, and `between` before each but the first.
+fn entries(folder: &Path, mut between: impl FnMut()) -> Vec<(String, u64)> {
+    // Room for one entry of these names, not for two.
+    #[repr(C, align(8))]
+    struct Room([u8; 40]);
+    let file = File::open(folder).expect("a folder");
+    let mut entries = Vec::new();
+    loop {
+        let mut room = Room([0; 40]);
+        // SAFETY: the kernel writes at most as many bytes as it is told there are.
+        let got = unsafe { libc::syscall(libc::SYS_getdents64, file.as_raw_fd(), &raw mut room, room.0.len()) };
+        assert!(got >= 0, "{}", std::io::Error::last_os_error());
+        if got == 0 {
+            return entries;
+        }
+        // The inode, the place of the next one, two bytes of length, one of the kind, the name.
+        let next = u64::from_ne_bytes(room.0[8..16].try_into().expect("eight bytes"));
+        let name = room.0[19..].split(|byte| *byte == 0).next().expect("a name");
+        entries.push((String::from_utf8(name.to_vec()).expect("utf-8"), next));
+        assert!(entries.len() < 100, "a listing without an end: {entries:?}");
+        between();
+    }
+}
+
+#[test]
+fn a_listing_does_not_count_what_it_leaves_out() {
+    if !can_mount() {
+        return;
+    }
+    // Root sees acme/shown and open alone.
+    let mount = Mount::new(OpenPolicy::Lazy, Layout::Plain, Some(&rules(PATIENT)));
+    let listed = |names: &[&str]| -> Vec<(String, u64)> {
+        [".", ".."].iter().chain(names).zip(1..).map(|(name, at)| ((*name).to_owned(), at)).collect()
+    };
+    assert_eq!(entries(&mount.path(""), || {}), listed(&["acme", "open"]));
+    assert_eq!(entries(&mount.path("acme"), || {}), listed(&["shown"]));
+    // What is seen becomes more and less with every step: the listing ends, and what was there all the time is in it.
+    let mut more = false;
+    let changing = entries(&mount.path(""), || {
+        more = !more;
+        mount.set_policy(if more { ALL } else { RULES });
+    });
+    assert!(changing.windows(2).all(|two| two[0].1 < two[1].1), "{changing:?}");
+    mount.set_policy(ALL);
+    assert_eq!(entries(&mount.path(""), || {}), listed(&["acme", "lone", "open"]));
+    mount.fs.set_policy(None);
+    assert_eq!(entries(&mount.path(""), || {}), listed(&["acme", "lone", "open"]));
+}
+
 // ---- Policies that change -------------------------------------------------------------------------------------------
 
 #[test]

@@ -740,7 +740,6 @@ impl Filesystem for ModelFs {
     }
 
     fn readdir(&self, request: &Request, ino: INodeNo, _handle: FileHandle, offset: u64, mut reply: ReplyDirectory) {
-        let mut position = offset;
         // By who reads it: the descriptor may have been handed on.
         let mut sees = None;
         if let Some(active) = self.inner.access() {
@@ -749,21 +748,26 @@ impl Filesystem for ModelFs {
                 Err(refused) => return reply.error(refused),
             }
         }
-        while let Some((node, kind, name)) = self.inner.vfs.entry(NodeId(ino.0), position) {
+        // Offsets count what this asker sees: gaps would tell how much he does not. So they are counted from the start.
+        let mut place = if sees.is_none() { offset } else { 0 };
+        let mut position = place;
+        while let Some((node, kind, name)) = self.inner.vfs.entry(NodeId(ino.0), place) {
             let kind = match kind {
                 Kind::Directory => FileType::Directory,
                 Kind::File => FileType::RegularFile,
                 Kind::Link => FileType::Symlink,
             };
-            position += 1;
+            place += 1;
             // `.` and `..` are always there.
-            if position > 2
+            if place > 2
                 && let Some((active, asker)) = &sees
                 && !self.inner.lists(active, asker, node)
             {
                 continue;
             }
-            if reply.add(INodeNo(node.0), position, kind, OsStr::from_bytes(&name)) {
+            position += 1;
+            // Each step leads on, whatever became of the policy or the folder since the last one: a listing ends.
+            if position > offset && reply.add(INodeNo(node.0), position, kind, OsStr::from_bytes(&name)) {
                 break;
             }
         }
