@@ -305,13 +305,15 @@ fn each_sees_and_reads_what_the_first_rule_that_fits_grants_and_every_refusal_is
                 assert_eq!(cat(user, &file("acme/shown")), Told::Denied, "{}", why(user));
                 assert_eq!(cat(user, &file("acme/secret")), Told::NotFound, "{}", why(user));
                 assert!(cat(user, &file("open")) == Told::Let(big.clone()), "{}", why(user));
-                assert!(mount.notes.has_denial(Kind::Look, user.0, "acme/secret"), "{}", why(user));
-                assert!(mount.notes.has_denial(Kind::Look, user.0, "lone"), "{}", why(user));
+                // Told after the answer.
+                for model in ["acme/secret", "lone"] {
+                    until(&why(user), || mount.notes.has_denial(Kind::Look, user.0, model));
+                }
                 assert!(mount.notes.has_denial(Kind::Open, user.0, "acme/shown"), "{}", why(user));
             }
             assert_eq!(list(BANNED, &mount.path("")), Vec::<String>::new(), "{}", why(BANNED));
             assert_eq!(cat(BANNED, &file("open")), Told::NotFound, "{}", why(BANNED));
-            assert!(mount.notes.has_denial(Kind::Look, BANNED.0, "open"));
+            until(&why(BANNED), || mount.notes.has_denial(Kind::Look, BANNED.0, "open"));
         }
         if mount.fs.passthrough() {
             let hot = mount.cache.telemetry().opens_passthrough.get();
@@ -563,6 +565,70 @@ fn a_listing_does_not_count_what_it_leaves_out() {
     assert_eq!(entries(&mount.path(""), || {}), listed(&["acme", "lone", "open"]));
     mount.fs.set_policy(None);
     assert_eq!(entries(&mount.path(""), || {}), listed(&["acme", "lone", "open"]));
+}
+
+/// Being blocked says nothing of which names are there.
+#[test]
+fn the_blocked_are_told_the_same_of_absent_names_as_of_hidden_ones() {
+    if !can_mount() {
+        return;
+    }
+    let mount = Mount::new(OpenPolicy::Lazy, Layout::Plain, Some(&rules("[denials]\ncount = 1\nblock = \"1h\"\n")));
+    assert_eq!(stat(STRANGER, &mount.path("nowhere")), Told::NotFound);
+    assert!(mount.fs.blocks().is_empty(), "a mistyped name is no denial");
+    assert_eq!(stat(STRANGER, &mount.path("lone")), Told::NotFound);
+    assert_eq!(mount.fs.blocks().len(), 1);
+    // By number, so that the root of the mount is not asked about first.
+    let root = File::open(mount.path("")).expect("a folder");
+    for name in [c"lone", c"nowhere", c"open"] {
+        assert_eq!(by_a_stranger_at(&root, name), Some(libc::EACCES), "{name:?}");
+    }
+}
+
+/// How long the writing of it takes cannot be told from how soon the answer comes.
+#[test]
+fn a_refused_look_is_answered_before_it_is_told() {
+    if !can_mount() {
+        return;
+    }
+    let mount = Mount::new(OpenPolicy::Lazy, Layout::Plain, Some(&rules(PATIENT)));
+    let gate = Arc::new(Gate::default());
+    mount.cache.telemetry().events.add(gate.clone());
+    let answer = stat(STRANGER, &mount.path("lone"));
+    let opened = gate.open();
+    assert_eq!(answer, Told::NotFound);
+    assert!(opened, "the answer came when the event was taken");
+    until("a refused look is not told", || mount.notes.has_denial(Kind::Look, STRANGER.0, "lone"));
+}
+
+/// Takes no look before it is opened, or a long time has passed.
+#[derive(Default)]
+struct Gate {
+    /// Open, and a look gave up waiting.
+    state: Mutex<(bool, bool)>,
+    changed: std::sync::Condvar,
+}
+
+impl Gate {
+    /// Whether it was this that opened it.
+    fn open(&self) -> bool {
+        let mut state = self.state.lock().expect("a test");
+        state.0 = true;
+        self.changed.notify_all();
+        !state.1
+    }
+}
+
+impl Sink for Gate {
+    fn take(&self, event: &Event) -> modelfs::error::Result<()> {
+        if event.kind == Kind::Look {
+            let state = self.state.lock().expect("a test");
+            let wait = Duration::from_secs(20);
+            let (mut state, late) = self.changed.wait_timeout_while(state, wait, |state| !state.0).expect("a test");
+            state.1 |= late.timed_out();
+        }
+        Ok(())
+    }
 }
 
 // ---- Policies that change -------------------------------------------------------------------------------------------
@@ -1048,4 +1114,22 @@ fn look(fd: i32) -> i64 {
         let mut stat: libc::stat = std::mem::zeroed();
         i64::from(libc::fstat(fd, &raw mut stat))
     }
+}
+
+/// What a stranger is told of a name in a folder that we opened; `None`: it is there.
+fn by_a_stranger_at(folder: &File, name: &'static std::ffi::CStr) -> Option<i32> {
+    let fd = folder.as_raw_fd();
+    let mut command = Command::new("true");
+    command.uid(STRANGER.0).gid(STRANGER.1);
+    // SAFETY: after the change of user; a plain call on a descriptor that the child has until it becomes `true`.
+    unsafe {
+        command.pre_exec(move || {
+            let mut stat: libc::stat = std::mem::zeroed();
+            match libc::fstatat(fd, name.as_ptr(), &raw mut stat, 0) {
+                0 => Ok(()),
+                _ => Err(std::io::Error::last_os_error()),
+            }
+        });
+    }
+    command.status().err().and_then(|error| error.raw_os_error())
 }

@@ -24,7 +24,7 @@ use super::{Handle, Inner, ModelFs, Opener, Session, told};
 use crate::error::{Code, Error, Result};
 use crate::policy::{Asker, Block, Blocked, Buckets, Denials, Limiter, May, Policy, Verdict, Wait, Where, types};
 use crate::processes;
-use crate::telemetry::events::{Event, Kind, Outcome, Severity};
+use crate::telemetry::events::{Actor, Event, Kind, Outcome, Severity};
 use crate::vfs::NodeId;
 
 /// Denied opens of one user and model told within a second, and refusals for other reasons of one user; looks are told once.
@@ -214,9 +214,47 @@ impl Inner {
         if self.vfs.is_seen(node, &sees(active, &asker)) {
             return Ok(asker);
         }
-        let error = Error::new(Code::Policy, "no rule lets it be seen: answered as a name that is not there");
-        self.denied(active, Kind::Look, node, opener, &error, true);
+        self.denied(active, Kind::Look, node, opener, &hidden(), true);
         Err(Errno::ENOENT)
+    }
+
+    /// Whether a name leads whoever asks to a node that he may see. One that he may not see and one that is not there get the
+    /// same answer after the same work, and what is to be told is left to the caller, for after the answer: else how soon it
+    /// comes would tell one from the other.
+    ///
+    /// # Errors
+    /// What the asker is told, and then the log.
+    pub(super) fn look_up(
+        &self,
+        active: &Active,
+        opener: &Opener,
+        parent: NodeId,
+        name: &[u8],
+    ) -> std::result::Result<(), (Errno, Vec<Event>)> {
+        let found = self.vfs.lookup(parent, name);
+        let asker = self.asker(active, opener);
+        let blocked = self.block_of(&asker);
+        let sees = sees(active, &asker);
+        match found {
+            Some(node) if self.vfs.is_seen(node, &sees) && blocked.is_none() => return Ok(()),
+            Some(_) => {}
+            // Judged as a model of this name would be.
+            None => _ = std::hint::black_box(sees(&String::from_utf8_lossy(name))),
+        }
+        let is_absent = self.vfs.is_seen(parent, &sees) && found.is_none() && blocked.is_none();
+        if is_absent && self.vfs.model_of(parent).is_some() {
+            // In a model nothing is hidden from whoever sees it.
+            return Err((Errno::ENOENT, Vec::new()));
+        }
+        let whole = self.whole_asker(opener);
+        let actor = if self.is_heard() { self.actor(opener) } else { Actor::default() };
+        if is_absent {
+            return Err((Errno::ENOENT, Vec::new()));
+        }
+        let (errno, counts) = if blocked.is_some() { (Errno::EACCES, false) } else { (Errno::ENOENT, true) };
+        let error = &blocked.unwrap_or_else(hidden);
+        let denial = Denial { kind: Kind::Look, node: found.unwrap_or(parent), error, counts };
+        Err((errno, self.note_denied(active, &denial, &whole, || actor.clone())))
     }
 
     /// The same without a word to anybody, for what is listed.
@@ -318,8 +356,16 @@ impl Inner {
 
     /// Tells of a denial, and counts it.
     fn denied(&self, active: &Active, kind: Kind, node: NodeId, opener: &Opener, error: &Error, counts: bool) {
+        let denial = Denial { kind, node, error, counts };
+        for event in self.note_denied(active, &denial, &self.whole_asker(opener), || self.actor(opener)) {
+            self.tell(event);
+        }
+    }
+
+    /// Counts a denial; what is to be told of it.
+    fn note_denied(&self, active: &Active, denial: &Denial, asker: &Asker, actor: impl Fn() -> Actor) -> Vec<Event> {
+        let Denial { kind, node, error, counts } = *denial;
         self.reader.cache().telemetry().access_denied.inc();
-        let asker = self.whole_asker(opener);
         let culprit = asker.culprit();
         let model = match self.vfs.model_of(node) {
             Some(model) => model.name.clone(),
@@ -339,11 +385,12 @@ impl Inner {
             self.access.has_blocks.store(denials.has_blocks(), Ordering::SeqCst);
             (notice, begun)
         };
+        let mut events = Vec::new();
         if let Some(missed) = notice.tell
             && self.is_heard()
         {
             let event = told::after(missed, Event::new(kind).severity(Severity::Medium).error(error));
-            self.tell(event.actor(self.actor(opener)).subject(self.subject(node)));
+            events.push(event.actor(actor()).subject(self.subject(node)));
         }
         for block in begun {
             let seconds = block.until.saturating_duration_since(Instant::now()).as_secs_f64().round();
@@ -351,11 +398,12 @@ impl Inner {
             tracing::warn!(model, "{detail}");
             if self.is_heard() {
                 let event = Event::new(Kind::Block).severity(Severity::High).outcome(Outcome::Denied).detail(detail);
-                let mut event = event.actor(self.actor(opener)).subject(self.subject(node));
+                let mut event = event.actor(actor()).subject(self.subject(node));
                 event.code = Some(Code::Policy);
-                self.tell(event);
+                events.push(event);
             }
         }
+        events
     }
 
     fn unblocked(&self, blocks: &[Block], why: &str) {
@@ -469,6 +517,19 @@ impl Inner {
     pub(super) const fn read_wait() -> Duration {
         READ_WAIT
     }
+}
+
+/// What was denied, and why.
+struct Denial<'a> {
+    kind: Kind,
+    node: NodeId,
+    error: &'a Error,
+    /// Towards a block.
+    counts: bool,
+}
+
+fn hidden() -> Error {
+    Error::new(Code::Policy, "no rule lets it be seen: answered as a name that is not there")
 }
 
 fn sees<'a>(active: &'a Active, asker: &'a Asker) -> impl Fn(&str) -> bool + 'a {

@@ -538,11 +538,11 @@ impl Filesystem for ModelFs {
         let access = inner.access();
         if let Some(active) = &access {
             // Judged before it is entered: what an asker may not see the kernel is never told of.
-            let Some(node) = inner.vfs.lookup(NodeId(parent.0), name.as_bytes()) else {
-                return reply.error(Errno::ENOENT);
-            };
-            if let Err(refused) = inner.look(active, &Opener::of(request), node) {
-                return reply.error(refused);
+            if let Err((refused, events)) =
+                inner.look_up(active, &Opener::of(request), NodeId(parent.0), name.as_bytes())
+            {
+                reply.error(refused);
+                return events.into_iter().for_each(|event| inner.tell(event));
             }
         }
         let Some(node) = inner.vfs.enter(NodeId(parent.0), name.as_bytes()) else {
