@@ -21,7 +21,7 @@ use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use crate::error::{Code, Error, Result};
 use crate::refuse;
@@ -114,6 +114,23 @@ where
     if let Err(failed) = done {
         tracing::debug!("a connection ended early: {failed}");
     }
+}
+
+/// Tells a caller his status before he has said anything, then lets him finish: what is closed with words unread fails at the
+/// other end before the answer is read.
+pub async fn dismiss(mut stream: impl AsyncRead + AsyncWrite + Unpin, status: StatusCode) -> io::Result<()> {
+    let head = format!("HTTP/1.1 {status}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
+    stream.write_all(head.as_bytes()).await?;
+    stream.shutdown().await?;
+    let mut words = [0; 1024];
+    let mut left = HEAD_BYTES_MAX;
+    while left > 0 {
+        match stream.read(&mut words).await? {
+            0 => break,
+            got => left = left.saturating_sub(got),
+        }
+    }
+    Ok(())
 }
 
 /// An answer of nothing but its status.

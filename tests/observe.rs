@@ -254,6 +254,17 @@ fn write_private(path: &Path, text: &str) {
     fs::set_permissions(path, fs::Permissions::from_mode(0o600)).expect("chmod");
 }
 
+/// A connection from 127.0.0.1, or from another address of this machine.
+fn connect_from(of: u8, port: u16) -> TcpStream {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
+    runtime.block_on(async {
+        let socket = tokio::net::TcpSocket::new_v4().expect("a socket");
+        socket.bind(([127, 0, 0, 1 + of], 0).into()).expect("an address of ours");
+        let stream = socket.connect(([127, 0, 0, 1], port).into()).await.expect("connects");
+        stream.into_std().expect("a connection")
+    })
+}
+
 /// curl's answer: the status and what it said; 0 if there was no connection.
 fn curl(url: &str, more: &[&str]) -> (u16, String) {
     let mut command = Command::new("curl");
@@ -300,6 +311,11 @@ fn over_the_network_only_tls_and_a_token_are_answered_and_both_change_without_a_
         let answer = curl(&url, &tls);
         assert_eq!(answer.0, 200, "{version}: {}", answer.1);
     }
+    // Silence keeps nobody out: neither that of many addresses, nor that of the asker's own.
+    let silent: Vec<TcpStream> = (0..8).flat_map(|of| (0..8).map(move |_| connect_from(of, port))).collect();
+    let (code, said) = with(TOKEN);
+    assert_eq!(code, 200, "{} silent connections: {said}", silent.len());
+    drop(silent);
     // Guessing ends in waiting.
     until("wrong tokens are tried without end", || with("canary-token-of-the-door-0123456788").0 == 429);
     let (_, text) = with(TOKEN);

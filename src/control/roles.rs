@@ -37,8 +37,7 @@ impl Role {
 
     /// The highest one of `peer`.
     pub fn of(plan: &RolesPlan, peer: &Peer) -> Option<Role> {
-        // SAFETY: geteuid only reads this process's credentials.
-        if peer.uid == 0 || peer.uid == unsafe { libc::geteuid() } {
+        if peer.is_master() {
             return Some(Role::Admin);
         }
         let named = |peers: &[Peers]| peers.iter().any(|one| peer.is(*one));
@@ -79,6 +78,12 @@ impl Peer {
             return Err(Error::os(Code::Host, "cannot learn who is at the other end of a socket"));
         }
         Ok(Peer { uid: cred.uid, gid: cred.gid, pid: cred.pid, groups: groups(stream)? })
+    }
+
+    /// Root, or whoever mounted.
+    pub fn is_master(&self) -> bool {
+        // SAFETY: geteuid only reads this process's credentials.
+        self.uid == 0 || self.uid == unsafe { libc::geteuid() }
     }
 
     fn is(&self, one: Peers) -> bool {

@@ -2,14 +2,15 @@
 //!
 //! In: GET of `/metrics`, `/live`, `/ready`, `/health`, `/health/security`. Out: text or JSON, 200 or 503.
 //! Promises: on the Unix socket root, the mounting user and those whom roles name are answered, over TCP whoever has a
-//! token; to anybody else nothing is told. Heads, connections, rates and times are bounded, for each peer and for all;
+//! token; to anybody else nothing is told, and none of them keeps those out. Heads, connections, rates and times are bounded,
+//! for each peer and for all;
 //! a thread of its own answers, so that a store which hangs holds up no answer, and no question a reader.
 //! Not here: what is answered (`metrics`, `health`).
 //! Held by: the tests below, tests/observe.rs.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -19,10 +20,11 @@ use http_body_util::Full;
 use hyper::body::Incoming;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::task::AbortHandle;
 use tokio::time::timeout;
 
 use super::facts::Facts;
-use super::tls::{Credentials, Files};
+use super::tls::{Credentials, Files, Loaded};
 use super::{health, metrics};
 use crate::config::oversight::{HttpPlan, RolesPlan};
 use crate::control::{Peer, Rates, Role, anyone_named};
@@ -31,10 +33,15 @@ use crate::error::{Code, Error, Result};
 use crate::telemetry::events::{Actor, Event, Kind, Outcome, Severity};
 use crate::telemetry::{Telemetry, scrub};
 
-/// More wait in the kernel's queue.
+/// Of all that have shown a role or a token; root and the mounting user have theirs beside them.
 const CONNECTIONS_MAX: usize = 64;
 /// Of one peer.
 const CONNECTIONS_EACH_MAX: usize = 8;
+/// Over TCP, of all that have shown no token yet.
+const ARRIVALS_MAX: usize = 32;
+/// Peers without a role that are told so at once; more are turned away without a word.
+const DISMISSALS_MAX: usize = 16;
+const DISMISSAL_TIMEOUT: Duration = Duration::from_secs(1);
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 /// From the first byte to the last.
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(30);
@@ -179,7 +186,7 @@ impl Caller {
 struct Place {
     answerer: Arc<Answerer>,
     caller: Caller,
-    _permit: OwnedSemaphorePermit,
+    _permit: Option<OwnedSemaphorePermit>,
 }
 
 impl Drop for Place {
@@ -191,6 +198,62 @@ impl Drop for Place {
                 open.remove(&self.caller);
             }
         }
+    }
+}
+
+/// Connections that have shown no token yet, the one that came first in front.
+///
+/// When there are too many, of one peer or of all, the oldest goes: whoever has a token shows it at once, so silence keeps
+/// nobody out.
+struct Arrivals<T> {
+    next: u64,
+    waiting: VecDeque<(u64, Caller, T)>,
+}
+
+impl<T> Default for Arrivals<T> {
+    fn default() -> Arrivals<T> {
+        Arrivals { next: 0, waiting: VecDeque::new() }
+    }
+}
+
+impl<T> Arrivals<T> {
+    /// Takes one in. Its number, and the one that has to go for it.
+    fn add(&mut self, caller: Caller, arrived: T) -> (u64, Option<T>) {
+        let of_caller = self.waiting.iter().filter(|(_, of, _)| *of == caller).count();
+        let goes = if of_caller >= CONNECTIONS_EACH_MAX {
+            self.waiting.iter().position(|(_, of, _)| *of == caller)
+        } else {
+            (self.waiting.len() >= ARRIVALS_MAX).then_some(0)
+        };
+        let gone = goes.and_then(|at| self.waiting.remove(at)).map(|(_, _, gone)| gone);
+        self.next += 1;
+        self.waiting.push_back((self.next, caller, arrived));
+        (self.next, gone)
+    }
+
+    /// It has shown a token, or is gone.
+    fn remove(&mut self, number: u64) {
+        self.waiting.retain(|(of, _, _)| *of != number);
+    }
+}
+
+/// An entry among the arrivals, for as long as the connection shows nothing.
+struct Arrival<'a> {
+    answerer: &'a Answerer,
+    number: &'a OnceLock<u64>,
+}
+
+impl Arrival<'_> {
+    fn end(&self) {
+        if let Some(number) = self.number.get() {
+            self.answerer.arrivals().remove(*number);
+        }
+    }
+}
+
+impl Drop for Arrival<'_> {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 
@@ -217,10 +280,8 @@ async fn accept(door: Door, answerer: Arc<Answerer>) {
             }
         });
     }
-    let room = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     loop {
-        let permit = room.clone().acquire_owned().await.expect("never closed");
-        if let Err(failed) = listening.take(&answerer, permit).await {
+        if let Err(failed) = listening.take(&answerer).await {
             // Out of descriptors, or a caller that left: neither ends the door, nor spins it.
             tracing::warn!("cannot take a connection: {failed}");
             tokio::time::sleep(Duration::from_millis(100)).await;
@@ -234,7 +295,8 @@ enum Accepting {
 }
 
 impl Accepting {
-    async fn take(&self, answerer: &Arc<Answerer>, permit: OwnedSemaphorePermit) -> std::io::Result<()> {
+    /// Taken before there is a place for it: whoever waits for one would keep those out who have their own.
+    async fn take(&self, answerer: &Arc<Answerer>) -> std::io::Result<()> {
         match self {
             Accepting::Unix(listener) => {
                 let (stream, _) = listener.accept().await?;
@@ -242,40 +304,61 @@ impl Accepting {
                     Ok(peer) => peer,
                     Err(unknown) => return Err(std::io::Error::other(unknown.chain())),
                 };
-                if let Some(place) = answerer.place(Caller::Uid(peer.uid), permit) {
-                    let role = Role::of(&answerer.watched.roles, &peer);
-                    tokio::spawn(converse(stream, place, move |answerer, request| {
-                        let peer = peer.clone();
-                        async move { answerer.at_socket(&peer, role, request).await }
-                    }));
+                let caller = Caller::Uid(peer.uid);
+                if Role::of(&answerer.watched.roles, &peer).is_none() {
+                    answerer.dismiss(stream, &peer);
+                } else if let Some(place) = answerer.place(caller, peer.is_master()) {
+                    let answerer = answerer.clone();
+                    tokio::spawn(async move {
+                        converse(stream, |request| answerer.answer(caller, request)).await;
+                        drop(place);
+                    });
                 }
             }
             Accepting::Tcp(listener, credentials) => {
                 let (stream, from) = listener.accept().await?;
-                if let Some(place) = answerer.place(Caller::of(from.ip()), permit) {
-                    let loaded = credentials.now();
-                    tokio::spawn(async move {
-                        let stream = match timeout(HANDSHAKE_TIMEOUT, loaded.acceptor.accept(stream)).await {
-                            Ok(Ok(stream)) => stream,
-                            Ok(Err(failed)) => return tracing::debug!("no TLS from {}: {failed}", from.ip()),
-                            Err(_) => return tracing::debug!("no TLS from {} in time", from.ip()),
-                        };
-                        let admits = move |token: &[u8]| credentials_admit(&loaded, token);
-                        converse(stream, place, move |answerer, request| {
-                            let admitted = bearer(&request).is_some_and(&admits);
-                            async move { answerer.over_network(from.ip(), admitted, request).await }
-                        })
-                        .await;
-                    });
-                }
+                let (number, shown) = (Arc::new(OnceLock::new()), credentials.now());
+                let task = tokio::spawn(meet(stream, from.ip(), shown, answerer.clone(), number.clone()));
+                // Before it runs: this thread runs all of them.
+                answerer.arrive(Caller::of(from.ip()), task.abort_handle(), &number);
             }
         }
         Ok(())
     }
 }
 
-fn credentials_admit(loaded: &super::tls::Loaded, token: &[u8]) -> bool {
-    loaded.admits(token)
+/// A connection over TCP, from its handshake to its end.
+async fn meet(
+    stream: tokio::net::TcpStream,
+    from: IpAddr,
+    loaded: Arc<Loaded>,
+    answerer: Arc<Answerer>,
+    number: Arc<OnceLock<u64>>,
+) {
+    let arrival = Arrival { answerer: &answerer, number: &number };
+    let stream = match timeout(HANDSHAKE_TIMEOUT, loaded.acceptor.accept(stream)).await {
+        Ok(Ok(stream)) => stream,
+        Ok(Err(failed)) => return tracing::debug!("no TLS from {from}: {failed}"),
+        Err(_) => return tracing::debug!("no TLS from {from} in time"),
+    };
+    let held = OnceLock::new();
+    let answer = |request: Request<Incoming>| {
+        let admitted = bearer(&request).is_some_and(|token| loaded.admits(token));
+        // One request a connection: it is held until its answer has been read.
+        let has_place = !admitted || {
+            arrival.end();
+            answerer.place(Caller::of(from), false).is_some_and(|place| held.set(place).is_ok())
+        };
+        let answerer = answerer.clone();
+        async move {
+            if has_place {
+                answerer.over_network(from, admitted, request).await
+            } else {
+                plain(StatusCode::SERVICE_UNAVAILABLE)
+            }
+        }
+    };
+    converse(stream, answer).await;
 }
 
 /// The token of a request: `Authorization: Bearer TOKEN`.
@@ -285,18 +368,15 @@ fn bearer(request: &Request<Incoming>) -> Option<&[u8]> {
     scheme.eq_ignore_ascii_case(b"bearer ").then(|| token.trim_ascii())
 }
 
-async fn converse<S, F, A>(stream: S, place: Place, answer: F)
+async fn converse<S, F, A>(stream: S, answer: F)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    F: Fn(Arc<Answerer>, Request<Incoming>) -> A,
+    F: Fn(Request<Incoming>) -> A,
     A: Future<Output = Response<Full<Bytes>>>,
 {
-    let answerer = place.answerer.clone();
-    let done = door::converse(stream, move |request| answer(answerer.clone(), request));
-    if timeout(CONNECTION_TIMEOUT, done).await.is_err() {
+    if timeout(CONNECTION_TIMEOUT, door::converse(stream, answer)).await.is_err() {
         tracing::debug!("a connection took too long");
     }
-    drop(place);
 }
 
 struct Answerer {
@@ -304,7 +384,10 @@ struct Answerer {
     looks: Arc<Semaphore>,
     rates: Rates<Caller>,
     refusals: Rates<Caller>,
+    room: Arc<Semaphore>,
     open: Mutex<HashMap<Caller, usize>>,
+    arrivals: Mutex<Arrivals<AbortHandle>>,
+    dismissals: Arc<Semaphore>,
 }
 
 /// What is asked for.
@@ -323,28 +406,51 @@ impl Answerer {
             looks: Arc::new(Semaphore::new(LOOKS_MAX)),
             rates: Rates::new(EACH_PER_SECOND, EACH_BURST),
             refusals: Rates::new(REFUSED_PER_SECOND, REFUSED_BURST),
+            room: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
             open: Mutex::default(),
+            arrivals: Mutex::default(),
+            dismissals: Arc::new(Semaphore::new(DISMISSALS_MAX)),
         }
     }
 
-    /// `None`: the caller has as many connections as one may have.
-    fn place(self: &Arc<Self>, caller: Caller, permit: OwnedSemaphorePermit) -> Option<Place> {
+    /// `None`: the caller has as many connections as one may have, or there is no room; a master needs none.
+    fn place(self: &Arc<Self>, caller: Caller, is_master: bool) -> Option<Place> {
         let mut open = self.open.lock().expect("a thread died holding the connections");
-        let count = open.entry(caller).or_insert(0);
-        if *count >= CONNECTIONS_EACH_MAX {
+        let has_many = open.get(&caller).is_some_and(|count| *count >= CONNECTIONS_EACH_MAX);
+        let permit = if is_master { None } else { self.room.clone().try_acquire_owned().ok() };
+        if has_many || permit.is_none() && !is_master {
             self.watched.telemetry.http_refused.inc();
             return None;
         }
-        *count += 1;
+        *open.entry(caller).or_insert(0) += 1;
         Some(Place { answerer: self.clone(), caller, _permit: permit })
     }
 
-    async fn at_socket(&self, peer: &Peer, role: Option<Role>, request: Request<Incoming>) -> Response<Full<Bytes>> {
-        let caller = Caller::Uid(peer.uid);
-        if role >= Some(Role::Viewer) {
-            return self.answer(caller, request).await;
+    /// Notes one that has shown nothing yet.
+    fn arrive(&self, caller: Caller, task: AbortHandle, number: &OnceLock<u64>) {
+        let (own, gone) = self.arrivals().add(caller, task);
+        assert!(number.set(own).is_ok(), "one number a connection");
+        if let Some(gone) = gone {
+            self.watched.telemetry.http_refused.inc();
+            gone.abort();
         }
-        self.refuse(caller, StatusCode::FORBIDDEN, || (peer.actor(), format!("uid {} has no role here", peer.uid)))
+    }
+
+    fn arrivals(&self) -> MutexGuard<'_, Arrivals<AbortHandle>> {
+        self.arrivals.lock().expect("a thread died holding the arrivals")
+    }
+
+    /// Tells who has no role so. It never has a place, so it takes none from those who have one.
+    fn dismiss(&self, stream: tokio::net::UnixStream, peer: &Peer) {
+        let who = || (peer.actor(), format!("uid {} has no role here", peer.uid));
+        let status = self.refuse(Caller::Uid(peer.uid), StatusCode::FORBIDDEN, who).status();
+        if let Ok(permit) = self.dismissals.clone().try_acquire_owned() {
+            tokio::spawn(async move {
+                // Whether it listens is its own affair.
+                let _ = timeout(DISMISSAL_TIMEOUT, door::dismiss(stream, status)).await;
+                drop(permit);
+            });
+        }
     }
 
     async fn over_network(&self, from: IpAddr, admitted: bool, request: Request<Incoming>) -> Response<Full<Bytes>> {
@@ -459,6 +565,10 @@ mod tests {
 
     impl Served {
         fn start() -> Served {
+            Served::with(RolesPlan::default())
+        }
+
+        fn with(roles: RolesPlan) -> Served {
             let dir = tempfile::tempdir().expect("a temporary folder");
             let (hangs, telemetry) = (Arc::new(AtomicBool::new(false)), Arc::new(Telemetry::default()));
             let facts = {
@@ -472,7 +582,7 @@ mod tests {
                     Some(facts)
                 })
             };
-            let watched = Watched { facts, telemetry: telemetry.clone(), roles: RolesPlan::default() };
+            let watched = Watched { facts, telemetry: telemetry.clone(), roles };
             let server = Server::open(&HttpPlan::Unix(dir.path().join("m.sock")), watched).expect("open");
             Served { dir, hangs, telemetry, server: Some(server) }
         }
@@ -578,6 +688,65 @@ mod tests {
             seen += 1;
             assert!(seen < 10_000, "nobody is ever told to wait");
         }
+    }
+
+    /// A connection of another user, if we may be one.
+    fn connect_as(uid: u32, path: PathBuf) -> Option<UnixStream> {
+        let connecting = std::thread::spawn(move || {
+            // SAFETY: the bare call changes this thread alone, which ends right after.
+            let done = unsafe { libc::syscall(libc::SYS_setresuid, -1, uid, -1) };
+            (done == 0).then(|| UnixStream::connect(path).expect("connects"))
+        });
+        connecting.join().expect("a thread")
+    }
+
+    #[test]
+    fn peers_without_a_role_are_told_so_before_they_speak_and_keep_nobody_out() {
+        use crate::config::oversight::Peers;
+        let viewers = (50..60).map(Peers::Uid).collect();
+        let served = Served::with(RolesPlan { viewers, ..RolesPlan::default() });
+        // The folder is its maker's; others have to get to the socket in it.
+        std::fs::set_permissions(served.dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))
+            .expect("chmod");
+        let connect = |uid: u32| connect_as(uid, served.path());
+        if connect(50).is_none() {
+            return eprintln!("SKIPPED: needs root, to be other users");
+        }
+        let mut told = String::new();
+        let mut stranger = connect(4000).expect("root");
+        stranger.set_read_timeout(Some(Duration::from_secs(60))).expect("set");
+        let _ = stranger.read_to_string(&mut told);
+        assert!(told.starts_with("HTTP/1.1 403"), "nothing was asked: {told:?}");
+        let of = |uids: std::ops::Range<u32>, each: usize| -> Vec<UnixStream> {
+            uids.flat_map(|uid| (0..each).filter_map(move |_| connect(uid))).collect()
+        };
+        let silent = of(4000..4010, CONNECTIONS_EACH_MAX);
+        assert!(served.ask(&get("/live")).starts_with("HTTP/1.1 200"), "{} silent strangers", silent.len());
+        let mut viewer = connect(50).expect("root");
+        viewer.set_read_timeout(Some(Duration::from_secs(60))).expect("set");
+        viewer.write_all(get("/live").as_bytes()).expect("asked");
+        let mut told = String::new();
+        viewer.read_to_string(&mut told).expect("answered");
+        assert!(told.starts_with("HTTP/1.1 200"), "{told:?}");
+        // Those with a role may take all places of their own, and none of root's.
+        let viewers = of(51..60, CONNECTIONS_EACH_MAX);
+        assert!(viewers.len() > CONNECTIONS_MAX);
+        assert!(served.ask(&get("/live")).starts_with("HTTP/1.1 200"), "{} silent viewers", viewers.len());
+    }
+
+    #[test]
+    fn of_those_who_have_shown_nothing_the_oldest_goes_of_its_own_network_first() {
+        let of = |last: u8| Caller::of(IpAddr::from([10, 0, 0, last]));
+        let mut arrivals = Arrivals::default();
+        let first: Vec<u64> = (0..CONNECTIONS_EACH_MAX).map(|at| arrivals.add(of(1), at).0).collect();
+        assert_eq!(arrivals.add(of(1), 100).1, Some(0), "one peer pushes itself out");
+        arrivals.remove(first[1]);
+        assert_eq!(arrivals.add(of(1), 101).1, None, "one has shown a token");
+        assert_eq!(arrivals.waiting.len(), CONNECTIONS_EACH_MAX);
+        let others = CONNECTIONS_EACH_MAX..ARRIVALS_MAX;
+        assert!(others.map(|at| arrivals.add(of(at as u8), 0).1).all(|gone| gone.is_none()));
+        assert_eq!(arrivals.add(of(200), 0).1, Some(2), "the oldest of all");
+        assert_eq!(arrivals.waiting.len(), ARRIVALS_MAX);
     }
 
     #[test]
