@@ -39,7 +39,7 @@ use crate::store::{Limiter, OriginLimits, StoreOptions, StoreUrl};
 use crate::vault::{Vault, VaultSettings};
 
 /// One chunk that waits, one that is opened, for two readers: less than this cannot serve.
-const CACHE_BYTES_MIN: u64 = 64 << 20;
+pub(crate) const CACHE_BYTES_MIN: u64 = 64 << 20;
 /// The shortest idle limit.
 const IDLE_MIN: Duration = Duration::from_secs(1);
 /// `--require all`.

@@ -3,7 +3,7 @@
 #
 #   tests/demo.sh [DIR]      DIR is a model of yours; without it one is generated
 #
-# Looks for what the build and the mount need, installs it where it can (Debian and Ubuntu, as root), names it where it
+# Looks for what the build and the mount need (for an ordinary user also `ulimit -l`), installs it where it can (Debian and Ubuntu, as root), names it where it
 # cannot, then runs `cargo run --release --locked -- demo`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -34,6 +34,15 @@ if [[ ! -c /dev/fuse ]]; then
 fi
 if [[ ! -r /dev/fuse || ! -w /dev/fuse ]]; then
   echo "demo: /dev/fuse is not open to $(id -un): as root, chmod 666 /dev/fuse (what udev sets elsewhere)" >&2
+  exit 1
+fi
+# Holds the generated model on any machine; how much a larger one takes, the demo says itself.
+lock_kib=131072
+# CAP_IPC_LOCK is bit 14, CAP_SYS_ADMIN bit 21: whoever has one of them is bound by no limit.
+free_to_lock=$((0x$(sed -n 's/^CapEff:[[:space:]]*//p' /proc/self/status) & (1 << 14 | 1 << 21)))
+if [[ $free_to_lock == 0 && $(ulimit -l) != unlimited && $(ulimit -l) -lt $lock_kib ]]; then
+  echo "demo: an ordinary user may lock $(ulimit -l) KiB of memory here, the demo needs $lock_kib; raise it for this shell, then" \
+    "run the demo again: sudo prlimit --pid \$\$ --memlock=$((lock_kib * 1024))" >&2
   exit 1
 fi
 exec cargo run --release --locked -- demo "$@"

@@ -284,5 +284,64 @@ else
   skip "s3" "versitygw is not installed"
 fi
 
+# ---- The demo, as root and as somebody who may lock more memory or less.
+
+nobody=$work/nobody
+as_nobody() { # LIMIT|free COMMAND...
+  local limit=$1 may_lock=()
+  shift
+  # Where root may not raise a limit, the capability stands for one that is high enough.
+  if [[ $limit == free ]]; then
+    if prlimit --memlock=134217728:134217728 true 2>/dev/null; then
+      limit=134217728
+    else
+      limit=8388608 may_lock=(--inh-caps=+ipc_lock --ambient-caps=+ipc_lock)
+    fi
+  fi
+  env -u XDG_CONFIG_HOME -u XDG_STATE_HOME -u MODELFS_STATE_DIR HOME="$nobody" TMPDIR="$nobody" PATH="$nobody/bin:$PATH" \
+    prlimit "--memlock=$limit:$limit" setpriv --reuid=65534 --regid=65534 --clear-groups "${may_lock[@]}" -- \
+    timeout --kill-after=10 300 "$@"
+}
+demo_names_the_limit() {
+  local rc=0
+  as_nobody 8388608 "$nobody/bin/modelfs" demo >"$work/out" 2>&1 || rc=$?
+  cat "$work/out"
+  [[ $rc == 2 ]]
+  grep -E 'here it is 8192\..*sudo prlimit --pid \$\$ --memlock=[0-9]+` \[MEMLOCK\]' "$work/out"
+  # Nothing was made in vain.
+  [[ -z $(find "$nobody" -name 'modelfs-demo-*') ]]
+}
+first_command() { # LIMIT: the README's, with a cargo that builds nothing
+  as_nobody "$1" bash "$nobody/tests/demo.sh"
+}
+first_command_names_the_limit() {
+  local rc=0
+  first_command 8388608 >"$work/out" 2>&1 || rc=$?
+  cat "$work/out"
+  [[ $rc == 1 ]]
+  grep -F 'may lock 8192 KiB of memory here, the demo needs 131072;' "$work/out"
+  grep -F 'sudo prlimit --pid $$ --memlock=134217728' "$work/out"
+}
+first_command_goes_on() { first_command free | grep -x 'built: run --release --locked -- demo'; }
+
 step "demo" timeout 300 "$modelfs" demo
+if [[ $EUID == 0 ]]; then
+  # 0600 where udev does not run; an ordinary user needs what its rule would give.
+  fuse_mode=$(stat -c %a /dev/fuse)
+  chmod 666 /dev/fuse
+  chmod 711 "$work"
+  mkdir -p "$nobody/bin" "$nobody/tests"
+  cp "$modelfs" "$nobody/bin/modelfs"
+  cp tests/demo.sh "$nobody/tests"
+  printf '#!/bin/sh\necho "built: $*"\n' >"$nobody/bin/cargo"
+  chmod 755 "$nobody/bin/cargo"
+  chown -R 65534:65534 "$nobody"
+  step "demo of an ordinary user whose memory limit holds it" as_nobody free "$nobody/bin/modelfs" demo
+  step "demo of an ordinary user names the limit it needs, and the command" demo_names_the_limit
+  step "the first command of the README goes on where the limit holds the demo" first_command_goes_on
+  step "the first command of the README names the limit before it builds" first_command_names_the_limit
+  chmod "$fuse_mode" /dev/fuse
+else
+  skip "demo of an ordinary user" "only root can become one"
+fi
 finish

@@ -14,9 +14,11 @@ use serde_json::{Value, json};
 
 use super::Out;
 use crate::config::units::{show_rate, show_size};
+use crate::config::{CACHE_BYTES_MIN, default_cache_bytes};
 use crate::control::code_named;
 use crate::crypto::FileHasher;
 use crate::error::{Code, Error, Result};
+use crate::{host, mem, refuse};
 
 /// Seal a model (DIR, or a generated one) into a temporary store, mount it, read it back, compare, clean up.
 #[derive(Debug, Args)]
@@ -35,8 +37,9 @@ Examples:
   modelfs demo ~/models/llama-3-8b
   modelfs demo --keep
 
-Needs fuse3 (or root) and twice the size of the model in free memory and disk. Everything it makes lies in one
-temporary folder, which it removes again; the model in DIR is only read.";
+Needs root, or fuse3 and a memory limit (`ulimit -l`, in KiB) of half more than the model: 131072 holds the generated
+one. Needs as much free memory, and twice the size of the model on disk. Everything it makes lies in one temporary
+folder, which it removes again; the model in DIR is only read.";
 
 const MODEL: &str = "demo/model";
 /// Large enough to show a rate, small enough for any machine.
@@ -62,6 +65,9 @@ pub fn run(args: &DemoArgs, out: &Out) -> Result<()> {
 }
 
 fn play(work: &Work, source: &Path, args: &DemoArgs, out: &Out) -> Result<()> {
+    let cache = cache_for(bytes_below(source)?);
+    need_memory(cache)?;
+    let cache = format!("{}MiB", cache >> 20);
     let (key, store, mnt) = (work.path.join("demo.key"), work.path.join("store"), work.path.join("mnt"));
     let signing = work.path.join("signing.key");
     for dir in [&store, &mnt] {
@@ -80,7 +86,8 @@ fn play(work: &Work, source: &Path, args: &DemoArgs, out: &Out) -> Result<()> {
     public.push(".pub");
     let public = PathBuf::from(public);
     let mount_from = Instant::now();
-    work.modelfs(&["mount", text(&store)?, text(&mnt)?, "--key", &key_spec, "--trust", text(&public)?, "--daemon"])?;
+    let mount = ["mount", text(&store)?, text(&mnt)?, "--key", &key_spec, "--trust", text(&public)?, "--daemon"];
+    work.modelfs(&[&mount[..], &["--cache", &cache]].concat())?;
     work.mounted.set(true);
     let mount_took = mount_from.elapsed();
 
@@ -97,6 +104,34 @@ fn play(work: &Work, source: &Path, args: &DemoArgs, out: &Out) -> Result<()> {
         work.mounted.set(false);
     }
     out.result(&account, || tell(&account, &mnt, seal_took, args.keep))
+}
+
+/// Whole files are served past the daemon while they fit three quarters of the cache, so half more than the model; and
+/// never more than a mount would take by itself.
+fn cache_for(model_bytes: u64) -> u64 {
+    let roomy = model_bytes.saturating_add(model_bytes / 2);
+    roomy.min(default_cache_bytes()).max(CACHE_BYTES_MIN).next_multiple_of(1 << 20)
+}
+
+/// Asked before anything is sealed, as the mount will ask; what it would answer names ways that a user who only tries
+/// the program does not have.
+fn need_memory(cache_bytes: u64) -> Result<()> {
+    let bytes = host::memory_bytes(cache_bytes);
+    match mem::Arena::open(mem::ArenaPlan { bytes }) {
+        Err(err) if err.code() == Code::Memlock => {
+            // The mount locks its keys beside it.
+            let limit = (bytes + (2 << 20)).next_multiple_of(1 << 20);
+            let seen = mem::memlock_limit().map_or("of no use".to_owned(), |bytes| (bytes >> 10).to_string());
+            refuse!(
+                Memlock,
+                "the demo locks {} of memory, which takes `ulimit -l {}` or more where it is not run as root; here it is \
+                 {seen}. Raise it for this shell, then run the demo again: `sudo prlimit --pid $$ --memlock={limit}`",
+                show_size(bytes),
+                limit >> 10,
+            )
+        }
+        other => other.map(drop),
+    }
 }
 
 fn tell(account: &Value, mnt: &Path, seal_took: Duration, keep: bool) -> String {
@@ -177,6 +212,16 @@ fn hash_file(path: &Path) -> Result<([u8; 32], u64)> {
             }
         }
     }
+}
+
+fn bytes_below(dir: &Path) -> Result<u64> {
+    let mut bytes = 0u64;
+    for file in files_below(dir)? {
+        let path = dir.join(file);
+        let fault = |e| Error::new(Code::Source, format!("cannot look at {}", path.display())).with_source(e);
+        bytes = bytes.saturating_add(path.metadata().map_err(fault)?.len());
+    }
+    Ok(bytes)
 }
 
 /// Regular files, relative to `dir`, sorted: what `seal` takes.

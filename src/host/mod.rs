@@ -120,6 +120,11 @@ impl Drop for Host {
     }
 }
 
+/// What a process with a cache of `cache_bytes` takes of locked memory, its keys aside.
+pub(crate) fn memory_bytes(cache_bytes: u64) -> u64 {
+    cache_bytes.saturating_add(CacheLimits::default().opener_bytes() + BUFFER_BYTES)
+}
+
 impl Host {
     /// Takes the locked memory and starts the threads. Once a process.
     ///
@@ -142,7 +147,7 @@ impl Host {
         let audit = audit::start(&plan.oversight.audit, &telemetry)?;
         // Before anything is fetched: a machine that cannot lock this much will not do so later either.
         let limits = CacheLimits::default();
-        let arena = Arena::open(ArenaPlan { bytes: plan.cache_bytes + limits.opener_bytes() + BUFFER_BYTES })?;
+        let arena = Arena::open(ArenaPlan { bytes: memory_bytes(plan.cache_bytes) })?;
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
             .thread_name("serve")
