@@ -8,6 +8,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tests/steps.sh
+source tests/page.sh
 
 quick=""
 [[ ${1:-} != --quick ]] || quick=1
@@ -283,6 +284,29 @@ if [[ -x $versitygw ]]; then
 else
   skip "s3" "versitygw is not installed"
 fi
+
+# ---- The first commands of the README, in a home and with folders of their own.
+
+quick_start() {
+  local home=$work/readme python="sha256sum MOUNT/acme/llama-8b/config.json"
+  mkdir -p "$home/bin"
+  cp -r "$models/minilm" "$home/llama-8b"
+  ln -s "$modelfs" "$home/bin/modelfs"
+  if [[ -x $torch ]]; then
+    printf '#!/bin/sh\nexec %s "$@"\n' "$torch" >"$home/bin/python"
+    chmod +x "$home/bin/python"
+    python="&"
+  fi
+  sed "s|^python .*|$python|; s|/srv/models|$home/store|g; s|/mnt/models|$mnt|g; s|MOUNT/|$mnt/|" README.md >"$home/README.md"
+  (
+    cd "$home"
+    unset XDG_CONFIG_HOME XDG_STATE_HOME MODELFS_STATE_DIR
+    export HOME=$home PATH=$home/bin:$PATH
+    run_page_block README.md quick-start
+  )
+  ! mountpoint -q "$mnt"
+}
+step "the quick start of the README" quick_start
 
 # ---- The demo, as root and as somebody who may lock more memory or less.
 

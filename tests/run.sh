@@ -80,5 +80,6 @@ bash tests/docs.sh || true
 for page in ACCESS AUDIT CONFIGURATION DEPLOY DOCTOR HARDENING INCIDENTS METRICS MONITORING RUNBOOK SCAN; do
   step "every command of docs/$page.md was run" page_was_run "docs/$page.md"
 done
+step "every named command of README.md was run" page_was_run README.md
 rm -f "$MODELFS_TEST_PAGE_RUN"
 finish
