@@ -154,9 +154,20 @@ if wrong or len(jobs) < 2:
     sys.exit("\n".join(wrong) or "no jobs were understood")
 PYTHON
 }
+# `row_58_*` on the page is the beginning of a test's name.
+rows_have_tests() { # PAGE
+  local row seen=0
+  for row in $(grep -oE '`rows?_[0-9a-z_]+_\*`' "$1" | tr -d '`*' | sort -u); do
+    grep -rqE "fn $row" tests src || { echo "$1: no test's name begins with $row"; return 1; }
+    seen=$((seen + 1))
+  done
+  echo "$seen rows"
+  [[ $seen -gt 5 ]]
+}
 step "the check of names can fail" named_tests_can_fail
 step "every test that docs/COMPLIANCE.md names is there" named_tests_exist docs/COMPLIANCE.md
 step "every test that docs/SECURE_CODING.md names is there" named_tests_exist docs/SECURE_CODING.md
+step "every test that docs/THREAT_MODEL.md names by its row is there" rows_have_tests docs/THREAT_MODEL.md
 if [[ -f docs/monitoring/alerts.yaml ]]; then
   step "every alert has a section in docs/RUNBOOK.md, and every section an alert" alerts_have_sections
 fi
