@@ -22,7 +22,8 @@
 //!
 //! # Which module owns which promise
 //!
-//! Imports point one way, from the bottom of this list to the top.
+//! The list goes from what others stand on to what stands on them; who may import whom is in docs/ARCHITECTURE.md, with
+//! the two places where imports go round.
 //!
 //! - [`error`]: one table from code to class to errno and exit code; [`telemetry`]: every number and its unit.
 //! - [`format`]: bytes on the store, both ways. Pure; nothing is allocated before its size is checked.

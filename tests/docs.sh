@@ -154,6 +154,61 @@ if wrong or len(jobs) < 2:
     sys.exit("\n".join(wrong) or "no jobs were understood")
 PYTHON
 }
+# The page's table and order of modules against src: each module of src/lib.rs has a row, the row says `no` of unsafe code only
+# where there is none, and an import goes to a row of the order above its own, or stays within one pair of brackets.
+modules_are_as_drawn() { # PAGE
+  python3 - "$1" <<'PYTHON'
+import re, sys
+from pathlib import Path
+page, wrong = Path(sys.argv[1]).read_text(), []
+modules = re.findall(r"^(?:pub )?mod (\w+);", Path("src/lib.rs").read_text(), re.M)
+rows = {}
+for names, claim in re.findall(r"^\| (`[^|]*`) \| [^|]* \| ([^|]*) \|$", page.split("| unsafe |", 1)[1].split("\n\n", 1)[0], re.M):
+    rows.update((name, claim) for name in re.findall(r"`(\w+)`", names))
+order = re.search(r"^```text imports\n(.*?)^```", page, re.S | re.M)[1].splitlines()
+level = {name: number for number, row in enumerate(order) for name in re.findall(r"\w+", row)}
+for name in sorted(set(modules) ^ set(rows)):
+    wrong.append(f"{name}: in one of src/lib.rs and the table, not in both")
+for name in sorted(set(modules) ^ set(level)):
+    wrong.append(f"{name}: in one of src/lib.rs and the order of imports, not in both")
+def code(file):  # without comments and without what only tests are made of
+    text = re.sub(r"^\s*//.*$", "", file.read_text(), flags=re.M)
+    return re.sub(r"#\[cfg\(test\)\]\s*(?:mod tests \{.*|[^;{]*;)", "", text, flags=re.S)
+imports = 0
+for name in modules:
+    files = [file for file in [Path(f"src/{name}.rs"), *sorted(Path(f"src/{name}").rglob("*.rs"))] if file.is_file()]
+    texts = [code(file) for file in files if not file.name.endswith("tests.rs")]
+    unsafe = sum(len(re.findall(r"\bunsafe (?:\{|fn|impl|extern)", text)) for text in texts)
+    if name in rows and (rows[name] == "no") != (unsafe == 0):
+        wrong.append(f"{name}: {unsafe} places of unsafe code, the table says: {rows[name]}")
+    used = set()
+    for text in texts:
+        used.update(re.findall(r"\bcrate::(\w+)", text))
+        for group in re.findall(r"\bcrate::\{(.*?)\};", text, re.S):
+            used.update(re.findall(r"(?:^|,)\s*(\w+)", re.sub(r"\{[^{}]*\}", "", group)))
+    for other in sorted((used & set(modules)) - {name}):
+        imports += 1
+        if name in level and other in level:
+            together = level[other] == level[name] and order[level[name]].startswith("(")
+            if level[other] >= level[name] and not together:
+                wrong.append(f"{name} imports {other}, which does not stand above it")
+print(f"{len(rows)} rows, {imports} imports")
+if wrong or imports < 100:
+    sys.exit("\n".join(wrong) or f"only {imports} imports were understood")
+PYTHON
+}
+# Three lies about what is there, each seen.
+modules_as_drawn_can_fail() {
+  local page rc=0
+  page=$(mktemp)
+  sed -e '/^| `gpu` |/d' -e '/^| `mem` |/s/| yes |$/| no |/' -e 's/^host$/@/; s/^reading$/host/; s/^@$/reading/' docs/ARCHITECTURE.md >"$page"
+  modules_are_as_drawn "$page" >"$page.log" 2>&1 && rc=1
+  for lie in "^gpu: in one of src/lib.rs and the table" "^mem: [0-9]* places of unsafe code" "^host imports reading,"; do
+    grep "$lie" "$page.log" >/dev/null || rc=1
+  done
+  rm -f "$page" "$page.log"
+  return $rc
+}
 # `row_58_*` on the page is the beginning of a test's name.
 rows_have_tests() { # PAGE
   local row seen=0
@@ -171,6 +226,8 @@ step "every test that docs/THREAT_MODEL.md names by its row is there" rows_have_
 if [[ -f docs/monitoring/alerts.yaml ]]; then
   step "every alert has a section in docs/RUNBOOK.md, and every section an alert" alerts_have_sections
 fi
+step "the check of modules can fail" modules_as_drawn_can_fail
+step "modules, their unsafe code and their imports are as docs/ARCHITECTURE.md says" modules_are_as_drawn docs/ARCHITECTURE.md
 step "every link between pages leads somewhere" links_lead_somewhere
 step "a release comes after everything that CI runs, and each of its jobs may what it does" release_is_tested
 if [[ -x $modelfs ]]; then
