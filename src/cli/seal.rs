@@ -48,7 +48,7 @@ pub struct SealArgs {
     /// Seal a variant of NAME, as in q4_k_m: a model of its own, called NAME+VARIANT
     #[arg(long, value_name = "VARIANT")]
     variant: Option<String>,
-    /// The publisher key: a key file; give it again for cosigners [default: ~/.config/modelfs/signing.key, made by the first seal]
+    /// The publisher key; give it again for cosigners [default: ~/.config/modelfs/signing.key, made by the first seal]
     #[arg(long, value_name = "SIGNER")]
     sign: Vec<String>,
     /// The release key, which moves tags; up to 4 times [default: the first publisher key]
@@ -86,7 +86,8 @@ Examples:
 
 Files that did not change since the last version are not uploaded again. Readers switch to the new version at the next
 mount; a seal that is cut off publishes nothing.
-SIGNER is a key file.";
+
+SIGNER is a key file, or vault-transit:MOUNT/KEY for an Ed25519 key in Vault.";
 
 pub fn run(args: &SealArgs, mut layers: Layers, out: &Out) -> Result<()> {
     args.flags.lay(&mut layers);
