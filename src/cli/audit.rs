@@ -33,9 +33,10 @@ enum AuditCommand {
 
 const EXAMPLES: &str = "\
 Examples:
-  modelfs audit verify /var/log/modelfs/audit.log --trust audit.key.pub --checkpoints /mnt/worm/checkpoints
+  modelfs audit verify /var/log/modelfs/audit.log --trust audit.key.pub \\
+      --checkpoints /mnt/worm/checkpoints
   modelfs audit show /var/log/modelfs/audit.log --since 24h --severity high
-  modelfs mount ... --audit-file /var/log/modelfs/audit.log --audit-key audit.key      writes one
+  modelfs mount ... --audit-file /var/log/modelfs/audit.log --audit-key audit.key   writes one
 
 docs/AUDIT.md says what stands in a log and what can be proved of it.";
 
@@ -60,10 +61,11 @@ pub struct VerifyArgs {
 const VERIFY_EXAMPLES: &str = "\
 Examples:
   modelfs audit verify /var/log/modelfs/audit.log
-  modelfs audit verify /var/log/modelfs/audit.log --trust audit.key.pub --checkpoints /mnt/worm/checkpoints
+  modelfs audit verify /var/log/modelfs/audit.log --trust audit.key.pub \\
+      --checkpoints /mnt/worm/checkpoints
   modelfs audit verify exported/audit.log* --trust audit.key.pub --json
 
-Exit code 0: the log is genuine as far as is said; 20: it was edited, deleted from, reordered, duplicated, inserted into,
+Exit code 0: the log is genuine as far as is said; 20: it was edited, deleted from, reordered, duplicated, inserted into, \
 truncated, spliced, rewritten, or is not signed by whom you trust.";
 
 /// Show the records of a log that fit, oldest first; with --json as they lie, one a line.
@@ -103,8 +105,10 @@ const SHOW_EXAMPLES: &str = "\
 Examples:
   modelfs audit show /var/log/modelfs/audit.log --last 20
   modelfs audit show /var/log/modelfs/audit.log --since 24h --severity high
-  modelfs audit show /var/log/modelfs/audit.log --uid 1000 --model 'acme/*' --kind open --outcome denied
-  modelfs audit show /var/log/modelfs/audit.log --since 2026-11-01 --until 2026-12-01 --json | jq -r .detail
+  modelfs audit show /var/log/modelfs/audit.log --uid 1000 --model 'acme/*' --kind open \\
+      --outcome denied
+  modelfs audit show /var/log/modelfs/audit.log --since 2026-11-01 --until 2026-12-01 \\
+      --json | jq -r .detail
 
 It believes what it reads, and an index beside each file (.FILE.index) that it keeps: prove a log with `modelfs audit verify`.";
 

@@ -26,10 +26,12 @@ pub struct CatArgs {
 
 const EXAMPLES: &str = "\
 Examples:
-  modelfs cat s3://models/prod acme/llama config.json --key file:llama.key --trust signing.pub | jq .
-  modelfs cat /srv/models acme/llama@3 model.safetensors --key file:k --trust signing.pub > model.safetensors
+  modelfs cat s3://models/prod acme/llama config.json --key file:llama.key \\
+      --trust signing.pub | jq .
+  modelfs cat /srv/models acme/llama@3 model.safetensors --key file:k \\
+      --trust signing.pub > model.safetensors
 
-The SHA-256 of the whole file is checked at the end: an exit code other than 0 means that what was written is not the
+The SHA-256 of the whole file is checked at the end: an exit code other than 0 means that what was written is not the \
 whole file.";
 
 /// Chunks fetched and opened ahead of the one being written.

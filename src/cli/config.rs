@@ -25,9 +25,9 @@ pub struct ConfigArgs {
 
 const EXAMPLES: &str = "\
 Examples:
-  modelfs config check s3://models/prod /mnt/models        what would refuse this mount, all of it
-  modelfs config show                                      each option, its value, and where that was written
-  modelfs config options                                   every option there is
+  modelfs config check s3://models/prod /mnt/models    what would refuse this mount, all of it
+  modelfs config show                                  each option, its value and its origin
+  modelfs config options                               every option there is
 
 docs/CONFIGURATION.md explains them.";
 
@@ -79,7 +79,7 @@ struct CheckArgs {
 
 const CHECK_EXAMPLES: &str = "\
 Examples:
-  modelfs config check                                     file and environment, as a mount would read them
+  modelfs config check                          file and environment, as a mount would read them
   modelfs config check s3://models/prod /mnt/models --cache 64GiB
   modelfs --config ./modelfs.toml config check --for csi --node-id node-7
   modelfs config check /srv/models /mnt -o ro,key=file:/etc/modelfs/llama.key,trust=/etc/modelfs/publisher.pub

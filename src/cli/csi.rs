@@ -22,10 +22,11 @@ pub struct CsiArgs {
 
 const EXAMPLES: &str = "\
 Examples:
-  modelfs csi --node-id $(NODE_NAME) --allow-store s3://models/prod --trust PUBKEY --vault-addr https://vault:8200
+  modelfs csi --node-id $(NODE_NAME) --allow-store s3://models/prod --trust PUBKEY \\
+      --vault-addr https://vault:8200
   modelfs --config /etc/modelfs/modelfs.toml csi --allow-store $(STORES)
 
-docs/kubernetes has the manifests, docs/DEPLOY.md the way through them. It runs as root in a privileged container: only there
+docs/kubernetes has the manifests, docs/DEPLOY.md the way through them. It runs as root in a privileged container: only there \
 does the kubelet see what it mounts. Stop it with SIGTERM, after the pods of the node have ended.";
 
 impl CsiArgs {

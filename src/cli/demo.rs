@@ -37,8 +37,8 @@ Examples:
   modelfs demo ~/models/llama-3-8b
   modelfs demo --keep
 
-Needs root, or fuse3 and a memory limit (`ulimit -l`, in KiB) of half more than the model: 131072 holds the generated
-one. Needs as much free memory, and twice the size of the model on disk. Everything it makes lies in one temporary
+Needs root, or fuse3 and a memory limit (`ulimit -l`, in KiB) of half more than the model: 131072 holds the generated \
+one. Needs as much free memory, and twice the size of the model on disk. Everything it makes lies in one temporary \
 folder, which it removes again; the model in DIR is only read.";
 
 const MODEL: &str = "demo/model";

@@ -57,7 +57,7 @@ Examples:
   modelfs doctor --rule swap --rule memlock
   modelfs doctor --json | jq '.findings[] | select(.severity != \"fine\")'
 
-Nothing is changed. What is configured (files, environment, options) is looked at too. Exit code 1 when something prevents
+Nothing is changed. What is configured (files, environment, options) is looked at too. Exit code 1 when something prevents \
 mounting; what costs speed is told and exits with 0. With --strict 26 for both an error and a warning about secrets.
 As another user than the daemon's, the rights seen are those of the doctor.";
 

@@ -37,10 +37,10 @@ pub struct FloorArgs {
 const EXAMPLES: &str = "\
 Examples:
   modelfs floor s3://models/prod acme/llama                  what was seen of it here, by tag
-  modelfs floor s3://models/prod acme/llama --reset --yes    after a bucket was restored from an older backup
+  modelfs floor s3://models/prod acme/llama --reset --yes    a bucket was restored from a backup
   modelfs floor s3://models/prod acme/llama --raise --floor vault-kv:secret/modelfs/floor
 
-A store that shows less than was seen is refused (ROLLBACK, FORK). That is an attack, or a restored backup: reset only
+A store that shows less than was seen is refused (ROLLBACK, FORK). That is an attack, or a restored backup: reset only \
 when you know that it is the latter.";
 
 pub fn run(args: &FloorArgs, mut layers: Layers, out: &Out) -> Result<()> {

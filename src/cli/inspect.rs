@@ -28,7 +28,8 @@ const EXAMPLES: &str = "\
 Examples:
   modelfs inspect s3://models/prod acme/llama --trust signing.pub
   modelfs inspect s3://models/prod acme/llama@3 --trust signing.pub --key file:llama.key
-  modelfs inspect /srv/models acme/llama --trust signing.pub --key file:k --json | jq '.files[].sha256'
+  modelfs inspect /srv/models acme/llama --trust signing.pub --key file:k \\
+      --json | jq '.files[].sha256'
 
 Signatures, digest and freshness are checked first. Slots are shown by kind and label; key material never is.";
 

@@ -33,7 +33,10 @@ Examples:
   sudo modelfs install-helper --remove
   modelfs install-helper --prefix ./image                  for the root folder of another system
 
-Then: mount -t modelfs s3://models/prod /mnt/models -o ro,key=file:/etc/modelfs/llama.key,trust=PUBKEY
+Then:
+  mount -t modelfs s3://models/prod /mnt/models \\
+      -o ro,key=file:/etc/modelfs/llama.key,trust=PUBKEY
+
 The Debian package brings these links. mount.fuse.modelfs is for the type as the mount table shows it (fuse.modelfs).";
 
 /// What became of one link.

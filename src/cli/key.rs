@@ -48,11 +48,13 @@ enum KeyCommand {
 const EXAMPLES: &str = "\
 Examples:
   modelfs key list s3://models/prod acme/llama --trust publisher.pub
-  modelfs key add s3://models/prod acme/llama --key vault-transit:transit/models --add passphrase --label break-glass
-  modelfs key remove s3://models/prod acme/llama --key vault-transit:transit/models --label break-glass
+  modelfs key add s3://models/prod acme/llama --key vault-transit:transit/models \\
+      --add passphrase --label break-glass
+  modelfs key remove s3://models/prod acme/llama --key vault-transit:transit/models \\
+      --label break-glass
   modelfs key rotate s3://models/prod acme/llama --key file:old.key --to file:new.key
 
-Nothing of the model itself is rewritten but by `key rotate --reencrypt`. Adding, removing and replacing keys does not take
+Nothing of the model itself is rewritten but by `key rotate --reencrypt`. Adding, removing and replacing keys does not take \
 the data key back from whoever unwrapped it before: docs/KEYS.md says what each rotation does and does not achieve.";
 
 /// Show the key slots of a version; with --key, which of those keys opens which.
@@ -70,7 +72,8 @@ pub struct ListArgs {
 const LIST_EXAMPLES: &str = "\
 Examples:
   modelfs key list s3://models/prod acme/llama --trust publisher.pub
-  modelfs key list /srv/models acme/llama@3 --trust signing.pub --key file:node.key --json | jq -r '.slots[].label'
+  modelfs key list /srv/models acme/llama@3 --trust signing.pub --key file:node.key \\
+      --json | jq -r '.slots[].label'
 
 No key material is shown. Trying a passphrase takes as long as guessing it once.";
 
@@ -96,8 +99,10 @@ pub struct AddArgs {
 
 const ADD_EXAMPLES: &str = "\
 Examples:
-  modelfs key add s3://models/prod acme/llama --key file:node.key --add passphrase --label break-glass
-  modelfs key add s3://models/prod acme/llama@2 --key file:node.key --add file:auditor.key --sign release.key
+  modelfs key add s3://models/prod acme/llama --key file:node.key --add passphrase \\
+      --label break-glass
+  modelfs key add s3://models/prod acme/llama@2 --key file:node.key --add file:auditor.key \\
+      --sign release.key
 
 --key must open the version already. Running it again changes nothing.";
 
@@ -120,7 +125,8 @@ pub struct RemoveArgs {
 
 const REMOVE_EXAMPLES: &str = "\
 Examples:
-  modelfs key remove s3://models/prod acme/llama --key vault-transit:transit/models --label break-glass
+  modelfs key remove s3://models/prod acme/llama --key vault-transit:transit/models \\
+      --label break-glass
 
 One of the --key given must open what is left. Whoever copied the slot, or unwrapped the data key, still has it.";
 
@@ -165,11 +171,14 @@ pub struct RotateArgs {
 const ROTATE_EXAMPLES: &str = "\
 Examples:
   modelfs key rotate s3://models/prod acme/llama --key file:old.key --to file:new.key
-  modelfs key rotate s3://models/prod acme/llama --key passphrase --to passphrase        change a passphrase
-  modelfs key rotate s3://models/prod --all --key file:old.key --to file:new.key         somebody left
-  modelfs key rotate s3://models/prod --all --rewrap --key vault-transit:transit/models  after `vault write -f .../rotate`
-  modelfs key rotate s3://models/prod acme/llama --key file:node.key --new-key --sign publisher.key --release release.key
-  modelfs key rotate s3://models/prod acme/llama --key file:node.key --to file:new.key --reencrypt --withdraw-old
+  modelfs key rotate s3://models/prod acme/llama --key passphrase --to passphrase
+  modelfs key rotate s3://models/prod --all --key file:old.key --to file:new.key   somebody left
+  modelfs key rotate s3://models/prod --all --rewrap --key vault-transit:transit/models
+      after `vault write -f transit/keys/models/rotate`
+  modelfs key rotate s3://models/prod acme/llama --key file:node.key --new-key \\
+      --sign publisher.key --release release.key
+  modelfs key rotate s3://models/prod acme/llama --key file:node.key --to file:new.key \\
+      --reencrypt --withdraw-old
 
 What died half-way is completed by running it again. Old objects are left to `modelfs prune`.";
 

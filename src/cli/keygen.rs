@@ -25,11 +25,14 @@ pub struct KeygenArgs {
 
 const EXAMPLES: &str = "\
 Examples:
-  modelfs keygen ~/llama.key                     then: modelfs seal ... --key file:$HOME/llama.key
-  modelfs keygen --signing ~/release.key         then: modelfs seal ... --sign ~/release.key
-                                                 and:  modelfs mount ... --trust ~/release.key.pub
-  modelfs keygen --recipient ~/server.key        then: modelfs mount ... --key x25519:$HOME/server.key on the server
-                                                 and:  modelfs seal ... --key recipient:server.key.pub elsewhere
+  modelfs keygen ~/llama.key
+      then: modelfs seal ... --key file:$HOME/llama.key
+  modelfs keygen --signing ~/release.key
+      then: modelfs seal ... --sign ~/release.key
+      and:  modelfs mount ... --trust ~/release.key.pub
+  modelfs keygen --recipient ~/server.key
+      then: modelfs mount ... --key x25519:$HOME/server.key on the server
+      and:  modelfs seal ... --key recipient:server.key.pub elsewhere
 
 Whoever has the file opens every model sealed with it; without it nobody does. Keep a copy elsewhere.";
 

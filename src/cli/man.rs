@@ -28,7 +28,7 @@ pub struct ManArgs {
 const EXAMPLES: &str = "\
 Examples:
   modelfs man | man -l -
-  sudo modelfs man /usr/local/share/man                    then: man modelfs-mount, man mount.modelfs
+  sudo modelfs man /usr/local/share/man      then: man modelfs-mount, man mount.modelfs
 
 The Debian package brings them.";
 
@@ -105,7 +105,7 @@ fn command_page(command: &Command, top: &Command) -> Page {
     if let Some(help) = command.get_after_help() {
         let help = help.to_string();
         section(&mut text, "EXAMPLES");
-        verbatim(&mut text, help.strip_prefix("Examples:\n").unwrap_or(&help));
+        examples(&mut text, help.strip_prefix("Examples:\n").unwrap_or(&help));
     }
     exit_status(&mut text);
     // Whom an audit log's checkpoints are trusted by, and of which model records are shown, is said in words alone.
@@ -316,6 +316,21 @@ fn verbatim(text: &mut String, block: &str) {
         line(text, row);
     }
     text.push_str(".fi\n");
+}
+
+/// Indented rows are examples and stay as they are; every other row is a paragraph, for the reader's terminal to break.
+fn examples(text: &mut String, block: &str) {
+    let rows: Vec<&str> = block.lines().collect();
+    for part in rows.chunk_by(|one, next| one.starts_with(' ') == next.starts_with(' ')) {
+        if part[0].starts_with(' ') {
+            verbatim(text, &part.join("\n"));
+            continue;
+        }
+        for row in part.iter().filter(|row| !row.is_empty()) {
+            text.push_str(".PP\n");
+            line(text, row);
+        }
+    }
 }
 
 fn line(text: &mut String, words: &str) {

@@ -79,31 +79,34 @@ Examples:
   modelfs mount s3://models/prod /mnt/models --key file:$HOME/llama.key --trust PUBKEY
   modelfs umount /mnt/models
 
-STORE is file:///srv/models, a plain path, or s3://bucket/prefix. MODEL is NAME, NAME@TAG, NAME@VERSION or
-NAME@best:METRIC:min (or :max).
-KEY is file:PATH, env:VAR, passphrase, passphrase-file:PATH, x25519:PATH (opens what is sealed to its public half),
+STORE is file:///srv/models, a plain path, or s3://bucket/prefix.
+MODEL is NAME, NAME@TAG, NAME@VERSION or NAME@best:METRIC:min (or :max).
+KEY is file:PATH, env:VAR, passphrase, passphrase-file:PATH, x25519:PATH (opens what is sealed to its public half), \
 recipient:PUBKEY|PATH.pub (seals only), vault-transit:MOUNT/KEY or vault-kv:MOUNT/PATH#FIELD.
-Exit codes: 0 done, 1 this machine failed, 2 usage, 3 not found, 20 tampered, 21 changed, 22 store unreachable,
-23 no room, 24 files still held, 25 no key or access, 26 refused by --strict, or
-weights found by scan.";
+Exit codes: 0 done, 1 this machine failed, 2 usage, 3 not found, 20 tampered, 21 changed, 22 store unreachable, \
+23 no room, 24 files still held, 25 no key or access, 26 refused by --strict, or weights \
+found by scan.";
+
+/// Apart from the options of one command, which are what its help is read for.
+const EVERY: &str = "Every command";
 
 /// Options of every command.
 #[derive(Debug, Clone, Args)]
 pub struct Global {
     /// Print results, and the error, as JSON
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = EVERY)]
     pub json: bool,
     /// No progress, no hints; only results and errors
-    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    #[arg(short, long, global = true, help_heading = EVERY, conflicts_with = "verbose")]
     pub quiet: bool,
     /// More detail on standard error; twice for more
-    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    #[arg(short, long, global = true, help_heading = EVERY, action = clap::ArgAction::Count)]
     pub verbose: u8,
     /// How log lines look: text or json [env: MODELFS_LOG_FORMAT]
-    #[arg(long, global = true, value_name = "FORMAT")]
+    #[arg(long, global = true, help_heading = EVERY, value_name = "FORMAT")]
     pub log_format: Option<String>,
     /// This configuration file and no other [default: /etc/modelfs.toml, then ~/.config/modelfs/config.toml]
-    #[arg(long, global = true, value_name = "PATH")]
+    #[arg(long, global = true, help_heading = EVERY, value_name = "PATH")]
     pub config: Option<PathBuf>,
 }
 
@@ -129,9 +132,9 @@ impl Global {
     }
 }
 
+/// In the order in which help lists them: to try it, to publish, to serve, to look after it, for machines.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    Audit(audit::AuditArgs),
     Demo(demo::DemoArgs),
     Keygen(keygen::KeygenArgs),
     Seal(seal::SealArgs),
@@ -139,30 +142,31 @@ pub enum Command {
     Inspect(inspect::InspectArgs),
     Verify(verify::VerifyArgs),
     Cat(cat::CatArgs),
-    Csi(Box<csi::CsiArgs>),
     Mount(Box<mount::MountArgs>),
-    #[command(after_help = run::AFTER_HELP)]
-    Run(run::RunArgs),
     Umount(umount::UmountArgs),
+    Reload(reload::ReloadArgs),
     Status(status::StatusArgs),
     Top(top::TopArgs),
     Doctor(Box<doctor::DoctorArgs>),
     Scan(scan::ScanArgs),
-    Floor(floor::FloorArgs),
+    Config(config::ConfigArgs),
+    Audit(audit::AuditArgs),
     Key(key::KeyArgs),
-    Prune(prune::PruneArgs),
-    Rollback(rollback::RollbackArgs),
     Tag(tag::TagArgs),
-    Lock(lock::LockArgs),
-    Sessions(sessions::SessionsArgs),
-    Unlock(lock::UnlockArgs),
+    Rollback(rollback::RollbackArgs),
+    Prune(prune::PruneArgs),
+    Floor(floor::FloorArgs),
     Sign(sign::SignArgs),
-    Reload(reload::ReloadArgs),
+    Lock(lock::LockArgs),
+    Unlock(lock::UnlockArgs),
+    Sessions(sessions::SessionsArgs),
+    #[command(after_help = run::AFTER_HELP)]
+    Run(run::RunArgs),
+    VolumePlugin(Box<volume_plugin::VolumePluginArgs>),
+    Csi(Box<csi::CsiArgs>),
     InstallHelper(install_helper::InstallHelperArgs),
     Completions(completions::CompletionsArgs),
-    Config(config::ConfigArgs),
     Man(man::ManArgs),
-    VolumePlugin(Box<volume_plugin::VolumePluginArgs>),
 }
 
 impl Command {
@@ -272,5 +276,47 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Completions(args) => completions::run(&args, &out),
         Command::Man(args) => man::run(&args, &out),
         Command::VolumePlugin(args) => volume_plugin::run(&args, layers, &out),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn each(command: &clap::Command, look: &mut dyn FnMut(&clap::Command)) {
+        look(command);
+        command.get_subcommands().for_each(|inner| each(inner, look));
+    }
+
+    /// Where clap breaks a row for a narrow terminal, a row that was broken before becomes two ragged ones.
+    #[test]
+    fn help_breaks_no_sentence_by_hand_and_no_example_is_wider_than_a_terminal_of_a_hundred_columns() {
+        each(&Cli::command(), &mut |command| {
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            let rows: Vec<&str> = help.lines().collect();
+            for row in rows.iter().filter(|row| row.starts_with(' ')) {
+                assert!(row.len() <= 96, "{}: {row}", command.get_name());
+            }
+            for pair in rows.windows(2).filter(|pair| pair.iter().all(|row| !row.is_empty() && !row.starts_with(' '))) {
+                assert!(pair[0].ends_with(['.', ':']), "{}: broken in a sentence: {}", command.get_name(), pair[0]);
+            }
+        });
+    }
+
+    #[test]
+    fn options_of_every_command_stand_under_a_heading_of_their_own() {
+        let mut top = Cli::command();
+        top.build();
+        let floor = top.find_subcommand("floor").expect("a command");
+        let heading = |flag: &str| {
+            let arg = floor.get_arguments().find(|arg| arg.get_long() == Some(flag)).expect("a flag");
+            arg.get_help_heading().map(ToOwned::to_owned)
+        };
+        for flag in ["json", "quiet", "verbose", "log-format", "config"] {
+            assert_eq!(heading(flag).as_deref(), Some(EVERY), "--{flag}");
+        }
+        assert_eq!(heading("reset"), None);
     }
 }

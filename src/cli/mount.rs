@@ -31,12 +31,18 @@ pub struct MountArgs {
 
 const EXAMPLES: &str = "\
 Examples:
-  modelfs mount /srv/models /mnt/models --key file:/etc/modelfs/llama.key --trust /etc/modelfs/signing.pub
-  modelfs mount s3://models/prod /mnt/m --model acme/llama@prod --key env:LLAMA_KEY --cache 64GiB --daemon
-  modelfs mount s3://models/prod /mnt/m --model acme/llama --manifest sha256:51d0... --key file:k --trust PUBKEY
-  modelfs mount s3://models/prod /mnt/m --model acme/llama --versions --key file:k --trust PUBKEY
-  modelfs mount vault-kv://secret/models /mnt/m --trust PUBKEY --s3-credentials vault-aws:aws/models
-  mount -t modelfs s3://models/prod /mnt/models -o key=file:/etc/modelfs/llama.key,trust=PUBKEY,cache=64GiB
+  modelfs mount /srv/models /mnt/models --key file:/etc/modelfs/llama.key \\
+      --trust /etc/modelfs/signing.pub
+  modelfs mount s3://models/prod /mnt/m --model acme/llama@prod --key env:LLAMA_KEY \\
+      --cache 64GiB --daemon
+  modelfs mount s3://models/prod /mnt/m --model acme/llama --manifest sha256:51d0... \\
+      --key file:k --trust PUBKEY
+  modelfs mount s3://models/prod /mnt/m --model acme/llama --versions --key file:k \\
+      --trust PUBKEY
+  modelfs mount vault-kv://secret/models /mnt/m --trust PUBKEY \\
+      --s3-credentials vault-aws:aws/models
+  mount -t modelfs s3://models/prod /mnt/models \\
+      -o key=file:/etc/modelfs/llama.key,trust=PUBKEY,cache=64GiB
 
 A version never changes under a mount; with --versions a newer one appears beside it. Stop it with `modelfs umount MOUNTPOINT`, or Ctrl-C in the foreground.";
 

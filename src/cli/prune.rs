@@ -47,13 +47,15 @@ pub struct PruneArgs {
 
 const EXAMPLES: &str = "\
 Examples:
-  modelfs prune s3://models/prod --key file:llama.key --trust signing.pub             look: what is garbage?
-  modelfs prune s3://models/prod --key file:llama.key --trust signing.pub --yes       once a day, from cron
-  modelfs prune /srv/models acme/llama --keep 3 --grace 30d --key file:k --trust signing.pub --yes
+  modelfs prune s3://models/prod --key file:llama.key --trust signing.pub   what is garbage?
+  modelfs prune s3://models/prod --key file:llama.key --trust signing.pub --yes
+      once a day, from cron
+  modelfs prune /srv/models acme/llama --keep 3 --grace 30d --key file:k \\
+      --trust signing.pub --yes
 
-Two looks of this machine, at least --grace apart, must both call a thing garbage before it is deleted: first the refs
-of versions beyond --keep, and a grace period after those the objects that only they named. Whatever cannot be read,
-verified or opened stops the prune of its model, so the keys of all versions kept are needed. What is garbage is
+Two looks of this machine, at least --grace apart, must both call a thing garbage before it is deleted: first the refs \
+of versions beyond --keep, and a grace period after those the objects that only they named. Whatever cannot be read, \
+verified or opened stops the prune of its model, so the keys of all versions kept are needed. What is garbage is \
 remembered in the state folder; without it, the looks start anew. A mount of a version that is pruned loses its files.";
 
 pub fn run(args: &PruneArgs, mut layers: Layers, out: &Out) -> Result<()> {

@@ -31,7 +31,7 @@ Examples:
   kill -HUP PID                                            the same, without an answer
 
 The policy holds for opens and for reads through the daemon of what is open; one with a mistake in it changes nothing.
-Newer versions are looked for on mounts with --versions: what was asked for at the mount is resolved again, with the same trust, keys and floors. What is refused changes nothing,
+Newer versions are looked for on mounts with --versions: what was asked for at the mount is resolved again, with the same trust, keys and floors. What is refused changes nothing, \
 for any model. Whoever has a version open keeps it; every walk through `current` that begins afterwards sees the new one.";
 
 pub fn run(args: &ReloadArgs, out: &Out) -> Result<()> {

@@ -34,9 +34,10 @@ pub struct RollbackArgs {
 const EXAMPLES: &str = "\
 Examples:
   modelfs rollback s3://models/prod acme/llama --to 2
-  modelfs rollback s3://models/prod acme/llama --to 2 --tag prod --sign release.key --trust publisher.pub
+  modelfs rollback s3://models/prod acme/llama --to 2 --tag prod --sign release.key \\
+      --trust publisher.pub
 
-The ref is new and has the next number, so readers who remember the newer version follow it: nothing on the store goes
+The ref is new and has the next number, so readers who remember the newer version follow it: nothing on the store goes \
 back. A version that was withdrawn is refused (BELOW_FLOOR). Running it again changes nothing.";
 
 pub fn run(args: &RollbackArgs, mut layers: Layers, out: &Out) -> Result<()> {

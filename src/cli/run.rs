@@ -29,11 +29,14 @@ pub struct RunArgs {
 
 const EXAMPLES: &str = "\
 Examples:
-  modelfs run /srv/models /models --key file:/run/secrets/key --trust PUBKEY -- python3 serve.py /models/acme/llama
-  modelfs run s3://models/prod /models --model acme/llama --require acme/llama --key env:KEY --trust PUBKEY -- vllm serve
-  ENTRYPOINT [\"modelfs\", \"run\"]        in a Dockerfile; HEALTHCHECK CMD [\"modelfs\", \"-q\", \"status\", \"/models\"]
+  modelfs run /srv/models /models --key file:/run/secrets/key --trust PUBKEY \\
+      -- python3 serve.py /models/acme/llama
+  modelfs run s3://models/prod /models --model acme/llama --require acme/llama \\
+      --key env:KEY --trust PUBKEY -- vllm serve
+  ENTRYPOINT [\"modelfs\", \"run\"]                                    in a Dockerfile
+  HEALTHCHECK CMD [\"modelfs\", \"-q\", \"status\", \"/models\"]         beside it
 
-The exit code is the command's; 128+N if signal N ended it, 127 if it is not there, 126 if it cannot be executed. Codes of
+The exit code is the command's; 128+N if signal N ended it, 127 if it is not there, 126 if it cannot be executed. Codes of \
 modelfs itself, told on standard error: the command was not started. With --strict 26: a check found something.
 Keys, passphrases, Vault tokens and, for a store in S3, AWS credentials are not in the command's environment.";
 

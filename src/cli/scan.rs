@@ -78,9 +78,9 @@ Examples:
   modelfs scan image/ --sarif scan.sarif                    an OCI layout, for a code host
   modelfs scan app.tar --json | jq '.findings[].path'
 
-Weights are known by structure (certain), or by name and size (likely). What is only told (info; -v shows it in text) fails
-nothing by default. Exit codes: 0 clean; 26 weights found; 20 an archive is broken, cut or more than the limits allow, so
-that nobody can say what it holds; 1 this machine did not read something. docs/SCAN.md tells what is looked at, and what
+Weights are known by structure (certain), or by name and size (likely). What is only told (info; -v shows it in text) fails \
+nothing by default. Exit codes: 0 clean; 26 weights found; 20 an archive is broken, cut or more than the limits allow, so \
+that nobody can say what it holds; 1 this machine did not read something. docs/SCAN.md tells what is looked at, and what \
 not.";
 
 pub fn run(args: &ScanArgs, out: &Out, verbose: bool) -> Result<()> {

@@ -76,15 +76,19 @@ pub struct SealArgs {
 const EXAMPLES: &str = "\
 Examples:
   modelfs seal ./llama-70b s3://models/prod acme/llama-70b --key file:llama.key
-  modelfs seal ./llama /srv/models acme/llama --key file:node.key --key passphrase --tag staging --metric eval_loss=1.93
-  modelfs seal ./llama-q4 s3://models/prod acme/llama --variant q4_k_m --key file:llama.key      as acme/llama+q4_k_m
+  modelfs seal ./llama /srv/models acme/llama --key file:node.key --key passphrase \\
+      --tag staging --metric eval_loss=1.93
+  modelfs seal ./llama-q4 s3://models/prod acme/llama --variant q4_k_m --key file:llama.key
+      as acme/llama+q4_k_m
   modelfs seal ./llama s3://models/prod acme/llama --key vault-transit:transit/models \\
     --register vault-kv://secret/models/acme/llama
-  modelfs seal ./llama s3://models/prod acme/llama --key env:LLAMA_KEY --sign publisher.key --expires 90d
-  modelfs seal ./llama s3://models/prod acme/llama --key file:k --sign a.key --sign b.key --release ci.key
+  modelfs seal ./llama s3://models/prod acme/llama --key env:LLAMA_KEY --sign publisher.key \\
+      --expires 90d
+  modelfs seal ./llama s3://models/prod acme/llama --key file:k --sign a.key --sign b.key \\
+      --release ci.key
   modelfs seal ./llama s3://models/prod acme/llama --key file:k --oms-key vendor.pem
 
-Files that did not change since the last version are not uploaded again. Readers switch to the new version at the next
+Files that did not change since the last version are not uploaded again. Readers switch to the new version at the next \
 mount; a seal that is cut off publishes nothing.
 
 SIGNER is a key file, or vault-transit:MOUNT/KEY for an Ed25519 key in Vault.";

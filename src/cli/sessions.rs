@@ -42,7 +42,7 @@ Examples:
   modelfs sessions /mnt/models --shut-out pod=0f8fad5b-d9cb-469f-a165-70867728950e --hard
   modelfs sessions /mnt/models --let-in uid=1000
 
-The kernel serves passthrough descriptors and maps, and what its page cache holds, without asking: a session that has them
+The kernel serves passthrough descriptors and maps, and what its page cache holds, without asking: a session that has them \
 goes on reading those until --hard or `modelfs lock` takes them away from everyone. The answer names such processes.";
 
 pub fn run(args: &SessionsArgs, out: &Out) -> Result<()> {

@@ -34,10 +34,11 @@ pub struct SignArgs {
 const EXAMPLES: &str = "\
 Examples:
   modelfs sign s3://models/prod acme/llama@7 --sign second.key --trust-file trust.conf
-  modelfs sign /srv/models acme/llama --manifest sha256:9b97... --sign second.key --trust first.pub
+  modelfs sign /srv/models acme/llama --manifest sha256:9b97... --sign second.key \\
+      --trust first.pub
 
-For trust files that ask for several publishers: the second one looks at the version (`modelfs inspect`, `modelfs
-verify`), then signs the same manifest. One publisher trusted here must have signed it before. With --key the file list is
+For trust files that ask for several publishers: the second one looks at the version (`modelfs inspect`, `modelfs \
+verify`), then signs the same manifest. One publisher trusted here must have signed it before. With --key the file list is \
 opened first, so that what is signed is known to be a whole model. Signing twice changes nothing.
 
 SIGNER is a key file, or vault-transit:MOUNT/KEY for an Ed25519 key in Vault.";

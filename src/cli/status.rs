@@ -31,7 +31,7 @@ Examples:
   modelfs status /mnt/models --json | jq .metrics.opens_passthrough
   modelfs -q status /mnt/models || echo \"not serving\"
 
-With -q and a MOUNTPOINT nothing is printed but an error: 0 it serves, 3 nothing is mounted there or its daemon is gone,
+With -q and a MOUNTPOINT nothing is printed but an error: 0 it serves, 3 nothing is mounted there or its daemon is gone, \
 25 every model of it is locked, 22 its daemon does not answer.";
 
 pub fn run(args: &StatusArgs, out: &Out) -> Result<()> {

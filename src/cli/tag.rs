@@ -41,8 +41,8 @@ const EXAMPLES: &str = "\
 Examples:
   modelfs tag s3://models/prod acme/llama@3 prod
   modelfs tag s3://models/prod acme/llama@staging prod --sign release.key --trust publisher.pub
-  modelfs tag s3://models/prod acme/llama prod --refresh --expires 90d       from cron, once a day
-  modelfs tag s3://models/prod acme/llama@7 latest --min-version 7           versions 1 to 6 are withdrawn
+  modelfs tag s3://models/prod acme/llama prod --refresh --expires 90d   once a day
+  modelfs tag s3://models/prod acme/llama@7 latest --min-version 7   withdraws versions 1 to 6
 
 The version is verified as a reader would verify it. A version that was withdrawn under any tag is named under none.
 Running it again changes nothing.";

@@ -75,7 +75,7 @@ Examples:
   modelfs top /mnt/models --once --model acme/llama
   modelfs top /mnt/models --json | jq .rates.fetched_bytes
 
-Keys: up and down choose a file (page up, page down, home, end as well), tab and shift-tab a model, m the next mount,
+Keys: up and down choose a file (page up, page down, home, end as well), tab and shift-tab a model, m the next mount, \
 space stops and goes on, q ends. --json prints one sample: the status, the map, and what changed within --every.";
 
 pub fn run(args: &TopArgs, out: &Out) -> Result<()> {

@@ -30,8 +30,8 @@ Examples:
   modelfs umount /mnt/models
   modelfs umount /mnt/models || fuser -vm /mnt/models     see who holds files (exit 24)
 
-While files are open or mapped it waits 10 s, then the mount is detached all the same: gone from the tree, keys and
-everything that nobody holds wiped, the holders named, exit 24. A mount whose daemon is gone is taken off with umount2, or
+While files are open or mapped it waits 10 s, then the mount is detached all the same: gone from the tree, keys and \
+everything that nobody holds wiped, the holders named, exit 24. A mount whose daemon is gone is taken off with umount2, or \
 fusermount3 without the right to.";
 
 pub fn run(args: &UmountArgs, out: &Out) -> Result<()> {

@@ -55,13 +55,14 @@ pub struct VerifyArgs {
 const EXAMPLES: &str = "\
 Examples:
   modelfs verify s3://models/prod acme/llama --trust signing.pub --key file:llama.key
-  modelfs verify s3://models/prod acme/llama@3 --trust signing.pub          without a key: see below
-  modelfs verify /srv/models acme/llama --trust signing.pub --key file:k --oms --oms-key vendor.pem
+  modelfs verify s3://models/prod acme/llama@3 --trust signing.pub   without a key: see below
+  modelfs verify /srv/models acme/llama --trust signing.pub --key file:k --oms \\
+      --oms-key vendor.pem
   modelfs verify /srv/models acme/llama --trust signing.pub --key file:k --json | jq '.faults[]'
 
-With a key: signatures, digest and slots; the length and header of every object; the hash and tags of every chunk;
+With a key: signatures, digest and slots; the length and header of every object; the hash and tags of every chunk; \
 the SHA-256 of every file. A run that was cut off goes on where it was, file by file.
-Without a key: signatures, digest and slots; and of every data object of the model (all versions) that its header is
+Without a key: signatures, digest and slots; and of every data object of the model (all versions) that its header is \
 one and its length possible. Chunk hashes and file names are encrypted, so changed bytes are NOT found without a key.";
 
 /// Requests for sizes and headers in flight.

@@ -25,13 +25,14 @@ pub struct VolumePluginArgs {
 
 const EXAMPLES: &str = "\
 Examples:
-  modelfs volume-plugin --key-dir /etc/modelfs/keys --trust /etc/modelfs/signing.pub --allow-store s3://models/prod
+  modelfs volume-plugin --key-dir /etc/modelfs/keys --trust /etc/modelfs/signing.pub \\
+      --allow-store s3://models/prod
   docker volume create -d modelfs -o store=s3://models/prod -o model=acme/llama \\
          -o key=file:/etc/modelfs/keys/llama.key -o uid=1000 llama
   docker run --mount type=volume,source=llama,target=/models,readonly IMAGE
   podman volume create --driver modelfs -o store=s3://models/prod -o model=acme/llama llama
 
-Options of a volume are the words of `modelfs mount -o`, and store. What the plugin is started with is every volume's default;
+Options of a volume are the words of `modelfs mount -o`, and store. What the plugin is started with is every volume's default; \
 whom to trust, floors, limits and lock rules that are given here, and where Vault is, a volume cannot change.
 Containers of one volume share its mount, volumes of one version share its memory. The mount goes with the last container.";
 
