@@ -219,10 +219,20 @@ rows_have_tests() { # PAGE
   echo "$seen rows"
   [[ $seen -gt 5 ]]
 }
+# Codes of src/error.rs that a rule of the page refuses with and the list at its end lacks.
+refusals_are_listed() { # PAGE
+  local lacking
+  lacking=$(sed '/^## a\.10 /,/^## a\.11 /d' "$1" | codes '`' | comm -12 - <(codes '"' <src/error.rs) |
+    comm -23 - <(sed -n '/^## a\.10 /,/^## a\.11 /p' "$1" | codes '`'))
+  [[ -z $lacking ]] || { echo "$1: a.10 lacks ${lacking//$'\n'/ }"; return 1; }
+  [[ $(codes '`' <"$1" | wc -l) -gt 40 ]]
+}
+codes() { grep -oE "$1[A-Z]+(_[A-Z]+)*$1" | tr -d '`"' | sort -u; } # QUOTE: words in capitals between such quotes
 step "the check of names can fail" named_tests_can_fail
 step "every test that docs/COMPLIANCE.md names is there" named_tests_exist docs/COMPLIANCE.md
 step "every test that docs/SECURE_CODING.md names is there" named_tests_exist docs/SECURE_CODING.md
 step "every test that docs/THREAT_MODEL.md names by its row is there" rows_have_tests docs/THREAT_MODEL.md
+step "every refusal that docs/FORMAT.md names is in its list" refusals_are_listed docs/FORMAT.md
 if [[ -f docs/monitoring/alerts.yaml ]]; then
   step "every alert has a section in docs/RUNBOOK.md, and every section an alert" alerts_have_sections
 fi
