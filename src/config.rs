@@ -27,7 +27,7 @@ use rules::Said;
 
 use crate::crypto::Verify;
 use crate::error::{Code, Error, Result};
-use crate::format::ManifestDigest;
+use crate::format::{ManifestDigest, check_label};
 use crate::fuse::OpenPolicy;
 use crate::fuse::inherited::{self, Given};
 use crate::keys::{KeySource, ModelSelector};
@@ -94,6 +94,8 @@ impl std::str::FromStr for FloorAt {
 pub struct Access {
     /// In the order they are tried. Empty: none given and none in the environment.
     pub keys: Vec<KeySource>,
+    /// The slots that these keys are tried on, by label. Empty: all.
+    pub slot_labels: Vec<String>,
     pub trust: TrustPlan,
     /// `--manifest`: this version and no other; no ref is consulted.
     pub manifest: Option<ManifestDigest>,
@@ -121,6 +123,7 @@ impl Access {
         rules::refuse(&Said::of_process(layers), options::takes::READS)?;
         Ok(Access {
             keys,
+            slot_labels: layers.parse_all("slot-label", parse_slot_label)?,
             trust,
             manifest: layers.parse("manifest", parse_digest)?,
             store: store_options(layers)?,
@@ -430,6 +433,11 @@ pub fn parse_digest(text: &str) -> Result<ManifestDigest> {
     text.strip_prefix("sha256:").and_then(ManifestDigest::from_hex).ok_or_else(|| {
         Error::new(Code::Usage, "a manifest digest is sha256: and 64 hex digits, as `modelfs seal` prints it")
     })
+}
+
+fn parse_slot_label(text: &str) -> Result<String> {
+    // A label of a store that is none is an attack; here it is a slip.
+    check_label(text.as_bytes()).map(ToOwned::to_owned).map_err(|e| Error::new(Code::Usage, e.message().to_owned()))
 }
 
 fn parse_ref_seq(text: &str) -> Result<u64> {
@@ -780,6 +788,7 @@ mod tests {
             ("key=file:/k,open=eager".into(), "lazy, auto, whole"),
             ("key=file:/k,fetch_timeout=30s,fetch_budget=10s".into(), "raise the budget"),
             ("key=file:/k,umask=999".into(), "octal"),
+            ("key=file:/k,slot_label=Node".into(), "1 to 64 characters"),
             ("key=file:/k,on_key_loss=panic".into(), "neither keep nor lock"),
             ("key=file:/k,on_key_loss=lock".into(), "no key comes from Vault"),
             ("key=file:/k,lock_when_idle=10ms".into(), "at least 1 s"),

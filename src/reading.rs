@@ -91,7 +91,7 @@ impl Reading {
         let state = state_dir()?;
         let trust_file: Option<PathBuf> = access.trust.file.clone();
         let trust = Trust::gather(&access.trust.keys, trust_file.as_deref())?;
-        let keyring = Keyring::new(&access.keys, prompt).with_vault(vault.clone())?;
+        let keyring = Keyring::new(&access.keys, prompt).with_vault(vault.clone())?.allow_labels(&access.slot_labels);
         keyring.take_environment()?;
         Ok(Reading {
             trust,

@@ -220,6 +220,9 @@ cat_quietly() { timeout 60 "$modelfs" cat "$store" "$@" >"$work/out"; }
 step "cat" cat_config e2e/minilm --key "file:$work/key" --trust "$work/signing.key.pub"
 step_exits 25 "another key opens nothing" \
   cat_quietly e2e/minilm config.json --key "file:$work/other-key" --trust "$work/signing.key.pub"
+step "cat of a slot that may be opened" cat_config e2e/minilm --key "file:$work/key" --trust "$work/signing.key.pub" --slot-label key-file
+step_exits 25 "a slot of another label is not opened" \
+  cat_quietly e2e/minilm config.json --key "file:$work/key" --trust "$work/signing.key.pub" --slot-label theirs
 step_exits 3 "a model that is not there" \
   cat_quietly e2e/nothing config.json --key "file:$work/key" --trust "$work/signing.key.pub"
 step_exits 20 "a signature nobody trusts" \

@@ -685,7 +685,8 @@ fn told_rekey(reading: &Reading, model: &str, rekeyed: &Rekeyed) -> String {
 }
 
 fn ring(reading: &Reading, sources: &[KeySource]) -> Result<Keys> {
-    Ok(Arc::new(Keyring::new(sources, &prompt_terminal).with_vault(reading.vault.clone())?))
+    let ring = Keyring::new(sources, &prompt_terminal).with_vault(reading.vault.clone())?;
+    Ok(Arc::new(ring.allow_labels(&reading.access.slot_labels)))
 }
 
 fn new_ring(reading: &Reading, words: &[String], option: &str) -> Result<Keys> {

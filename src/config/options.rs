@@ -248,6 +248,10 @@ pub const OPTIONS: &[OptionSpec] = &[
         .value("KEY", Form::ReadOrHide(|text| text.parse::<KeySource>().map(drop)), "file:/etc/modelfs/llama.key")
         .default("MODELFS_KEY, then MODEL_ENCRYPTION_KEY")
         .means("Where the key is, never a key itself; give it again for more, tried in order"),
+    many("slot-label", "MODELFS_SLOT_LABEL", ACCESS, Section::Keys)
+        .value("LABEL", Form::Read(|text| super::parse_slot_label(text).map(drop)), "node")
+        .default("all")
+        .means("Open no key slot of another label than this; give it again for more"),
     many("trust", "MODELFS_TRUST", ACCESS | SEAL, Section::Keys)
         .value("PUBKEY", Form::Text, "/etc/modelfs/signing.pub")
         .means("A signing key to believe: 64 hex digits, or a .pub file; give it again for more"),

@@ -25,7 +25,8 @@ const KDF_RUNS_MAX: usize = 2;
 pub struct Keyring<'a> {
     sources: Vec<KeySource>,
     loaded: Mutex<Vec<Option<KeyMaterial>>>,
-    labels: Option<Vec<String>>,
+    /// Empty: all.
+    labels: Vec<String>,
     vault: Option<Box<dyn KeyService>>,
     prompt: Prompt<'a>,
 }
@@ -34,7 +35,7 @@ impl<'a> Keyring<'a> {
     /// `sources` in the order in which they are to be tried.
     pub fn new(sources: &[KeySource], prompt: Prompt<'a>) -> Keyring<'a> {
         let loaded = Mutex::new(sources.iter().map(|_| None).collect());
-        Keyring { sources: sources.to_vec(), loaded, labels: None, vault: None, prompt }
+        Keyring { sources: sources.to_vec(), loaded, labels: Vec::new(), vault: None, prompt }
     }
 
     /// Who is asked for the sources that lie in Vault.
@@ -56,13 +57,10 @@ impl<'a> Keyring<'a> {
         }
     }
 
-    /// Slots with other labels than these are skipped.
-    pub fn allow_labels(mut self, labels: Vec<String>) -> Result<Self> {
-        for label in &labels {
-            check_label(label.as_bytes())?;
-        }
-        self.labels = Some(labels);
-        Ok(self)
+    /// Slots with other labels than these are skipped; where there are none, no slot is.
+    pub fn allow_labels(mut self, labels: &[String]) -> Self {
+        self.labels = labels.to_vec();
+        self
     }
 
     pub fn sources(&self) -> &[KeySource] {
@@ -246,7 +244,7 @@ impl<'a> Keyring<'a> {
     fn fitting<'s>(&self, slots: &'s Slots, source: &KeySource, report: &mut Report) -> Vec<&'s Slot> {
         let mut fitting = Vec::new();
         for slot in slots.slots.iter().filter(|slot| source.fits(slot.kind())) {
-            if self.labels.as_ref().is_none_or(|labels| labels.contains(&slot.label)) {
+            if self.labels.is_empty() || self.labels.contains(&slot.label) {
                 fitting.push(slot);
             } else {
                 report.skip(slot, "its label is not allowed here");

@@ -52,7 +52,7 @@ fn rule(name: &str) -> Rule {
         | "vault-username" => Rule::Volume,
         "fetch-budget" | "fetch-timeout" | "floor" | "min-ref-seq" | "no-page-cache" | "on-key-loss"
         | "origin-bytes" | "origin-inflight" | "origin-requests" | "require-floor" | "s3-credentials"
-        | "s3-endpoint" | "s3-region" | "trust" | "trust-file" | "trust-on-first-use" => Rule::Kept,
+        | "s3-endpoint" | "s3-region" | "slot-label" | "trust" | "trust-file" | "trust-on-first-use" => Rule::Kept,
         "verify" => Rule::Kept,
         "cache" => Rule::Administrator("one cache serves all volumes"),
         "log-file" | "log-format" => Rule::Administrator("the plugin has one log"),
@@ -479,6 +479,7 @@ mod tests {
             ("floor", "vault-kv:secret/floor"),
             ("origin-bytes", "100MiB"),
             ("no-page-cache", "true"),
+            ("slot-label", "node"),
         ]);
         policy
             .admit(&options(&format!("{STORE}trust={ours} require-floor origin-bytes=100MiB verify=strict")))
@@ -491,6 +492,7 @@ mod tests {
             "floor=vault-kv:secret/mine",
             "origin-bytes=1GiB",
             "no-page-cache=off",
+            "slot-label=theirs",
         ] {
             refused(&policy, &format!("{STORE}{word}"), "the administrator has decided it");
         }
