@@ -188,6 +188,22 @@ fn a_record_with_a_transit_ciphertext_opens_with_the_transit_key_that_the_mount_
     }
 }
 
+/// A variant is a model of its own, and its record names it.
+#[test]
+fn a_variant_is_registered_under_its_own_id() {
+    let Some(world) = World::start() else { return };
+    let at = format!("{CATALOG}/acme/llama+q4");
+    let sealed = world.seal(
+        "acme/llama",
+        &["--variant", "q4", "--key", &world.program.key(), "--register", &at, "--register-raw-key"],
+    );
+    let key = world.record("acme/llama+q4")["s3_key"].as_str().expect("text").to_owned();
+    assert_eq!(Some(key.as_str()), sealed["model_id"].as_str().map(|id| format!("prod/{id}")).as_deref());
+    if can_mount() {
+        world.mounted(&[], |mountpoint| assert!(mountpoint.join("acme/llama+q4/config.json").exists()));
+    }
+}
+
 /// Each by its name: a record decides where to look and what to expect, never whom to trust.
 #[test]
 fn records_that_lie_are_refused_by_name() {

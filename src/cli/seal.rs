@@ -110,7 +110,7 @@ pub fn run(args: &SealArgs, mut layers: Layers, out: &Out) -> Result<()> {
         Some(record) => {
             need_registrable(&access, args.register_raw_key)?;
             let (records, at) = (catalog::records(vault.as_ref())?, record.parse().map_err(at_register)?);
-            Some(Registration::prepare(records, at, &url, &args.name)?)
+            Some(Registration::prepare(records, at, &url, &name)?)
         }
         None => None,
     };
