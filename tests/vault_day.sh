@@ -30,9 +30,9 @@ done
 work=$(mktemp -d "${TMPDIR:-/tmp}/modelfs-day.XXXXXX")
 mnt=$work/mnt
 mkdir "$mnt" "$work/vault" "$work/minio" "$work/policies"
+for name in $(compgen -e | grep -E '^(MODELFS|MODEL|VAULT|AWS)_' | grep -vE '^MODELFS_TEST_[A-Z_]+$'); do unset "$name"; done
 export HOME=$work/home XDG_CONFIG_HOME=$work/config XDG_STATE_HOME=$work/state MODELFS_STATE_DIR=$work/state/modelfs
 mkdir -p "$HOME"
-for name in $(compgen -e | grep -E '^(MODELFS|MODEL|VAULT|AWS)_' | grep -vE '^MODELFS_TEST_[A-Z_]+$'); do unset "$name"; done
 
 free_port() { python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 vault_port=$(free_port) minio_port=$(free_port)
@@ -175,9 +175,33 @@ step "seal version 1 with transit, signed in Vault" publish 1
 trust=$(trusted)
 step "the server mounts it by AppRole with credentials from Vault" mount_as_server
 step "the model loads" shows_version 1
-step "status shows Vault live and the bucket's credentials" status_says '.vault.state == "live" and .vault.auth == "approle"'
-step "nothing secret is in the process list or environment" bash -c '
-  ! tr "\0" "\n" </proc/$(pgrep -f "modelfs mount '"$store $mnt"'" | head -1)/cmdline | grep -qF "$(cat "'"$work"'/server.secret-id")"'
+step "status shows Vault live and the bucket's credentials" status_says '.vault.state == "live" and .vault.auth == "approle" and
+  .storage_credentials.source == "vault-aws:aws/models" and .storage_credentials.state == "current"'
+secrets() { # every secret there is, a line each
+  printf '%s\n' "$root_token" "$unseal_key" storage-password-one storage-password-two
+  if [[ -n ${auditor_token:-} ]]; then echo "$auditor_token"; fi
+  local file
+  for file in "$work"/*.secret-id "$work/phrase"; do
+    if [[ -f $file ]]; then printf '%s\n' "$(cat "$file")"; fi
+  done
+}
+holds_a_secret() { # FILE OR FOLDER...: names the files that hold one
+  local secret found=1
+  while read -r secret; do
+    ((${#secret} >= 16)) || { echo "a secret of ${#secret} characters is none"; return 0; }
+    if grep -rlaF -e "$secret" -- "$@"; then found=0; fi
+  done < <(secrets)
+  return $found
+}
+nothing_secret_shown() {
+  local pid
+  pid=$("$modelfs" status "$mnt" --json | jq -er .pid)
+  # What is no secret is seen in both, so a secret would be.
+  grep -qaF -e "$(cat "$work/server.role-id")" "/proc/$pid/cmdline"
+  grep -qaF -e "$MODELFS_STATE_DIR" "/proc/$pid/environ"
+  ! holds_a_secret "/proc/$pid/cmdline" "/proc/$pid/environ" || return 1
+}
+step "nothing secret is in the process list or environment" nothing_secret_shown
 
 # ---- Credentials die under a running reader: MinIO forgets every session when its root password changes.
 replace_credentials() {
@@ -197,30 +221,48 @@ transit_versions() { # the transit versions that the slots of the newest version
   "$modelfs" key list $store $model --trust "$trust" --json $(as server) | jq -r '.slots[].detail' | sort -u
 }
 # shellcheck disable=SC2046
-rewrap_all() { "$modelfs" key rotate $store --all --rewrap --key $transit --sign $signer --trust "$trust" $(as rewrap); }
+rewrap_all() { "$modelfs" key rotate $store --all --rewrap --key $transit --sign $signer --trust "$trust" $(as rewrap) "$@"; }
 rotate_transit() {
+  [[ $(transit_versions) == "version 1" ]]
   admin write -f transit/keys/models/rotate >/dev/null
   rewrap_all
+  [[ $(transit_versions) == "version 2" ]]
   admin write transit/keys/models/config min_decryption_version=2 >/dev/null
 }
+rewrap_changes_nothing() {
+  local objects
+  objects=$(cd "$work/minio" && find models | sort)
+  rewrap_all --json >"$work/rewrapped"
+  jq -e '(.versions | length) > 0 and all(.versions[]; .status == "unchanged")' "$work/rewrapped"
+  [[ $(cd "$work/minio" && find models | sort) == "$objects" ]] || { echo "the bucket holds something else"; return 1; }
+}
 step "the transit key is rotated and every slot rewrapped by a job that cannot decrypt" rotate_transit
-step "a second rewrap changes nothing" rewrap_all
+step "a second rewrap changes nothing" rewrap_changes_nothing
 remount() { unmount && mount_as_server "$@"; }
 step "the server restarts on the new slots" remount
 step "the model loads after the rotation" shows_version 1
 
 # ---- Revocation.
+tokens_of() { # POLICY: the accessors of the tokens that AppRole gave out with it
+  local accessor
+  for accessor in $(admin list -format=json auth/token/accessors | jq -r '.[]'); do
+    if admin token lookup -accessor -format=json "$accessor" 2>/dev/null |
+      jq -e --arg policy "$1" '.data.path == "auth/approle/login" and (.data.policies | index($policy))' >/dev/null; then
+      echo "$accessor"
+    fi
+  done
+}
+revoke_tokens_of() { # POLICY
+  local accessor
+  for accessor in $(tokens_of "$1"); do admin token revoke -accessor "$accessor" >/dev/null; done
+}
 revoke_and_look() {
   unmount && mount_as_server --on-key-loss lock --open lazy || return 1
   exec 7<"$mnt/$model/model.safetensors"
   head -c 4096 <&7 >/dev/null
-  local accessor began
+  local began
   admin delete auth/approle/role/server >/dev/null
-  for accessor in $(admin list -format=json auth/token/accessors | jq -r '.[]'); do
-    if admin token lookup -accessor -format=json "$accessor" | jq -e '.data.path == "auth/approle/login" and (.data.policies | index("server"))' >/dev/null; then
-      admin token revoke -accessor "$accessor" >/dev/null
-    fi
-  done
+  revoke_tokens_of server
   began=$(date +%s.%N)
   # The mount learns of it when it next speaks with Vault; a new reader asks nothing of it.
   until ! head -c 4096 "$mnt/$model/config.json" >/dev/null 2>&1; do
@@ -230,16 +272,22 @@ revoke_and_look() {
   echo "reads stopped $(python3 -c "import time; print(f'{time.time() - $began:.1f}')") s after the revocation"
   ! head -c 4096 <&7 >/dev/null 2>&1 || { echo "an open file is still read"; return 1; }
   exec 7<&-
-  status_says '.vault.state == "lost"' && refused_with LOCKED cat_in_mount
+  status_says '.vault.state == "lost" and all(.models[]; .locked)' && open_is_denied
 }
-cat_in_mount() { cat "$mnt/$model/config.json" || { echo "[LOCKED] $(python3 -c "
-import errno, os
-try: os.open('$mnt/$model/config.json', os.O_RDONLY)
-except OSError as e: print(errno.errorcode[e.errno]); raise SystemExit(0 if e.errno == errno.EACCES else 9)")"; return 1; }; }
+open_is_denied() { # EACCES, and no other error
+  python3 - "$mnt/$model/config.json" <<'PYTHON'
+import errno, os, sys
+try:
+    os.open(sys.argv[1], os.O_RDONLY)
+except OSError as error:
+    sys.exit(0 if error.errno == errno.EACCES else f"open answers {errno.errorcode[error.errno]}, not EACCES")
+sys.exit("it can be opened")
+PYTHON
+}
 step "the token is revoked: reads stop, on open files too" revoke_and_look
 restore() {
   unmount
-  page_block "$keys_page" sh approle | sed 1q | sed 's/^vault //' | xargs "$vault" >/dev/null 2>&1 || run_keys_block approle >/dev/null
+  run_keys_block approle >/dev/null
   credentials_of server
   mount_as_server && shows_version 1
 }
@@ -341,42 +389,66 @@ step "what is left mounts" mount_as_server
 step "and loads" shows_version 1
 step "unmount" unmount
 
-# ---- The policies: enough was shown above; one rule less is not enough.
-rules_of() { grep -c '^path' "$work/policies/$1.hcl"; }
-without_rule() { # ROLE N
-  awk -v n="$2" '/^path/ && ++i == n { next } 1' "$work/policies/$1.hcl"
+# ---- The policies: enough was shown above; one right less is not enough.
+rights_of() { # ROLE: PATH RIGHT, a line each
+  local path rights right
+  sed -nE 's/^path "([^"]+)" \{ capabilities = \[(.*)\] \}$/\1 \2/p' "$work/policies/$1.hcl" | tr -d '",' |
+    while read -r path rights; do for right in $rights; do echo "$path $right"; done; done
 }
-needs_every_rule() { # ROLE COMMAND...
-  local role=$1 n rule
+without_right() { # ROLE PATH RIGHT: a rule that has no other goes as a whole
+  awk -v rule="path \"$2\" " -v right="\"$3\"" 'index($0, rule) == 1 {
+    sub(right ", |, " right "|" right, "")
+    if (/\[\]/) next
+  } 1' "$work/policies/$1.hcl"
+}
+needs_every_right() { # ROLE COMMAND...
+  local role=$1 path right
   shift
-  for ((n = 1; n <= $(rules_of "$role"); n++)); do
-    rule=$(grep '^path' "$work/policies/$role.hcl" | sed -n "${n}p")
-    without_rule "$role" "$n" | admin policy write "$role" - >/dev/null
-    if "$@" >"$work/without.log" 2>&1; then echo "works without: $rule"; return 1; fi
-    grep -qE '\[(VAULT_DENIED|STORE_DENIED)\]|permission denied' "$work/without.log" || { cat "$work/without.log"; echo "another failure without: $rule"; return 1; }
-    echo "refused without: $rule"
-  done
+  rights_of "$role" >"$work/rights"
+  [[ $(cut -d' ' -f1 "$work/rights" | sort -u) == "$(sed -nE 's/^path "([^"]+)".*/\1/p' "$work/policies/$role.hcl" | sort -u)" ]]
+  while read -r path right; do
+    without_right "$role" "$path" "$right" | admin policy write "$role" - >/dev/null
+    if "$@" >"$work/without.log" 2>&1 </dev/null; then echo "works without $right on $path"; return 1; fi
+    grep -qE '\[(VAULT_DENIED|STORE_DENIED)\]|permission denied' "$work/without.log" || { cat "$work/without.log"; echo "another failure without $right on $path"; return 1; }
+    echo "refused without $right on $path"
+  done <"$work/rights"
   admin policy write "$role" "$work/policies/$role.hcl" >/dev/null
   "$@"
 }
-server_works() { mount_as_server && shows_version 1; local rc=$?; unmount >/dev/null 2>&1 || true; return $rc; }
-step "the server's policy has no rule too many" needs_every_rule server server_works
-step "the pruner's policy has no rule too many" needs_every_rule pruner prune_twice
+server_works() {
+  local rc=0
+  { mount_as_server && shows_version 1; } || rc=$?
+  unmount >/dev/null 2>&1 || true
+  return $rc
+}
+step "the server's policy has no right too many" needs_every_right server server_works
+# A new tag makes a floor of its own, a known one is raised: two rights.
 edition=0
-publisher_works() { edition=$((edition + 1)); echo "$edition" >"$work/v2/edition"; publish 2; }
-step "the publisher's policy has no rule too many" needs_every_rule publisher publisher_works
+publisher_works() {
+  edition=$((edition + 1))
+  echo "$edition" >"$work/v2/edition"
+  publish 2 && publish 2 --tag "edition-$edition" && floor_is_in_vault latest && floor_is_in_vault "edition-$edition"
+}
+# shellcheck disable=SC2046
+floor_is_in_vault() { # TAG: what this machine has seen of it is what Vault holds; a seal that could not raise that only warns
+  "$modelfs" floor $store $model --floor $floor --json $(as publisher) |
+    jq -e --arg tag "$1" '[.floors[] | select(.tag == $tag)] | length == 2 and (map(.ref_seq) | unique | length) == 1' >/dev/null ||
+    { echo "the floor of $1 in Vault was not raised"; return 1; }
+}
+step "the publisher's policy has no right too many" needs_every_right publisher publisher_works
+step "the pruner's policy has no right too many" needs_every_right pruner prune_twice
 rotate_and_rewrap() { admin write -f transit/keys/models/rotate >/dev/null && rewrap_all; }
-step "the rewrap job's policy has no rule too many" needs_every_rule rewrap rotate_and_rewrap
+step "the rewrap job's policy has no right too many" needs_every_right rewrap rotate_and_rewrap
 as_auditor() { VAULT_ADDR=http://127.0.0.1:$vault_port VAULT_TOKEN=$auditor_token "$vault" "$@"; }
 auditor_works() {
   auditor_token=$(VAULT_ADDR=http://127.0.0.1:$vault_port "$vault" write -field=token auth/approle/login \
     role_id="$(cat "$work/auditor.role-id")" secret_id="$(cat "$work/auditor.secret-id")")
   as_auditor read transit/keys/models && as_auditor read transit/keys/release && as_auditor read sys/policies/acl/server &&
-    as_auditor list secret/metadata/floor || return 1
+    as_auditor list secret/metadata/floor && as_auditor read "secret/metadata/floor/$(admin list -format=json secret/metadata/floor | jq -r '.[0]')" || return 1
   # shellcheck disable=SC2046
   "$modelfs" verify $store $model --trust "$trust" $(as auditor)
 }
-step "the auditor's policy has no rule too many" needs_every_rule auditor auditor_works
+step "the auditor's policy has no right too many" needs_every_right auditor auditor_works
 auditor_opens_nothing() {
   local body
   refused_without_right as_auditor write transit/decrypt/models ciphertext=vault:v1:AAAA context=AAAA || return 1
@@ -396,10 +468,12 @@ server_asked_only() {
 }
 step "the server asked Vault for nothing it did not need" server_asked_only
 no_secret_in_logs() {
-  local file
-  for file in "$work"/*.secret-id "$work/phrase"; do
-    ! grep -rlF "$(cat "$file")" "$work/mount.log" "$work/vault.log" "$work/state" 2>/dev/null || return 1
-  done
+  local planted=$work/planted.log
+  # Each kind of secret is found where it is.
+  secrets >"$planted"
+  holds_a_secret "$planted" >/dev/null || { echo "the search finds nothing"; return 1; }
+  rm "$planted"
+  ! holds_a_secret "$work"/*.log "$work/state" "$work/home" || return 1
 }
 step "no secret is in any log" no_secret_in_logs
 finish
