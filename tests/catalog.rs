@@ -188,6 +188,97 @@ fn a_record_with_a_transit_ciphertext_opens_with_the_transit_key_that_the_mount_
     }
 }
 
+/// A record holds a key of its own: whoever rotates keys has to bring it along, or it opens nothing any more.
+#[test]
+fn a_record_follows_a_rotation_that_names_it_and_one_left_behind_says_how() {
+    let Some(world) = World::start() else { return };
+    world.vault.admin(&["secrets", "enable", "transit"]);
+    world.vault.admin(&["write", "-f", "transit/keys/models", "derived=true"]);
+    let at = format!("{CATALOG}/acme/llama");
+    let (transit, raw) = ("vault-transit:transit/models", world.program.key());
+    world.seal("acme/llama", &["--key", transit, "--key", &raw, "--register", &at]);
+    let served = |more: &[&str]| {
+        if can_mount() {
+            world.mounted(more, |mountpoint| {
+                let read = std::fs::read(mountpoint.join("acme/llama/weights.bin")).expect("read");
+                assert!(read == common::hostile::object(3_000_000));
+            });
+        }
+    };
+    let named = || world.record("acme/llama")["checksum"].as_str().expect("text").to_owned();
+    let rotate = |more: &[&str]| -> Output {
+        world.command(&["key", "rotate", STORE, "acme/llama", "--json"]).args(more).output().expect("runs")
+    };
+    let rotated = |more: &[&str]| -> Value {
+        let output = rotate(more);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice(&output.stdout).expect("JSON")
+    };
+
+    // L0 as docs/KEYS.md has it, first without the record.
+    world.vault.admin(&["write", "-f", "transit/keys/models/rotate"]);
+    rotated(&["--rewrap", "--key", transit]);
+    world.vault.admin(&["write", "transit/keys/models/config", "min_decryption_version=2"]);
+    let (_, text) = world.refused(true, &["--model", "acme/llama", "--key", transit]);
+    assert!(text.contains("VAULT_DENIED") && text.contains(&format!("key rotate ... --register {at}")), "{text}");
+    let before = named();
+    let followed = rotated(&["--rewrap", "--key", transit, "--register", &at]);
+    assert_eq!((&followed["status"], &followed["registered"]["version"]), (&json!("unchanged"), &json!(2)));
+    assert!(world.record("acme/llama")["encryption_key"].as_str().expect("text").starts_with("vault:v2:"));
+    assert_eq!(named(), before, "the version is the same");
+    served(&["--key", transit]);
+    let again = rotated(&["--rewrap", "--key", transit, "--register", &at]);
+    assert_eq!(again["registered"]["version"], 2, "nothing was new");
+
+    // L1 of the raw key, which the record is to hold from here on.
+    let new = world.program.root().join("home/new.key");
+    run_ok(world.program.command(&["keygen"]).arg(&new));
+    let new = format!("file:{}", new.display());
+    let asked = rotate(&["--key", &raw, "--to", &new, "--register", &at]);
+    let text = String::from_utf8_lossy(&asked.stderr).into_owned();
+    assert_eq!((asked.status.code(), text.contains("--register-raw-key")), (Some(2), true), "{text}");
+    rotated(&["--key", &raw, "--to", &new, "--register", &at, "--register-raw-key"]);
+    assert_eq!((world.ls()["models"][0]["key"].as_str(), named()), (Some("raw"), before.clone()));
+    served(&[]);
+
+    // L2: the record names the new version.
+    let sealed = rotated(&["--key", &new, "--new-key", "--register", &at, "--register-raw-key"]);
+    assert_eq!(sealed["manifest"].as_str(), Some(named().as_str()));
+    assert_ne!(named(), before);
+    served(&[]);
+    // L1 without the record: it tells what it is for as well.
+    rotated(&["--key", &new, "--to", &raw]);
+    let (_, text) = world.refused(true, &["--model", "acme/llama"]);
+    assert!(text.contains("NO_KEY") && text.contains(&format!("key rotate ... --register {at}")), "{text}");
+}
+
+/// A record that got the ciphertext of another version would open nothing.
+#[test]
+fn a_record_of_another_version_is_refused_before_anything_is_rewrapped() {
+    let Some(world) = World::start() else { return };
+    world.vault.admin(&["secrets", "enable", "transit"]);
+    world.vault.admin(&["write", "-f", "transit/keys/models", "derived=true"]);
+    let (at, transit) = (format!("{CATALOG}/acme/llama"), "vault-transit:transit/models");
+    world.seal("acme/llama", &["--key", transit, "--register", &at]);
+    std::fs::write(world.source.join("config.json"), b"{\"a\": 2}\n").expect("write");
+    world.seal("acme/llama", &["--key", transit]);
+    world.vault.admin(&["write", "-f", "transit/keys/models/rotate"]);
+    let rewrap = |model: &str, at: &str| {
+        let words = ["key", "rotate", STORE, model, "--rewrap", "--key", transit, "--register", at];
+        world.command(&words).output().expect("runs")
+    };
+    for (place, wanted) in [(at.as_str(), "MODEL@N"), ("vault-kv://secret/models/none", "no record")] {
+        let output = rewrap("acme/llama", place);
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && text.contains(wanted), "{text}");
+    }
+    let slots =
+        run_ok(world.command(&["key", "list", STORE, "acme/llama", "--trust"]).arg(world.program.trusted_key()));
+    assert!(String::from_utf8_lossy(&slots.stdout).contains("version 1"), "nothing was rewrapped");
+    assert!(rewrap("acme/llama@1", &at).status.success());
+    assert!(world.record("acme/llama")["encryption_key"].as_str().expect("text").starts_with("vault:v2:"));
+}
+
 /// A variant is a model of its own, and its record names it.
 #[test]
 fn a_variant_is_registered_under_its_own_id() {

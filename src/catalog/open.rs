@@ -139,7 +139,11 @@ impl Catalog {
                         Ok(_) | Err(_) => {}
                     }
                 }
-                refuse!(NoKey, "record {name}: its encryption_key opens no raw key slot of the version")
+                refuse!(
+                    NoKey,
+                    "record {name}: its encryption_key opens no raw key slot of the version; {}",
+                    self.if_rotated(name)
+                )
             }
             RecordKey::Transit(wrapped) => self.unwrap_transit(name, wrapped, resolved),
         }
@@ -163,12 +167,23 @@ impl Catalog {
             }
         }
         match refused {
-            Some(error) => Err(error.context(format!("record {name}: its encryption_key does not open"))),
+            Some(error) => {
+                let if_rotated = self.if_rotated(name);
+                Err(error.context(format!("record {name}: its encryption_key does not open; {if_rotated}")))
+            }
             None => refuse!(
                 Usage,
                 "record {name} holds a transit ciphertext; name the transit key with --key vault-transit:MOUNT/KEY"
             ),
         }
+    }
+
+    /// What to do about a record that a rotation left behind.
+    fn if_rotated(&self, name: &str) -> String {
+        format!(
+            "if the keys were rotated since it was written, bring it along: `modelfs key rotate ... --register {}/{name}`",
+            self.at
+        )
     }
 
     /// Vault is asked on a thread that may wait.

@@ -1,6 +1,6 @@
-//! Writes the record of a version that was just published.
+//! Writes the record of a version that was just published, or whose keys were just rotated.
 //!
-//! In: where the record is, and what was sealed. Out: the record's new version number, or why it was not written.
+//! In: where the record is, and what was sealed or rewrapped. Out: the record's new version number, or why it was not written.
 //! Promises: check-and-set: a record that changed since the seal began is not overwritten; a record of another model never
 //! is; fields of other names stay as they were; a version that was published stays published, whatever happens here.
 //! Held by: the tests below, tests/catalog.rs.
@@ -8,7 +8,9 @@
 use std::sync::Arc;
 
 use super::record::fill;
-use super::{CatalogAt, Records, wipe};
+use super::{CatalogAt, Record, Records, wipe};
+use serde_json::{Map, Value};
+
 use crate::error::{Code, Error, Result};
 use crate::format::{ManifestDigest, ModelId};
 use crate::refuse;
@@ -47,7 +49,7 @@ impl Registration {
     pub fn prepare(records: Arc<dyn Records>, at: CatalogAt, store: &StoreUrl, model: &str) -> Result<Registration> {
         let model_id = ModelId::of_name(model);
         if !matches!(store, StoreUrl::S3 { .. }) {
-            refuse!(Usage, "--register: a record names a bucket, and {store} is none; seal to an s3:// store");
+            refuse!(Usage, "--register: a record names a bucket, and {store} is none; register models of s3:// stores");
         }
         let before = match records.read(&at.mount, &at.path)? {
             None => 0,
@@ -85,6 +87,68 @@ impl Registration {
         })
     }
 
+    /// Before slots are rewrapped: whether the record names this very version. Blocks.
+    ///
+    /// # Errors
+    /// `NOT_FOUND` for no record; `USAGE` if it names another version or another store; `CATALOG` if it is malformed.
+    pub fn check_names(&self, manifest: ManifestDigest) -> Result<()> {
+        let (mut data, _) = self.there()?;
+        let size = self.size_of(manifest, &data);
+        wipe(&mut data);
+        size.map(drop)
+    }
+
+    /// Puts the transit ciphertext of a rewrapped slot into the record that names its version. Nothing was opened, so what
+    /// the record says of the version beside that is kept. Blocks.
+    ///
+    /// # Errors
+    /// As [`Registration::check_names`] and [`Registration::write`].
+    pub fn rewrap(&self, manifest: ManifestDigest, encryption_key: &str) -> Result<Registered> {
+        let rewrapped = || {
+            let (mut data, seen) = self.there()?;
+            let size = self.size_of(manifest, &data);
+            let same = data.get("encryption_key").and_then(Value::as_str) == Some(encryption_key);
+            wipe(&mut data);
+            let size_bytes = size?;
+            if same {
+                return Ok(Registered { record: self.at.to_string(), version: seen });
+            }
+            self.try_write(SealedRecord { manifest, size_bytes, encryption_key })
+        };
+        rewrapped().map_err(|error: Error| {
+            error.context(format!(
+                "the slots are rewrapped, but record {} was not; look at it, then run the same command again",
+                self.at
+            ))
+        })
+    }
+
+    fn there(&self) -> Result<(Map<String, Value>, u32)> {
+        match self.records.read(&self.at.mount, &self.at.path)? {
+            Some(there) => Ok(there),
+            None => {
+                refuse!(NotFound, "--register: there is no record {}; `modelfs seal --register` writes one", self.at)
+            }
+        }
+    }
+
+    /// What the record says of the size of this version.
+    fn size_of(&self, manifest: ManifestDigest, data: &Map<String, Value>) -> Result<u64> {
+        let record = Record::parse(&self.at.path, data.clone(), 0)?;
+        if record.manifest != manifest || record.store != self.store || record.model_id != self.model_id {
+            refuse!(
+                Usage,
+                "--register: {} names sha256:{} in {}, and what is rewrapped is sha256:{manifest} in {}; name the version \
+                 of the record, as MODEL@N",
+                self.at,
+                record.manifest,
+                record.store,
+                self.store
+            );
+        }
+        Ok(record.size_bytes)
+    }
+
     fn try_write(&self, sealed: SealedRecord<'_>) -> Result<Registered> {
         // Read again: what it holds beside the five fields is kept, and was not kept in memory meanwhile.
         let (mut data, seen) = self.records.read(&self.at.mount, &self.at.path)?.unwrap_or_default();
@@ -104,7 +168,6 @@ impl Registration {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Record;
     use super::super::fake::FakeRecords;
     use super::*;
     use serde_json::json;
@@ -128,6 +191,45 @@ mod tests {
             let (data, _) = records.read("secret", "models/llama").expect("read").expect("there");
             assert_eq!(Record::parse("llama", data, version).expect("a record").manifest, ManifestDigest([byte; 32]));
         }
+    }
+
+    #[test]
+    fn a_rewrapped_record_keeps_all_but_the_ciphertext_and_what_is_the_same_is_not_written_again() {
+        let records = Arc::new(FakeRecords::default());
+        prepared(&records).expect("prepared").write(sealed(1)).expect("written");
+        for version in [2, 2] {
+            let registration = prepared(&records).expect("prepared");
+            registration.check_names(ManifestDigest([1; 32])).expect("it does");
+            let done = registration.rewrap(ManifestDigest([1; 32]), "vault:v2:abc").expect("rewrapped");
+            assert_eq!(done.version, version);
+        }
+        let (data, _) = records.read("secret", "models/llama").expect("read").expect("there");
+        assert_eq!(data["encryption_key"], "vault:v2:abc");
+        let record = Record::parse("llama", data, 2).expect("a record");
+        assert_eq!((record.manifest, record.size_bytes), (ManifestDigest([1; 32]), 42));
+    }
+
+    /// The ciphertext of one version opens no other: a record that got it would open nothing.
+    #[test]
+    fn a_record_of_another_version_or_store_and_none_are_not_rewrapped() {
+        let records = Arc::new(FakeRecords::default());
+        let registration = prepared(&records).expect("prepared");
+        assert_eq!(registration.check_names(ManifestDigest([1; 32])).expect_err("none").code(), Code::NotFound);
+        registration.write(sealed(1)).expect("written");
+        let registration = prepared(&records).expect("prepared");
+        for refused in [
+            registration.check_names(ManifestDigest([2; 32])).expect_err("another version"),
+            registration.rewrap(ManifestDigest([2; 32]), "vault:v2:abc").expect_err("another version"),
+        ] {
+            assert_eq!(refused.code(), Code::Usage);
+            assert!(refused.chain().contains("MODEL@N"), "{}", refused.chain());
+        }
+        let at = "vault-kv://secret/models/llama".parse().expect("a record");
+        let elsewhere = "s3://copies/prod".parse().expect("a URL");
+        let elsewhere = Registration::prepare(records.clone(), at, &elsewhere, "acme/llama").expect("prepared");
+        assert_eq!(elsewhere.check_names(ManifestDigest([1; 32])).expect_err("another bucket").code(), Code::Usage);
+        let (data, version) = records.read("secret", "models/llama").expect("read").expect("there");
+        assert_eq!((version, data["encryption_key"].as_str()), (1, Some("vault:v1:abc")));
     }
 
     #[test]

@@ -13,6 +13,7 @@ use crate::format::{Manifest, ManifestHeader, Slot, SlotKind, Slots};
 use crate::keys::{KeySource, Keyring, Resolved, prompt_terminal};
 use crate::mem::Secret;
 pub use crate::reading::Reading;
+use crate::refuse;
 use crate::seal::{SlotKeys, SlotTarget};
 use crate::vault::Vault;
 
@@ -64,17 +65,39 @@ impl LocalKeys {
     /// raw key in base64 where `raw` asks for it.
     pub fn for_record(&self, raw: bool) -> Result<Zeroizing<String>> {
         if raw {
-            let base64 = |key: &Secret<32>| {
-                let mut text = Zeroizing::new(String::with_capacity(RAW_KEY_TEXT_BYTES));
-                STANDARD.encode_string(key.expose(), &mut text);
-                text
-            };
-            let text = self.keyring.with_raw_key(base64)?;
-            return text.ok_or_else(|| Error::new(Code::Usage, "there is no raw key to register"));
+            return raw_key_for_record(&self.keyring);
         }
         let transit = self.transit.lock().unwrap_or_else(PoisonError::into_inner);
         let text = transit.clone().map(Zeroizing::new);
         text.ok_or_else(|| Error::new(Code::Usage, "there is no transit ciphertext to register"))
+    }
+}
+
+/// The first raw key of a ring, in base64.
+pub fn raw_key_for_record(ring: &Keyring<'_>) -> Result<Zeroizing<String>> {
+    let text = ring.with_raw_key(|key: &Secret<32>| {
+        let mut text = Zeroizing::new(String::with_capacity(RAW_KEY_TEXT_BYTES));
+        STANDARD.encode_string(key.expose(), &mut text);
+        text
+    })?;
+    text.ok_or_else(|| Error::new(Code::Usage, "there is no raw key to register"))
+}
+
+/// Refused before anything is sealed or rotated, not after: whether a record could hold one of these keys.
+///
+/// # Errors
+/// `USAGE`, saying what to give.
+pub fn need_registrable(keys: &[KeySource], raw: bool) -> Result<()> {
+    let transit = keys.iter().any(|key| matches!(key, KeySource::VaultTransit { .. }));
+    let has_raw = keys.iter().any(|key| matches!(key, KeySource::File(_) | KeySource::Env(_)));
+    match (transit, raw, has_raw) {
+        (true, false, _) | (_, true, true) => Ok(()),
+        (_, true, false) => refuse!(Usage, "--register-raw-key: no raw key is among the keys; give one, file:PATH"),
+        (false, false, _) => refuse!(
+            Usage,
+            "--register: a record holds what opens the model; use the key vault-transit:MOUNT/KEY, or say \
+             --register-raw-key to put the raw key into Vault"
+        ),
     }
 }
 

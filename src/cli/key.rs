@@ -5,19 +5,21 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
+use zeroize::Zeroizing;
 
-use super::access::{Reading, reading, runtime};
+use super::access::{Reading, need_registrable, raw_key_for_record, reading, runtime};
 use super::out::{printable, table};
 use super::record::recorded;
 use super::seal::SealBar;
 use super::signers::Signers;
 use super::tag::releaser;
 use super::{AccessArgs, ChangeArgs, Out};
+use crate::catalog::{self, Registered, Registration, SealedRecord};
 use crate::config::Layers;
 use crate::config::units::{parse_duration, show_size};
 use crate::crypto::PublicKey;
 use crate::error::{Code, Error, Result};
-use crate::format::{ManifestDigest, Slot, SlotParams};
+use crate::format::{ManifestDigest, Slot, SlotParams, Slots};
 use crate::keys::{
     FloorPolicy, KeySource, Keyring, ModelSelector, Resolved, Resolver, Role, Signer, Wanted, prompt_terminal, unix_now,
 };
@@ -159,6 +161,12 @@ pub struct RotateArgs {
     /// With --new-key or --reencrypt: readers who see the new version refuse every older one
     #[arg(long)]
     withdraw_old: bool,
+    /// Write the rotated version into this record of a catalog too, as in vault-kv://secret/models/acme/llama
+    #[arg(long, value_name = "vault-kv://MOUNT/PATH", conflicts_with = "all")]
+    register: Option<String>,
+    /// With --register and no transit key: put the raw key into Vault, where every reader of the record has it
+    #[arg(long, requires = "register", conflicts_with = "rewrap")]
+    register_raw_key: bool,
     /// With --new-key or --reencrypt: leave versions alone that are younger than this, as in 7d [default: 1d with --all, else 0s]
     #[arg(long, value_name = "AGE")]
     if_older: Option<String>,
@@ -175,6 +183,8 @@ Examples:
   modelfs key rotate s3://models/prod --all --key file:old.key --to file:new.key   somebody left
   modelfs key rotate s3://models/prod --all --rewrap --key vault-transit:transit/models
       after `vault write -f transit/keys/models/rotate`
+  modelfs key rotate s3://models/prod acme/llama --rewrap --key vault-transit:transit/models \\
+      --register vault-kv://secret/models/acme/llama   its record in a catalog too
   modelfs key rotate s3://models/prod acme/llama --key file:node.key --new-key \\
       --sign publisher.key --release release.key
   modelfs key rotate s3://models/prod acme/llama --key file:node.key --to file:new.key \\
@@ -327,7 +337,7 @@ fn edit_one(reading: &mut Reading, model: &str, signers: Vec<Arc<dyn Signer>>, e
     let releaser = releaser(reading, &selector.name, signers)?;
     let rotator = Rotator { resolver: reading.resolver(), releaser };
     let done = Done::Edited(runtime()?.block_on(rotator.edit(&selector.wanted, &edit))?);
-    tell(reading, &selector.name, &done, out)
+    tell(reading, &selector.name, &done, None, out)
 }
 
 /// What is done to each version.
@@ -377,9 +387,87 @@ fn rotate(args: &RotateArgs, mut layers: Layers, out: &Out) -> Result<()> {
     };
     let selector: ModelSelector = model.parse()?;
     let releaser = releaser_for(&mut reading, &selector.name, releasers, &work)?;
+    let record = args.register.as_deref().map(|at| prepare_record(args, &reading, at, &selector)).transpose()?;
     let done = runtime()?.block_on(rotate_one(&reading, releaser, &selector.wanted, &work, if_older));
     bar.end();
-    tell(&reading, &selector.name, &done?, out)
+    let done = done?;
+    let registered = match &record {
+        Some(record) => register(record, args.register_raw_key, &reading, &selector.name, &work, &done)?,
+        None => None,
+    };
+    tell(&reading, &selector.name, &done, registered.as_ref(), out)
+}
+
+/// Before anything is rotated: what could not be registered afterwards is refused now.
+fn prepare_record(args: &RotateArgs, reading: &Reading, at: &str, selector: &ModelSelector) -> Result<Registration> {
+    if !args.rewrap {
+        let to = sources(&args.to, "--to")?;
+        need_registrable(if to.is_empty() { &reading.access.keys } else { &to }, args.register_raw_key)?;
+    }
+    let at = at.parse().map_err(|error: Error| error.context("--register"))?;
+    let records = catalog::records(reading.vault.as_ref())?;
+    let record = Registration::prepare(records, at, &reading.url, &selector.name)?;
+    if args.rewrap {
+        let version = runtime()?.block_on(rotating(reading).resolve(selector, None))?;
+        rewrapped(&version.slots, args.label.as_deref())?;
+        record.check_names(version.digest)?;
+    }
+    Ok(record)
+}
+
+/// Writes the record of what was rotated; `None`: nothing was.
+fn register(
+    record: &Registration,
+    raw: bool,
+    reading: &Reading,
+    model: &str,
+    work: &Work,
+    done: &Done,
+) -> Result<Option<Registered>> {
+    let number = match done {
+        Done::Edited(edited) => edited.version,
+        Done::Rekeyed(rekeyed) => rekeyed.version,
+        Done::Untouched { .. } => return Ok(None),
+    };
+    let selector = ModelSelector { name: model.to_owned(), wanted: Wanted::Version(number) };
+    let version = runtime()?.block_on(rotating(reading).resolve(&selector, None))?;
+    let ring = match work {
+        Work::Edit(Edit::Rewrap { label, .. }) => {
+            let wrapped = rewrapped(&version.slots, label.as_deref())?;
+            return record.rewrap(version.digest, wrapped).map(Some);
+        }
+        Work::Edit(Edit::Replace { new, .. }) => new,
+        Work::Edit(Edit::Add { .. } | Edit::Remove { .. }) => unreachable!("no rotation adds or removes"),
+        Work::Rekey(order) => order.to.as_ref().unwrap_or(&order.keys),
+    };
+    let key = if raw { raw_key_for_record(ring)? } else { transit_for_record(ring, &version)? };
+    let size = version.open(ring)?.0.total_size();
+    let Ok(size_bytes) = u64::try_from(size) else { refuse!(Usage, "--register: {size} bytes fit no record") };
+    record.write(SealedRecord { manifest: version.digest, size_bytes, encryption_key: &key }).map(Some)
+}
+
+/// The text of the one transit slot that a record can hold; which of several it would be, nothing says but a label.
+fn rewrapped<'a>(slots: &'a Slots, label: Option<&str>) -> Result<&'a str> {
+    let named = |slot: &&Slot| transit_version(slot).is_some() && label.is_none_or(|label| slot.label == label);
+    let mut found = slots.slots.iter().filter(named);
+    match (found.next(), found.next()) {
+        (Some(slot), None) => Ok(std::str::from_utf8(&slot.body).expect("its version was read as text")),
+        (Some(_), Some(_)) => {
+            refuse!(Usage, "--register: the version has several transit slots; say which, --label LABEL")
+        }
+        (None, _) => refuse!(NotFound, "--register: the version has no transit slot that a record could hold"),
+    }
+}
+
+/// The transit slot that this ring opens, as a record holds it.
+fn transit_for_record(ring: &Keys, version: &Resolved) -> Result<Zeroizing<String>> {
+    for slot in version.slots.slots.iter().filter(|slot| transit_version(slot).is_some()) {
+        if opens(ring, &version.slots, &version.header, slot)? {
+            let text = std::str::from_utf8(&slot.body).expect("its version was read as text");
+            return Ok(Zeroizing::new(text.to_owned()));
+        }
+    }
+    refuse!(NoKey, "--register: none of the keys given opens a transit slot of version {}", version.header.seq)
 }
 
 fn work(args: &RotateArgs, reading: &Reading, bar: &Arc<SealBar>) -> Result<Work> {
@@ -612,7 +700,7 @@ fn described(done: &Done) -> Value {
     value
 }
 
-fn tell(reading: &Reading, model: &str, done: &Done, out: &Out) -> Result<()> {
+fn tell(reading: &Reading, model: &str, done: &Done, registered: Option<&Registered>, out: &Out) -> Result<()> {
     let warnings: &[String] = match done {
         Done::Edited(edited) => &edited.warnings,
         Done::Rekeyed(rekeyed) => &rekeyed.warnings,
@@ -624,10 +712,20 @@ fn tell(reading: &Reading, model: &str, done: &Done, out: &Out) -> Result<()> {
     let mut value = described(done);
     value["store"] = json!(reading.url.to_string());
     value["model"] = json!(model);
-    out.result(&value, || match done {
-        Done::Edited(edited) => told_edit(model, edited),
-        Done::Rekeyed(rekeyed) => told_rekey(reading, model, rekeyed),
-        Done::Untouched { version, why } => format!("{model}@{version} was left as it is: {why}"),
+    if let Some(registered) = registered {
+        value["registered"] = json!(registered);
+    }
+    out.result(&value, || {
+        let mut text = match done {
+            Done::Edited(edited) => told_edit(model, edited),
+            Done::Rekeyed(rekeyed) => told_rekey(reading, model, rekeyed),
+            Done::Untouched { version, why } => format!("{model}@{version} was left as it is: {why}"),
+        };
+        if let Some(Registered { record, version }) = registered {
+            let line = if text.ends_with('\n') { "" } else { "\n" };
+            text.push_str(&format!("{line}  record    {record} version {version}"));
+        }
+        text
     })
 }
 
@@ -689,11 +787,12 @@ fn ring(reading: &Reading, sources: &[KeySource]) -> Result<Keys> {
     Ok(Arc::new(ring.allow_labels(&reading.access.slot_labels)))
 }
 
+fn sources(words: &[String], option: &str) -> Result<Vec<KeySource>> {
+    words.iter().map(|word| word.parse().map_err(|e: Error| e.context(option.to_owned()))).collect()
+}
+
 fn new_ring(reading: &Reading, words: &[String], option: &str) -> Result<Keys> {
-    let sources: Vec<KeySource> = words
-        .iter()
-        .map(|word| word.parse().map_err(|e: Error| e.context(option.to_owned())))
-        .collect::<Result<_>>()?;
+    let sources = sources(words, option)?;
     Ok(Arc::new(Keyring::new(&sources, &prompt_new).with_vault(reading.vault.clone())?))
 }
 

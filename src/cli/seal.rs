@@ -9,7 +9,7 @@ use clap::Args;
 use indicatif::ProgressBar;
 use serde_json::json;
 
-use super::access::{LocalKeys, runtime};
+use super::access::{LocalKeys, need_registrable, runtime};
 use super::signers::Signers;
 use super::{Flags, Out, oms};
 use crate::catalog::{self, Registration, SealedRecord};
@@ -18,7 +18,7 @@ use crate::config::units::{parse_duration, show_rate, show_size};
 use crate::config::{self, Access, Layers};
 use crate::error::{Code, Error, Result};
 use crate::format::Suite;
-use crate::keys::{KeySource, Role, Signer, Trust};
+use crate::keys::{Role, Signer, Trust};
 use crate::policy::types::Admits;
 use crate::reading;
 use crate::refuse;
@@ -108,7 +108,7 @@ pub fn run(args: &SealArgs, mut layers: Layers, out: &Out) -> Result<()> {
     let vault = reading::connect(&mut access)?;
     let register = match &args.register {
         Some(record) => {
-            need_registrable(&access, args.register_raw_key)?;
+            need_registrable(&access.keys, args.register_raw_key)?;
             let (records, at) = (catalog::records(vault.as_ref())?, record.parse().map_err(at_register)?);
             Some(Registration::prepare(records, at, &url, &name)?)
         }
@@ -176,21 +176,6 @@ pub fn run(args: &SealArgs, mut layers: Layers, out: &Out) -> Result<()> {
 
 fn at_register(error: Error) -> Error {
     error.context("--register")
-}
-
-/// Refused before anything is sealed, not after.
-fn need_registrable(access: &Access, raw: bool) -> Result<()> {
-    let transit = access.keys.iter().any(|key| matches!(key, KeySource::VaultTransit { .. }));
-    let has_raw = access.keys.iter().any(|key| matches!(key, KeySource::File(_) | KeySource::Env(_)));
-    match (transit, raw, has_raw) {
-        (true, false, _) | (_, true, true) => Ok(()),
-        (_, true, false) => refuse!(Usage, "--register-raw-key: no raw key is among the keys; give --key file:PATH"),
-        (false, false, _) => refuse!(
-            Usage,
-            "--register: a record holds what opens the model; seal with --key vault-transit:MOUNT/KEY, or say \
-             --register-raw-key to put the raw key into Vault"
-        ),
-    }
 }
 
 fn tell(args: &SealArgs, access: &Access, url: &StoreUrl, done: &SealSummary, quiet: bool) -> String {

@@ -178,7 +178,13 @@ impl Wire {
                 (Code::SlotCommit, "it was not wrapped with this transit key for this model and version".into())
             }
             400 if has("too old") => {
-                (Code::VaultDenied, format!("it is wrapped with a retired version of the key; rewrap the slots{says}"))
+                (
+                    Code::VaultDenied,
+                    format!(
+                        "it is wrapped with a retired version of the key; rewrap it (`modelfs key rotate --rewrap`, for a \
+                         record of a catalog with --register){says}"
+                    ),
+                )
             }
             403 if path.starts_with("auth/") => (Code::VaultDenied, format!("Vault refuses the login at {path}{says}")),
             400 | 401 if path.starts_with("auth/") => {
