@@ -102,7 +102,7 @@ step "start MinIO" start_minio storage-password-one
 step "a bucket" s3 PUT models
 step "set up Vault as docs/KEYS.md says" run_keys_block setup
 step "let Vault make storage credentials as docs/KEYS.md says" run_keys_block storage
-for role in publisher pruner server rewrap auditor; do
+for role in publisher pruner server rewrap auditor registrar catalog; do
   page_block "$keys_page" hcl $role >"$work/policies/$role.hcl"
   step "policy $role" admin policy write $role "$work/policies/$role.hcl"
 done
@@ -110,6 +110,8 @@ step "a role for servers as docs/KEYS.md says" run_keys_block approle
 for role in publisher pruner rewrap auditor; do
   step "a role for $role" admin write auth/approle/role/$role token_policies=$role token_ttl=20m
 done
+step "a role for registrar" admin write auth/approle/role/registrar token_policies=publisher,registrar token_ttl=20m
+step "a role for catalog" admin write auth/approle/role/catalog token_policies=server,catalog token_ttl=20m
 
 # ---- Who is who. Secrets lie in files; nothing is on a command line.
 
@@ -117,9 +119,9 @@ credentials_of() { # ROLE: its role-id and a fresh secret-id
   admin read -field=role_id "auth/approle/role/$1/role-id" >"$work/$1.role-id"
   (umask 077 && admin write -f -field=secret_id "auth/approle/role/$1/secret-id" >"$work/$1.secret-id")
 }
-for role in publisher pruner server rewrap auditor; do credentials_of $role; done
+for role in publisher pruner server rewrap auditor registrar catalog; do credentials_of $role; done
 as() { # ROLE [STORAGE-ROLE]: the options with which that role reaches Vault and the bucket
-  local -A credentials=([publisher]=publish [pruner]=prune [rewrap]=prune)
+  local -A credentials=([publisher]=publish [registrar]=publish [pruner]=prune [rewrap]=prune [rewrap-registrar]=prune)
   echo "--vault-addr http://127.0.0.1:$vault_port --vault-auth approle --vault-role-id $(cat "$work/$1.role-id")" \
     "--vault-secret-id-file $work/$1.secret-id --s3-endpoint http://127.0.0.1:$minio_port --s3-region us-east-1" \
     "--s3-credentials vault-aws:aws/${2:-${credentials[$1]:-models}}"
@@ -145,9 +147,10 @@ header = json.dumps({"w": {"dtype": "U8", "shape": [len(bytes_)], "data_offsets"
 PYTHON
 }
 # shellcheck disable=SC2046 # `as` answers words
-publish() { # VERSION [OPTION...]
-  "$modelfs" seal "$work/v$1" $store $model --key $transit --sign $signer --floor $floor "${@:2}" $(as publisher)
+publish_as() { # ROLE VERSION [OPTION...]
+  "$modelfs" seal "$work/v$2" $store $model --key $transit --sign $signer --floor $floor "${@:3}" $(as "$1")
 }
+publish() { publish_as publisher "$@"; } # VERSION [OPTION...]
 trusted() { admin read -format=json transit/keys/release | jq -r '.data.keys["1"].public_key' | base64 -d | xxd -p -c 64; }
 # shellcheck disable=SC2046
 mount_as_server() { # [OPTION...]
@@ -389,6 +392,39 @@ step "what is left mounts" mount_as_server
 step "and loads" shows_version 1
 step "unmount" unmount
 
+# ---- A catalog.
+catalog=vault-kv://secret/models
+# shellcheck disable=SC2046
+mount_catalog() { # [OPTION...]
+  "$modelfs" mount $catalog "$mnt" --key $transit --trust "$trust" --daemon --log-file "$work/catalog.log" $(as catalog) "$@"
+}
+catalog_works() {
+  local rc=0
+  { mount_catalog && shows_version 2; } || rc=$?
+  unmount >/dev/null 2>&1 || true
+  return $rc
+}
+step "seal version 2 again and register it" publish_as registrar 2 --register $catalog/$model
+step "a catalog is mounted by its records" catalog_works
+# shellcheck disable=SC2046
+rewrap_record() {
+  "$modelfs" key rotate $store $model --rewrap --key $transit --sign $signer --trust "$trust" \
+    --register $catalog/$model $(as rewrap-registrar)
+}
+record_follows_rotation() {
+  local newest
+  admin write auth/approle/role/rewrap-registrar token_policies=rewrap,registrar token_ttl=20m >/dev/null
+  credentials_of rewrap-registrar
+  newest=$(admin read -format=json transit/keys/models | jq '.data.latest_version + 1')
+  admin write -f transit/keys/models/rotate >/dev/null
+  rewrap_all
+  admin write transit/keys/models/config min_decryption_version="$newest" >/dev/null
+  refused_with VAULT_DENIED mount_catalog --model $model
+  rewrap_record
+  catalog_works
+}
+step "a record that a rotation left behind is told, and follows when it is named" record_follows_rotation
+
 # ---- The policies: enough was shown above; one right less is not enough.
 rights_of() { # ROLE: PATH RIGHT, a line each
   local path rights right
@@ -417,12 +453,12 @@ needs_every_right() { # ROLE COMMAND...
 }
 server_works() {
   local rc=0
-  { mount_as_server && shows_version 1; } || rc=$?
+  { mount_as_server && shows_version 2; } || rc=$?
   unmount >/dev/null 2>&1 || true
   return $rc
 }
 step "the server's policy has no right too many" needs_every_right server server_works
-# A new tag makes a floor of its own, a known one is raised: two rights.
+# A new tag makes a floor of its own, a known one is raised: two rights. So with records.
 edition=0
 publisher_works() {
   edition=$((edition + 1))
@@ -436,6 +472,13 @@ floor_is_in_vault() { # TAG: what this machine has seen of it is what Vault hold
     { echo "the floor of $1 in Vault was not raised"; return 1; }
 }
 step "the publisher's policy has no right too many" needs_every_right publisher publisher_works
+registrar_works() {
+  edition=$((edition + 1))
+  echo "$edition" >"$work/v2/edition"
+  publish_as registrar 2 --register $catalog/$model && publish_as registrar 2 --register "$catalog/edition-$edition"
+}
+step "the registrar's policy has no right too many" needs_every_right registrar registrar_works
+step "the catalog server's policy has no right too many" needs_every_right catalog catalog_works
 step "the pruner's policy has no right too many" needs_every_right pruner prune_twice
 rotate_and_rewrap() { admin write -f transit/keys/models/rotate >/dev/null && rewrap_all; }
 step "the rewrap job's policy has no right too many" needs_every_right rewrap rotate_and_rewrap
@@ -460,7 +503,7 @@ step "the auditor opens nothing" auditor_opens_nothing
 
 # ---- Vault's own record of what the server asked for.
 server_asked_only() {
-  jq -r 'select(.type == "request" and (.auth.policies // [] | index("server"))) | "\(.request.operation) \(.request.path)"' \
+  jq -r 'select(.type == "request" and (.auth.policies // [] | index("server") and (index("catalog") | not))) | "\(.request.operation) \(.request.path)"' \
     "$work/audit.log" | sort | uniq -c | sort -rn | tee "$work/asked"
   [[ -s $work/asked ]] || { echo "the audit log names no request of the server"; return 1; }
   ! awk '{ print $2, $3 }' "$work/asked" | grep -vE \
