@@ -153,10 +153,11 @@ publish_as() { # ROLE VERSION [OPTION...]
 publish() { publish_as publisher "$@"; } # VERSION [OPTION...]
 trusted() { admin read -format=json transit/keys/release | jq -r '.data.keys["1"].public_key' | base64 -d | xxd -p -c 64; }
 # shellcheck disable=SC2046
-mount_as_server() { # [OPTION...]
+mount_as() { # ROLE [OPTION...]
   "$modelfs" mount $store "$mnt" --model $model --key $transit --trust "$trust" --floor $floor --daemon \
-    --log-file "$work/mount.log" $(as server) "$@"
+    --log-file "$work/mount.log" $(as "$1") "${@:2}"
 }
+mount_as_server() { mount_as server "$@"; } # [OPTION...]
 unmount() { "$modelfs" umount "$mnt"; }
 shows_version() { # N: every byte through the kernel, as it was sealed
   diff -r "$work/v$1" "$mnt/$model" && cmp "$work/v$1/model.safetensors" "$mnt/$model/model.safetensors"
@@ -296,6 +297,36 @@ restore() {
 }
 step "the role is restored and the server mounts again" restore
 
+# ---- A secret-id ends, and a new one takes its place in the file.
+new_secret_id() {
+  local old
+  old=$(cat "$work/server.secret-id")
+  SECRET_ID_FILE=$work/server.secret-id run_keys_block secret-id
+  [[ $(cat "$work/server.secret-id") != "$old" && $(stat -c %a "$work/server.secret-id") == 600 ]]
+  admin write auth/approle/role/server/secret-id/destroy secret_id="$old" >/dev/null
+  # What makes the next login come now.
+  revoke_tokens_of server
+  until_true 120 vault_is_live_again
+  shows_version 1
+}
+vault_is_live_again() { status_says '.vault.state == "live"' && [[ -n $(tokens_of server) ]]; }
+step "a new secret-id in the file is taken at the next login, without a restart" new_secret_id
+wrapped_start() { mount_as wrapped --vault-secret-id-wrapped; }
+restart_with_spent_wrapping() {
+  unmount
+  cp "$work/server.role-id" "$work/wrapped.role-id"
+  # The block prints a role-id, then the wrapping token.
+  (umask 077 && run_keys_block approle | grep -oE "hvs\.[[:alnum:]_-]+" >"$work/wrapped.secret-id")
+  wrapped_start
+  shows_version 1
+  unmount
+  refused_with VAULT_DENIED wrapped_start >"$work/refused"
+  grep -F "before a restart" "$work/refused"
+  grep -F "destroy the secret-id" "$work/refused"
+  mount_as_server
+}
+step "a restart with a wrapping token that was spent says so" restart_with_spent_wrapping
+
 # ---- Versions.
 step "seal version 2" publish 2 --metric eval_loss=1.93
 step "the server takes version 2" remount
@@ -313,7 +344,7 @@ replay() {
   mv "$work/minio" "$work/minio.now" && mv "$work/minio.before" "$work/minio"
   start_minio storage-password-two
   # A fresh machine: nothing is remembered here, only in Vault.
-  refused_with ROLLBACK env MODELFS_STATE_DIR="$work/fresh" bash -c "$(declare -f mount_as_server as); $(declare -p modelfs store mnt model transit trust floor work vault_port minio_port); mount_as_server" || return 1
+  refused_with ROLLBACK env MODELFS_STATE_DIR="$work/fresh" bash -c "$(declare -f mount_as mount_as_server as); $(declare -p modelfs store mnt model transit trust floor work vault_port minio_port); mount_as_server" || return 1
   stop_minio
   rm -rf "$work/minio" && mv "$work/minio.now" "$work/minio"
   start_minio storage-password-two

@@ -167,8 +167,9 @@ impl Wire {
             400 if has("check-and-set") => (Code::Exists, "somebody else wrote it first".into()),
             400 if has("wrapping token is not valid") => (
                 Code::VaultDenied,
-                "the wrapped secret-id was unwrapped before, or has expired: if not by you, somebody has it; destroy \
-                 the secret-id and issue a new one"
+                "the wrapped secret-id was unwrapped before, or has expired. Was it unwrapped by this server before a \
+                 restart? What came out is kept in memory only: wrap a new one for each start. If not, somebody has it: \
+                 destroy the secret-id, then issue a new one"
                     .into(),
             ),
             400 if has("encryption key not found") || has("signing key not found") => {
