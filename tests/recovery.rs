@@ -6,8 +6,9 @@ mod common;
 mod program;
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::Output;
+use std::process::{Command, Output, Stdio};
 
 use modelfs::crypto::SigningKey;
 use modelfs::format::{ModelId, Ref, RefSignature, Slots, names};
@@ -42,7 +43,7 @@ impl Site {
     }
 
     fn sealing(&self, more: &[&str]) -> Output {
-        let source = self.root.path().join("source");
+        let source = self.root.path().join("llama");
         fs::create_dir_all(&source).expect("mkdir");
         let stamp = format!("{}", walk(Path::new(self.program.store())).len());
         fs::write(source.join("config.json"), stamp).expect("written");
@@ -66,6 +67,30 @@ impl Site {
         let mut command = self.program.command(&[words[0], self.program.store()]);
         command.args(&words[1..]).arg("--json").arg("--trust").arg(key);
         command.env("MODELFS_STATE_DIR", self.reader_state()).output().expect("runs")
+    }
+
+    /// The block of docs/RECOVERY.md of that name, as an operator would paste it on the machine that remembers in `state`.
+    fn paste(&self, block: &str, state: &Path, words: &[(&str, &str)]) -> Output {
+        let program = Path::new(env!("CARGO_BIN_EXE_modelfs"));
+        let mut shell = Command::new("bash");
+        // The surroundings of the program's own commands.
+        for (name, value) in self.program.command(&[]).get_envs() {
+            match value {
+                Some(value) => shell.env(name, value),
+                None => shell.env_remove(name),
+            };
+        }
+        let path = std::env::var("PATH").expect("a PATH");
+        shell.env("PATH", format!("{}:{path}", program.parent().expect("a folder").display()));
+        shell.env("STORE", self.program.store()).env("MODEL", MODEL).env("KEY", self.program.key());
+        shell.env("TRUST", self.program.trusted_key()).env("FLOOR", "").env("MNT", self.program.mountpoint());
+        shell.env("MODELFS_STATE_DIR", state).envs(words.iter().copied());
+        shell.args(["-euo", "pipefail", "-c", &page_block(block)]).current_dir(self.root.path());
+        shell.stdin(Stdio::null()).output().expect("bash runs")
+    }
+
+    fn publisher_state(&self) -> PathBuf {
+        self.root.path().join("home/state")
     }
 
     fn reader_state(&self) -> PathBuf {
@@ -105,7 +130,11 @@ impl Site {
     }
 
     fn backup(&self) -> PathBuf {
-        let to = self.root.path().join("backup");
+        self.copy("backup")
+    }
+
+    fn copy(&self, name: &str) -> PathBuf {
+        let to = self.root.path().join(name);
         run_ok(std::process::Command::new("cp").arg("-a").arg(self.program.store()).arg(&to));
         to
     }
@@ -123,6 +152,32 @@ fn walk(dir: &Path) -> Vec<PathBuf> {
         if path.is_dir() { found.extend(walk(&path)) } else { found.push(path) }
     }
     found
+}
+
+/// A named block of docs/RECOVERY.md. tests/run.sh asks at the end whether each of them was run.
+fn page_block(name: &str) -> String {
+    let fence = format!("```sh {name}\n");
+    let page = include_str!("../docs/RECOVERY.md");
+    let (_, rest) = page.split_once(&fence).unwrap_or_else(|| panic!("docs/RECOVERY.md has no block {name}"));
+    let (block, _) = rest.split_once("\n```").expect("a fence ends");
+    if let Some(list) = std::env::var_os("MODELFS_TEST_PAGE_RUN") {
+        let mut list = fs::OpenOptions::new().append(true).create(true).open(list).expect("the list of blocks");
+        writeln!(list, "RECOVERY.md sh {name}").expect("written");
+    }
+    block.to_owned()
+}
+
+/// What a pasted block said.
+#[track_caller]
+fn done(output: &Output) -> String {
+    assert!(output.status.success(), "{}", told(output));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// A pasted block that ends with this code of ours.
+#[track_caller]
+fn ends_with(output: &Output, code: &str) {
+    assert!(!output.status.success() && told(output).contains(&format!("[{code}]")), "{}", told(output));
 }
 
 #[track_caller]
@@ -377,12 +432,18 @@ fn after_an_older_backup_of_the_bucket_was_restored_the_floor_is_reset_by_hand_a
 
     let remembered = json(&site.reader(&["floor", MODEL]));
     assert_eq!((remembered["floors"][0]["ref_seq"].as_u64(), remembered["reset"].as_bool()), (Some(2), Some(false)));
+    let listed = json(&site.publisher(&["ls", MODEL]));
+    let digest = listed["versions"][0]["manifest"].as_str().expect("a digest").to_owned();
+    let (publisher, reader) = (site.publisher_state(), site.reader_state());
+    let looked = done(&site.paste("look", &reader, &[("DIGEST", &format!("sha256:{digest}"))]));
+    assert!(looked.contains(&digest), "{looked}");
     refused(&site.reader(&["floor", MODEL, "--reset"]), "USAGE", 2);
     refused(&site.reader(&["inspect", MODEL]), "ROLLBACK", 20);
-    json(&site.publisher(&["floor", MODEL, "--reset", "--yes"]));
-    json(&site.reader(&["floor", MODEL, "--reset", "--yes"]));
+    done(&site.paste("forget", &publisher, &[]));
+    done(&site.paste("forget", &reader, &[]));
+    done(&site.paste("see", &reader, &[]));
     assert_eq!(version(&site.reader(&["inspect", MODEL])), 1);
-    assert_eq!(site.seal_with(&[])["version"], 2);
+    done(&site.paste("publish", &publisher, &[]));
     assert_eq!(version(&site.reader(&["inspect", MODEL])), 2);
     assert_eq!(json(&site.reader(&["floor", MODEL]))["floors"][0]["ref_seq"], 2);
 }
@@ -396,12 +457,29 @@ fn after_local_state_was_lost_a_number_or_a_digest_from_elsewhere_is_the_floor()
     let (digest, ref_seq) = (sealed["manifest"].as_str().expect("text"), sealed["refs"][0][1].to_string());
     site.reader(&["inspect", MODEL]);
     fs::remove_dir_all(site.reader_state()).expect("removed");
+    let newest = site.copy("newest");
     site.restore(&backup);
     // Nothing here knows better, and says so; whoever asks for a floor is refused.
     let naive = site.reader_trusting(&site.program.trusted_key(), &["inspect", MODEL, "--require-floor"]);
     refused(&naive, "NO_FLOOR", 2);
     refused(&site.reader(&["inspect", MODEL, "--min-ref-seq", &ref_seq]), "ROLLBACK", 20);
     refused(&site.reader(&["inspect", MODEL, "--manifest", digest]), "NOT_FOUND", 3);
+    let words = [("REF", ref_seq.as_str())];
+    let state = site.reader_state();
+    for block in ["inspect-with-floor", "mount-with-floor"] {
+        ends_with(&site.paste(block, &state, &words), "ROLLBACK");
+    }
+
+    site.restore(&newest);
+    done(&site.paste("inspect-with-floor", &state, &words));
+    assert_eq!(version(&site.reader(&["inspect", MODEL, "--require-floor"])), 2, "it is recorded");
+    assert_eq!(version(&site.reader(&["inspect", MODEL, "--manifest", digest])), 2);
+    if can_mount() {
+        fs::remove_dir_all(&state).expect("removed");
+        done(&site.paste("mount-with-floor", &state, &words));
+        assert!(site.program.mountpoint().join(MODEL).join("config.json").is_file());
+        run_ok(site.program.command(&["umount"]).arg(site.program.mountpoint()));
+    }
 }
 
 /// Drill 3.
@@ -413,17 +491,31 @@ fn after_the_signing_key_was_lost_a_new_one_continues_the_channel_for_those_who_
     let old_public = home.join("old.pub");
     fs::rename(site.program.trusted_key(), &old_public).expect("renamed");
     fs::remove_file(home.join(".config/modelfs/signing.key")).expect("removed");
-    let new = home.join("new.key");
-    run_ok(site.program.command(&["keygen", "--signing"]).arg(&new));
-    let (new, new_public) = (new.to_str().expect("UTF-8"), home.join("new.key.pub"));
+    let (new, new_public) = (home.join("new.key"), home.join("new.key.pub"));
+    let trust_file = home.join("trust");
+    let old_hex = fs::read_to_string(&old_public).expect("the public key");
+    fs::write(&trust_file, format!("acme/*  {}\n", old_hex.trim())).expect("written");
+    let text = |path: &Path| path.to_str().expect("UTF-8").to_owned();
+    let (new, old, file) = (text(&new), text(&old_public), text(&trust_file));
+    let words = [("NEW_KEY", new.as_str()), ("TRUST", old.as_str()), ("TRUST_FILE", file.as_str())];
+    let (publisher, server) = (site.publisher_state(), site.reader_state());
+    done(&site.paste("new-key", &publisher, &words));
+    done(&site.paste("trust-both", &server, &words));
+    let new = new.as_str();
 
     // Without the old public key nobody can tell whose channel it is.
     refused(&site.sealing(&["--sign", new]), "REF_KEY", 20);
-    let source = site.root.path().join("source");
-    let mut seal = site.program.command(&["seal"]);
-    seal.arg(&source).args([site.program.store(), MODEL, "--key", &site.program.key(), "--sign", new, "--json"]);
-    let sealed = json(&seal.env("MODELFS_TRUST", &old_public).output().expect("runs"));
-    assert_eq!(sealed["version"], 3);
+    done(&site.paste("continue", &publisher, &words));
+    // A server goes by its trust file.
+    let by_file = |model: &str| {
+        let mut command =
+            site.program.command(&["inspect", site.program.store(), model, "--json", "--trust-file", &file]);
+        command.env("MODELFS_STATE_DIR", &server).output().expect("runs")
+    };
+    assert_eq!(version(&by_file(MODEL)), 3);
+    assert_eq!(version(&by_file("acme/llama@1")), 1);
+    done(&site.paste("move-tag", &publisher, &words));
+    assert_eq!(version(&by_file("acme/llama@prod")), 3);
 
     // The floor goes on: readers who trust the new key follow, those who do not refuse.
     assert_eq!(version(&site.reader_trusting(&new_public, &["inspect", MODEL])), 3);
@@ -434,6 +526,7 @@ fn after_the_signing_key_was_lost_a_new_one_continues_the_channel_for_those_who_
         site.reader_trusting(&new_public, &["inspect", &both, "--trust", old_public.to_str().expect("UTF-8")]);
     assert_eq!(version(&with_both), 1);
     // The next versions need the new key alone.
+    let source = site.root.path().join("llama");
     let source = source.to_str().expect("UTF-8");
     json(
         &site
@@ -531,7 +624,24 @@ impl Vault {
             assert!(std::time::Instant::now() < deadline, "vault does not listen");
             std::thread::sleep(std::time::Duration::from_millis(20));
         }
+        // It listens before its KV engine takes anything.
+        while !vault.command(&["kv", "put", "-mount=secret", "ready", "is=it"]).output().expect("runs").status.success()
+        {
+            assert!(std::time::Instant::now() < deadline, "vault is not ready");
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        }
         Some(vault)
+    }
+
+    /// The administrator's words.
+    fn admin(&self, words: &[&str]) -> String {
+        String::from_utf8(run_ok(&mut self.command(words)).stdout).expect("text")
+    }
+
+    fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new(common::part("vault-1.13.0/bin/vault").expect("it was started"));
+        command.args(words).env("VAULT_ADDR", &self.address).env("VAULT_TOKEN", VAULT_TOKEN);
+        command
     }
 
     fn stop(&mut self) {
@@ -546,7 +656,54 @@ impl Drop for Vault {
     }
 }
 
-/// Drill 4, with a real Vault; a restored snapshot is an engine without the entry.
+/// Drill 1 with a real Vault and the rights of docs/KEYS.md: a server reads the floor there, the publisher writes it.
+#[test]
+fn a_floor_in_vault_is_reset_by_who_may_write_it_before_the_servers_forget_theirs() {
+    let Some(vault) = Vault::start() else { return };
+    let site = Site::with_versions(0);
+    let policy = site.root.path().join("policy.hcl");
+    fs::write(&policy, "path \"secret/data/floor/*\" { capabilities = [\"read\"] }\n").expect("written");
+    vault.admin(&["policy", "write", "server", policy.to_str().expect("UTF-8")]);
+    let token = vault.admin(&["token", "create", "-policy=server", "-field=token"]);
+    let floor = ["--floor", "vault-kv:secret/floor"];
+    let (publisher, server) = (site.publisher_state(), site.reader_state());
+    let paste = |block: &str, state: &Path| {
+        let token = if state == publisher { VAULT_TOKEN } else { token.trim() };
+        let words =
+            [("FLOOR", "--floor vault-kv:secret/floor"), ("VAULT_ADDR", &vault.address), ("VAULT_TOKEN", token)];
+        site.paste(block, state, &words)
+    };
+    let seen = || {
+        let mut command = site.program.command(&["inspect", site.program.store(), MODEL, "--json", "--trust"]);
+        command.arg(site.program.trusted_key()).args(floor).env("VAULT_ADDR", &vault.address);
+        command.env("VAULT_TOKEN", token.trim()).env("MODELFS_STATE_DIR", &server).output().expect("runs")
+    };
+    fs::create_dir_all(site.root.path().join("llama")).expect("mkdir");
+    fs::write(site.root.path().join("llama/config.json"), "1").expect("written");
+    done(&paste("publish", &publisher));
+    let backup = site.backup();
+    fs::write(site.root.path().join("llama/config.json"), "2").expect("written");
+    done(&paste("publish", &publisher));
+    assert_eq!(version(&seen()), 2);
+    site.restore(&backup);
+
+    // Forgotten on a machine alone, the floor in Vault still stands, and who may not write it is told.
+    ends_with(&paste("forget", &server), "VAULT_DENIED");
+    refused(&seen(), "ROLLBACK", 20);
+    done(&paste("forget", &publisher));
+    done(&paste("forget", &server));
+    done(&paste("see", &server));
+    assert_eq!(version(&seen()), 1);
+    fs::write(site.root.path().join("llama/config.json"), "other 2").expect("written");
+    done(&paste("publish", &publisher));
+    assert_eq!(version(&seen()), 2);
+    // A machine without memory is protected by what was pinned anew.
+    site.restore(&backup);
+    fs::remove_dir_all(&server).expect("removed");
+    refused(&seen(), "ROLLBACK", 20);
+}
+
+/// Drill 4, with a real Vault: of a restored snapshot the entry is an older one, or it is not there.
 #[test]
 fn a_floor_in_vault_refuses_a_rollback_to_machines_without_memory_and_is_raised_again_after_a_restore() {
     let Some(mut vault) = Vault::start() else { return };
@@ -556,7 +713,7 @@ fn a_floor_in_vault_refuses_a_rollback_to_machines_without_memory_and_is_raised_
         command.env("VAULT_ADDR", address).env("VAULT_TOKEN", VAULT_TOKEN);
         command.env("MODELFS_STATE_DIR", site.root.path().join(state)).output().expect("runs")
     };
-    let source = site.root.path().join("source");
+    let source = site.root.path().join("llama");
     fs::create_dir_all(&source).expect("mkdir");
     let seal = |address: &str| {
         fs::write(source.join("config.json"), walk(Path::new(site.program.store())).len().to_string())
@@ -581,7 +738,19 @@ fn a_floor_in_vault_refuses_a_rollback_to_machines_without_memory_and_is_raised_
     site.restore(&backup);
     refused(&read(&["inspect"], &address, "pod-2"), "ROLLBACK", 20);
 
-    // Vault goes back: a new one, empty. Who remembers refuses still, and raises it.
+    // The entry goes back: a machine without memory goes by it, who remembers refuses still, and raises it.
+    let entry = vault.admin(&["kv", "list", "-format=json", "secret/modelfs/floor"]);
+    let entry: Vec<String> = serde_json::from_str(&entry).expect("names");
+    let path = format!("modelfs/floor/{}", entry[0]);
+    vault.admin(&["kv", "rollback", "-mount=secret", "-version=1", &path]);
+    assert_eq!(version(&read(&["inspect", "--require-floor"], &address, "pod-7")), 1);
+    refused(&read(&["inspect"], &address, "pod-1"), "ROLLBACK", 20);
+    let words =
+        [("FLOOR", "--floor vault-kv:secret/modelfs/floor"), ("VAULT_ADDR", &address), ("VAULT_TOKEN", VAULT_TOKEN)];
+    done(&site.paste("raise", &site.root.path().join("publisher"), &words));
+    refused(&read(&["inspect", "--require-floor"], &address, "pod-8"), "ROLLBACK", 20);
+
+    // Vault goes back to before: a new one, empty.
     vault.stop();
     let away = read(&["inspect", "--require-floor", "--vault-timeout", "2s"], &address, "pod-1");
     assert!(matches!(away.status.code(), Some(22)), "{}", told(&away));

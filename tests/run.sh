@@ -77,7 +77,7 @@ bash tests/kubernetes.sh || true
 bash tests/observe.sh || true
 bash tests/runbook.sh || true
 bash tests/docs.sh || true
-for page in ACCESS AUDIT CONFIGURATION DEPLOY DOCTOR HARDENING INCIDENTS METRICS MONITORING RUNBOOK SCAN; do
+for page in ACCESS AUDIT CONFIGURATION DEPLOY DOCTOR HARDENING INCIDENTS KEYS METRICS MONITORING RECOVERY RUNBOOK SCAN; do
   step "every command of docs/$page.md was run" page_was_run "docs/$page.md"
 done
 step "every named command of README.md was run" page_was_run README.md
