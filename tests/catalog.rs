@@ -295,6 +295,61 @@ fn a_variant_is_registered_under_its_own_id() {
     }
 }
 
+/// Nothing in a bucket tells that a record names one of its versions.
+#[test]
+fn a_prune_that_is_told_of_the_catalog_keeps_what_its_records_name() {
+    let Some(world) = World::start() else { return };
+    world.seal_raw("acme/llama", "acme/llama");
+    for text in ["{\"a\": 2}\n", "{\"a\": 3}\n"] {
+        std::fs::write(world.source.join("config.json"), text).expect("write");
+        world.seal("acme/llama", &["--key", &world.program.key()]);
+    }
+    let prune = |more: &[&str]| {
+        let words = ["prune", STORE, "--yes", "--keep", "1", "--grace", "0s", "--second-look", "0s", "--trust"];
+        let mut command = world.command(&words);
+        command.arg(world.program.trusted_key()).args(["--key", &world.program.key()]);
+        end_of(command.args(more))
+    };
+    let told = |output: &Output| String::from_utf8_lossy(&output.stderr).into_owned();
+    for _ in 0..4 {
+        let output = prune(&["--catalog", CATALOG]);
+        assert!(output.status.success(), "{}", told(&output));
+    }
+    let read_by_record = || {
+        world.mounted(&["--model", "acme/llama"], |mountpoint| {
+            let read = std::fs::read(mountpoint.join("acme/llama/config.json")).expect("read");
+            assert_eq!(read, b"{\"a\": 1}\n");
+        });
+    };
+    if can_mount() {
+        read_by_record();
+    }
+
+    // What cannot be read keeps nothing, and so nothing is deleted.
+    let nowhere = prune(&["--catalog", "vault-kv://secret/nothing-is-here"]);
+    assert_eq!(nowhere.status.code(), Some(3), "{}", told(&nowhere));
+    let good = world.record("acme/llama");
+    let mut bad = good.clone();
+    bad.remove("checksum");
+    world.put("acme/llama", &bad);
+    let odd = prune(&["--catalog", CATALOG]);
+    assert!(!odd.status.success() && told(&odd).contains("checksum"), "{}", told(&odd));
+    world.put("acme/llama", &good);
+    if can_mount() {
+        read_by_record();
+    }
+
+    // The detector: a prune that is not told does take it.
+    for _ in 0..4 {
+        let output = prune(&[]);
+        assert!(output.status.success(), "{}", told(&output));
+    }
+    let (_, text) = world.refused(true, &["--model", "acme/llama"]);
+    assert!(text.contains("was pruned"), "{text}");
+    let gone = prune(&["--catalog", CATALOG]);
+    assert_eq!(gone.status.code(), Some(3), "{}", told(&gone));
+}
+
 /// Each by its name: a record decides where to look and what to expect, never whom to trust.
 #[test]
 fn records_that_lie_are_refused_by_name() {

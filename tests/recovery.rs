@@ -417,6 +417,33 @@ fn prune_looks_then_deletes_what_two_looks_agree_on_and_says_what() {
     refused(&prune(&["acme/none"]), "NOT_FOUND", 3);
 }
 
+#[test]
+fn prune_keeps_what_a_digest_names_and_stops_at_one_that_is_not_there() {
+    let site = Site::with_versions(0);
+    let sealed = site.seal_with(&[]);
+    let digest = sealed["manifest"].as_str().expect("text").to_owned();
+    (0..2).for_each(|_| site.seal());
+    let (key, trust) = (site.program.key(), site.program.trusted_key());
+    let prune = |more: &[&str]| {
+        let words = ["prune", "--keep", "1", "--grace", "0s", "--second-look", "0s", "--yes", "--key", &key, "--trust"];
+        site.publisher(&[&words[..], &[trust.to_str().expect("UTF-8")], more].concat())
+    };
+    for _ in 0..4 {
+        assert_eq!(json(&prune(&["--keep-manifest", &digest]))["models"][0]["versions"], 2);
+    }
+    refused(&site.reader(&["inspect", "acme/llama@1"]), "NOT_FOUND", 3);
+    json(&site.reader(&["verify", MODEL, "--manifest", &digest, "--key", &key]));
+
+    let nowhere = format!("sha256:{}", "5a".repeat(32));
+    let files = || walk(Path::new(site.program.store())).len();
+    let before = files();
+    refused(&prune(&["--keep-manifest", &nowhere]), "NOT_FOUND", 3);
+    let local = prune(&["--catalog", "vault-kv://secret/models"]);
+    refused(&local, "USAGE", 2);
+    assert!(String::from_utf8_lossy(&local.stderr).contains("--keep-manifest"), "{local:?}");
+    assert_eq!(files(), before);
+}
+
 // The drills of docs/RECOVERY.md.
 
 /// Drill 1.

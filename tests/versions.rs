@@ -174,7 +174,7 @@ impl World {
     }
 
     fn pruner_over(&self, store: Arc<dyn ChunkSink>, look: Look, now: i64, versions_kept: usize) -> PrunerOf<'_> {
-        PrunerOf { world: self, store, look, now, versions_kept, grace_s: 7 * DAY as u64 }
+        PrunerOf { world: self, store, look, now, versions_kept, grace_s: 7 * DAY as u64, pins: BTreeSet::new() }
     }
 
     fn prune(&self, look: Look, now: i64) -> Result<PruneReport> {
@@ -189,6 +189,7 @@ struct PrunerOf<'a> {
     now: i64,
     versions_kept: usize,
     grace_s: u64,
+    pins: BTreeSet<ManifestDigest>,
 }
 
 impl PrunerOf<'_> {
@@ -198,6 +199,7 @@ impl PrunerOf<'_> {
             store: Arc::clone(&self.store),
             keys: Arc::new(RawKey(1)),
             state: self.world.state.path().join("pruner"),
+            pins: BTreeMap::from([(ModelId::of_name(MODEL), self.pins.clone())]),
             options: PruneOptions {
                 versions_kept: self.versions_kept,
                 grace_s: self.grace_s,
@@ -550,6 +552,36 @@ fn what_became_needed_again_between_two_looks_stays() {
     world2.prune(Look::Sweep, now + 14 * DAY).unwrap();
     world2.prune(Look::Sweep, now + 30 * DAY).unwrap();
     assert_eq!(world2.assert_all_named_is_whole(), BTreeSet::from([1, 3, 4]));
+}
+
+/// A record of a catalog names a version by its digest, and no ref leads there any more.
+#[test]
+fn a_pinned_version_stays_whole_when_its_refs_are_gone_and_goes_once_it_is_not_pinned() {
+    let world = World::with_versions(4);
+    let now = unix_now();
+    let (pinned, other) = (world.read("acme/llama@1").unwrap(), world.read("acme/llama@2").unwrap());
+    let prune = |day: i64, pins: &[ManifestDigest]| {
+        let pruner = world.pruner_over(Arc::new(world.store.clone()), Look::Sweep, now + day * DAY, 2);
+        PrunerOf { pins: pins.iter().copied().collect(), ..pruner }.prune()
+    };
+    for day in [0, 7, 14, 21] {
+        assert_eq!(prune(day, &[pinned.digest]).unwrap().versions, 3);
+    }
+    assert_eq!(code(world.read("acme/llama@1")), Code::NotFound, "its ref is gone");
+    world.assert_whole(&pinned);
+    let manifest = |of: &Resolved| world.store.get(&names::manifest(of.model_id, of.digest));
+    assert!(manifest(&pinned).is_some() && manifest(&other).is_none());
+    let selector: ModelSelector = MODEL.parse().unwrap();
+    let read = run(world.resolver().resolve(&selector, Some(pinned.digest))).unwrap();
+    assert_eq!(read.header.seq, 1, "signature and slots are there too");
+
+    for day in [28, 35] {
+        prune(day, &[]).unwrap();
+    }
+    assert!(manifest(&pinned).is_none());
+    let before = world.store.names();
+    assert_eq!(code(prune(90, &[pinned.digest])), Code::NotFound, "a pin that leads nowhere stops the prune");
+    assert_eq!(world.store.names(), before);
 }
 
 #[test]

@@ -1,21 +1,23 @@
 //! `modelfs prune`: what nothing names any more, after a grace period.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
 use serde_json::json;
 
-use super::access::{LocalKeys, reading, runtime};
+use super::access::{LocalKeys, Reading, reading, runtime};
 use super::out::{printable, table};
 use super::{ChangeArgs, Out};
-use crate::config::Layers;
+use crate::catalog::{self, CatalogAt};
 use crate::config::units::{parse_duration, show_size, show_time};
-use crate::error::{Error, Result};
-use crate::format::check_model_name;
+use crate::config::{Layers, parse_digest};
+use crate::error::{Code, Error, Result};
+use crate::format::{ManifestDigest, ModelId, check_model_name, names};
 use crate::keys::{state_dir, unix_now};
 use crate::refuse;
+use crate::store::StoreUrl;
 use crate::versions::{Kind, Look, PruneOptions, PruneReport, Pruner, Tally};
 
 /// Remove what no version needs any more. Without --yes: look, tell, and remember what is garbage.
@@ -35,6 +37,12 @@ pub struct PruneArgs {
     /// Least time between the two looks that must agree, should the grace period be shorter
     #[arg(long, value_name = "TIME", default_value = "24h")]
     second_look: String,
+    /// Keep this version too, which something reads by its digest without a tag (mount --manifest); give it again for more
+    #[arg(long, value_name = "sha256:...", value_parser = digest)]
+    keep_manifest: Vec<ManifestDigest>,
+    /// Keep every version that a record below this path of Vault names; give it again for more
+    #[arg(long, value_name = "vault-kv://MOUNT/PATH", value_parser = catalog_at)]
+    catalog: Vec<CatalogAt>,
     /// Only tell; remember nothing
     #[arg(long, conflicts_with = "yes")]
     dry_run: bool,
@@ -52,11 +60,17 @@ Examples:
       once a day, from cron
   modelfs prune /srv/models acme/llama --keep 3 --grace 30d --key file:k \\
       --trust signing.pub --yes
+  modelfs prune s3://models/prod --catalog vault-kv://secret/models --key file:k \\
+      --trust signing.pub --yes
 
 Two looks of this machine, at least --grace apart, must both call a thing garbage before it is deleted: first the refs \
 of versions beyond --keep, and a grace period after those the objects that only they named. Whatever cannot be read, \
 verified or opened stops the prune of its model, so the keys of all versions kept are needed. What is garbage is \
-remembered in the state folder; without it, the looks start anew. A mount of a version that is pruned loses its files.";
+remembered in the state folder; without it, the looks start anew. A mount of a version that is pruned loses its files.
+
+Nothing in a store tells of those who read by digest: a version that a catalog's record or a mount's --manifest names \
+is deleted like any other once no tag leads to it, unless --catalog and --keep-manifest name it here, at every prune. A \
+catalog that cannot be read, and a digest that is not there, stop the prune.";
 
 pub fn run(args: &PruneArgs, mut layers: Layers, out: &Out) -> Result<()> {
     args.access.lay(&mut layers);
@@ -81,19 +95,30 @@ pub fn run(args: &PruneArgs, mut layers: Layers, out: &Out) -> Result<()> {
     let reading = reading(&args.store, &layers)?;
     reading.access.need_keys()?;
     if reading.access.manifest.is_some() {
-        refuse!(Usage, "--manifest has no meaning for prune; drop it");
+        refuse!(Usage, "--manifest has no meaning for prune; to keep a version by its digest, write --keep-manifest");
+    }
+    let runtime = runtime()?;
+    let models = match &args.model {
+        Some(model) => vec![model.clone()],
+        None => runtime.block_on(reading.model_names())?,
+    };
+    let mut pins = runtime.block_on(kept_manifests(&reading, &models, &args.keep_manifest))?;
+    for at in &args.catalog {
+        let records = of_catalog(&reading, at)?;
+        if records.is_empty() {
+            out.hint(format!("warning: no record of {at} names a model of {}", reading.url));
+        }
+        for (model, digest) in records {
+            pins.entry(model).or_default().insert(digest);
+        }
     }
     let pruner = Pruner {
         resolver: reading.resolver(),
         store: Arc::clone(&reading.store),
         keys: Arc::new(LocalKeys::new(&reading.access.keys, reading.vault.clone())?),
         state: state_dir()?,
+        pins,
         options,
-    };
-    let runtime = runtime()?;
-    let models = match &args.model {
-        Some(model) => vec![model.clone()],
-        None => runtime.block_on(reading.model_names())?,
     };
     let (mut reports, mut stopped): (Vec<PruneReport>, Vec<(String, Error)>) = (Vec::new(), Vec::new());
     for model in models {
@@ -135,6 +160,67 @@ pub fn run(args: &PruneArgs, mut layers: Layers, out: &Out) -> Result<()> {
         Some((model, err)) => Err(err.context(format!("{model} was not pruned"))),
         None => Ok(()),
     }
+}
+
+type Pins = BTreeMap<ModelId, BTreeSet<ManifestDigest>>;
+
+/// Of which model each is. A digest alone does not say, so the store is asked.
+///
+/// # Errors
+/// `NOT_FOUND` for one that no model has: whoever named it would take it for safe.
+async fn kept_manifests(reading: &Reading, models: &[String], digests: &[ManifestDigest]) -> Result<Pins> {
+    let mut pins = Pins::new();
+    for &digest in digests {
+        let mut found = false;
+        for model in models.iter().map(|name| ModelId::of_name(name)) {
+            match reading.store.size(&names::manifest(model, digest)).await {
+                Ok(_) => {
+                    found = true;
+                    pins.entry(model).or_default().insert(digest);
+                }
+                Err(none) if none.code() == Code::NotFound => {}
+                Err(err) => return Err(err),
+            }
+        }
+        if !found {
+            refuse!(
+                NotFound,
+                "--keep-manifest sha256:{digest}: no model that would be pruned has this manifest; nothing was pruned"
+            );
+        }
+    }
+    Ok(pins)
+}
+
+/// What the records of a catalog name in this store.
+///
+/// # Errors
+/// `USAGE` for a store that no record can name; `CATALOG` for a record that cannot be understood; what Vault answers.
+fn of_catalog(reading: &Reading, at: &CatalogAt) -> Result<Vec<(ModelId, ManifestDigest)>> {
+    if !matches!(reading.url, StoreUrl::S3 { .. }) {
+        refuse!(
+            Usage,
+            "--catalog {at}: its records name buckets, and {} is none; write --keep-manifest for each version instead",
+            reading.url
+        );
+    }
+    let records = catalog::records(reading.vault.as_ref())?;
+    let mut pins = Vec::new();
+    for name in catalog::names(&*records, at).map_err(|err| err.context("nothing was pruned"))? {
+        let record = catalog::read(&*records, at, &name).map_err(|err| err.context("nothing was pruned"))?;
+        if record.store == reading.url {
+            pins.push((record.model_id, record.manifest));
+        }
+    }
+    Ok(pins)
+}
+
+fn digest(text: &str) -> std::result::Result<ManifestDigest, String> {
+    parse_digest(text).map_err(|err| err.chain())
+}
+
+fn catalog_at(text: &str) -> std::result::Result<CatalogAt, String> {
+    text.parse().map_err(|err: Error| err.chain())
 }
 
 fn show(reports: &[PruneReport], options: &PruneOptions) -> String {

@@ -3,14 +3,15 @@
 //! ```text
 //!  list ──> refs: the newest verified, the others by the hash that the next one carries
 //!             ├ beyond retention: garbage of the first kind; deleted oldest first, so that the chain never has a hole
-//!             └ all that stay ──> manifests, signatures, slots, data objects that they need (opened with the keys)
+//!             └ all that stay, and pins ──> manifests, signatures, slots, data objects that they need (opened with the keys)
 //!  everything else of known shape: garbage of the second kind          leases, and what they name, stay
 //! ```
-//! In: a hostile store, trust, keys, what earlier looks called garbage. Out: deletions, and a report.
-//! Promises: while any ref in the store leads to a version, nothing of it is deleted; an object is deleted only when an
+//! In: a hostile store, trust, keys, pins that nothing in the store tells of, what earlier looks called garbage. Out:
+//! deletions, and a report.
+//! Promises: while any ref in the store or a pin leads to a version, nothing of it is deleted; an object is deleted only when an
 //! earlier look, at least a grace period ago, called it garbage and no look since found it needed; a ref or manifest that
 //! cannot be read or verified stops the prune of its model; ages are counted by this machine's looks, never by what the
-//! store says; a prune that dies is repaired by the next one.
+//! store says; a pin of a manifest that is not there stops it as well; a prune that dies is repaired by the next one.
 //! Not here: old generations of slots of living versions (rotation deletes those).
 //! Spec: docs/FORMAT.md b.1. Held by: the tests below, tests/versions.rs (random histories, death at every write).
 
@@ -23,7 +24,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::crypto::open_manifest;
 use crate::error::{Class, Code, Error, Result};
-use crate::format::limits::REF_BYTES_MAX;
+use crate::format::limits::{MANIFEST_BYTES_MAX, REF_BYTES_MAX};
 use crate::format::{LEASE_BYTES_MAX, Lease, ManifestDigest, ManifestHeader, ModelId, Oid, Ref, Vid, names};
 use crate::keys::Resolver;
 use crate::keys::state::{self, Locked};
@@ -107,7 +108,7 @@ impl Tally {
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct PruneReport {
     pub model: String,
-    /// Different versions that refs lead to and that stay.
+    /// Different versions that refs or pins lead to and that stay.
     pub versions: usize,
     pub needed: Tally,
     /// Deleted; in a dry run and in a first look, what a sweep would delete now.
@@ -133,6 +134,8 @@ pub struct Pruner<'a> {
     pub keys: Arc<dyn SlotKeys>,
     /// The state folder: `prune` below it holds what earlier looks called garbage.
     pub state: PathBuf,
+    /// Versions that somebody reads by digest, without a ref: records of a catalog, mounts with `--manifest`.
+    pub pins: BTreeMap<ModelId, BTreeSet<ManifestDigest>>,
     pub options: PruneOptions,
 }
 
@@ -162,7 +165,7 @@ enum Object {
     Strange,
 }
 
-/// What the refs that stay lead to.
+/// What the refs that stay, and the pins, lead to.
 #[derive(Default)]
 struct Needed {
     manifests: BTreeSet<ManifestDigest>,
@@ -182,8 +185,8 @@ impl Pruner<'_> {
     ///
     /// # Errors
     /// Whatever a reader of the model's tags would be told; `FORK` for a chain of refs with a hole or a foreign link; what
-    /// stands in the way of opening a version within retention (`NO_KEY`, `MAN_DIGEST`, ...); `NOT_FOUND` for a model
-    /// without refs. Nothing was deleted then. The store's own errors may come half-way: look again.
+    /// stands in the way of opening a version within retention or a pinned one (`NO_KEY`, `MAN_DIGEST`, ...); `NOT_FOUND`
+    /// for a model without refs and for a pin that leads nowhere. Nothing was deleted then. The store's own errors may come half-way: look again.
     pub async fn prune(&self, name: &str, progress: PruneProgressFn<'_>) -> Result<PruneReport> {
         let model = ModelId::of_name(name);
         let folder = names::model_dir(model);
@@ -214,13 +217,29 @@ impl Pruner<'_> {
                 })?;
             }
         }
+        let by_name: HashMap<&str, &Listed> = listed.iter().map(|listed| (listed.name.as_str(), listed)).collect();
+        for &digest in self.pins.get(&model).into_iter().flatten() {
+            let Some(manifest) = by_name.get(names::manifest(model, digest).as_str()) else {
+                refuse!(
+                    NotFound,
+                    "manifest sha256:{digest} of {name} is to be kept and is not there; nothing of the model was pruned: \
+                     mend the catalog's record or the option that names it"
+                );
+            };
+            self.need_version(&chain, digest, manifest.size.min(MANIFEST_BYTES_MAX), None, &mut needed).await.map_err(
+                |err| {
+                    err.context(format!(
+                        "manifest sha256:{digest} of {name} is to be kept; nothing of the model was pruned"
+                    ))
+                },
+            )?;
+        }
         report.versions = needed.manifests.len();
 
         let mut notes = Book::open(&self.state, &self.store.describe(), model, name, &self.options)?;
         let mut due: Vec<(&Listed, Kind)> = Vec::new();
         // Refs first. Only a run of the oldest ones: a chain with a hole would be refused by the next prune, and rightly.
         let mut staying: Vec<Ref> = Vec::new();
-        let by_name: HashMap<&str, &Listed> = listed.iter().map(|listed| (listed.name.as_str(), listed)).collect();
         for (name, channel) in &channels {
             let mut blocked = false;
             for (&ref_seq, reference) in channel.refs.range(..channel.kept_from) {
@@ -383,13 +402,26 @@ impl Pruner<'_> {
 
     /// Notes all that `reference` leads to. The digest is the proof: it stands in a ref that is believed.
     async fn need(&self, chain: &Chain, reference: &Ref, needed: &mut Needed) -> Result<()> {
-        if needed.manifests.contains(&reference.manifest_digest) {
+        let named = Some((reference.seq, reference.vid));
+        self.need_version(chain, reference.manifest_digest, reference.manifest_len, named, needed).await
+    }
+
+    /// The same of a version by its digest; `named` is what a ref says of it besides.
+    async fn need_version(
+        &self,
+        chain: &Chain,
+        digest: ManifestDigest,
+        len: u64,
+        named: Option<(u64, Vid)>,
+        needed: &mut Needed,
+    ) -> Result<()> {
+        if needed.manifests.contains(&digest) {
             return Ok(());
         }
-        let bytes = chain.read_manifest(reference.manifest_digest, reference.manifest_len).await?;
+        let bytes = chain.read_manifest(digest, len).await?;
         let (header, _) = ManifestHeader::parse_object(&bytes)?;
-        if (header.model_id, header.seq, header.vid) != (chain.model_id, reference.seq, reference.vid) {
-            refuse!(ManModel, "manifest {} is not the version its ref names", reference.manifest_digest);
+        if header.model_id != chain.model_id || named.is_some_and(|named| named != (header.seq, header.vid)) {
+            refuse!(ManModel, "manifest {digest} is not the version it is named as");
         }
         let slots = chain.newest_slots(header.vid).await?;
         let keys = Arc::clone(&self.keys);
@@ -398,7 +430,7 @@ impl Pruner<'_> {
             opened.map_err(|stopped| Error::new(Code::Host, "a thread stopped").with_source(stopped))??;
         needed.oids.extend(manifest.objects().iter().map(|object| object.oid));
         needed.vids.insert(header.vid);
-        needed.manifests.insert(reference.manifest_digest);
+        needed.manifests.insert(digest);
         Ok(())
     }
 
