@@ -24,7 +24,7 @@ mod secret;
 
 pub use arena::{Arena, ArenaKind, ArenaPlan, Pages, tmpfs_refuses_swap};
 pub use budget::{Budget, Grant};
-pub use env::{env_names, take_env};
+pub use env::{env_names, is_env_set, take_env};
 pub use folder::PrivateFolder;
 pub use heap::{WIPED_BYTES_MAX, WipingHeap};
 pub use huge::huge_page_short_bytes;

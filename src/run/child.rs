@@ -5,16 +5,20 @@
 //! Held by: tests/run_command.sh.
 
 use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 
+use zeroize::Zeroizing;
+
 use super::RunPlan;
 use super::signals::Signals;
+use crate::error::Result;
 use crate::keys::KeySource;
-use crate::mem;
+use crate::mem::{self, LockedBuf};
 use crate::processes;
-use crate::store::StoreUrl;
+use crate::store::{ENV_CREDENTIALS, StoreUrl};
 use crate::vault::AuthMethod;
 
 /// As a shell says that there is no such command.
@@ -33,9 +37,6 @@ const KEY_VARIABLES: [&str; 7] = [
     "VAULT_TOKEN",
 ];
 
-/// Whatever reads the bucket, or logs in to Vault as AWS knows us; the command has the mount instead.
-const STORE_VARIABLES: [&str; 3] = ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"];
-
 /// From a service manager to us: the command cannot answer for the mount.
 const MANAGER_VARIABLES: [&str; 3] = ["NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"];
 
@@ -43,14 +44,19 @@ pub struct Plan {
     words: Vec<OsString>,
     /// Of the environment, for us alone.
     keys: Vec<OsString>,
+    /// Whatever reads the bucket, or logs in to Vault with the same; the command has the mount instead.
     store: Vec<OsString>,
+    /// Of those, what the command gets all the same: we take them out of the environment before it starts.
+    kept: Vec<(OsString, LockedBuf)>,
     core_limit: Option<libc::rlimit>,
     /// Standard input is a terminal, and we are its foreground job.
     terminal: bool,
 }
 
 impl Plan {
-    pub fn new(plan: &RunPlan) -> Plan {
+    /// # Errors
+    /// `MEMLOCK` if what the command is to keep cannot be held for it.
+    pub fn new(plan: &RunPlan) -> Result<Plan> {
         let kept = |name: &OsStr| plan.keep_env.iter().any(|keep| keep == name);
         let named = plan
             .mount
@@ -62,12 +68,17 @@ impl Plan {
         keys.retain(|name| !kept(name));
         let reads_s3 = matches!(plan.mount.store, StoreUrl::S3 { .. } | StoreUrl::VaultKv { .. });
         let vault = plan.mount.access.vault.as_ref();
-        let taken = reads_s3 || vault.is_some_and(|vault| matches!(vault.auth, AuthMethod::Aws { .. }));
-        let mut store: Vec<OsString> = STORE_VARIABLES.into_iter().filter(|_| taken).map(OsString::from).collect();
-        store.retain(|name| !kept(name));
+        let logs_in = vault.is_some_and(|vault| matches!(vault.auth, AuthMethod::Aws { .. }));
+        let ours = ENV_CREDENTIALS.into_iter().filter(|_| reads_s3 || logs_in);
+        let (given, store): (Vec<OsString>, Vec<OsString>) = ours.map(OsString::from).partition(|name| kept(name));
+        let kept = given.into_iter().filter_map(|name| {
+            let value = Zeroizing::new(std::env::var_os(&name)?.into_encoded_bytes());
+            Some(LockedBuf::copy_of(&value).map(|value| (name, value)))
+        });
+        let kept = kept.collect::<Result<_>>()?;
         // SAFETY: both calls only ask about descriptor 0 and this process.
         let terminal = unsafe { libc::tcgetpgrp(0) == libc::getpgrp() };
-        Plan { words: plan.command.clone(), keys, store, core_limit: None, terminal }
+        Ok(Plan { words: plan.command.clone(), keys, store, kept, core_limit: None, terminal })
     }
 
     pub fn name(&self) -> String {
@@ -106,6 +117,9 @@ impl Plan {
         command.args(&self.words[1..]);
         for name in self.keys.iter().chain(&self.store) {
             command.env_remove(name);
+        }
+        for (name, value) in &self.kept {
+            command.env(name, OsStr::from_bytes(value));
         }
         for name in MANAGER_VARIABLES {
             command.env_remove(name);

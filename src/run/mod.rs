@@ -75,7 +75,7 @@ pub fn run(plan: RunPlan) -> Result<u8> {
 fn live(plan: RunPlan) -> Result<u8> {
     // Before any thread exists: each of them inherits that signals wait for us.
     let signals = Signals::hold()?;
-    let mut child = child::Plan::new(&plan);
+    let mut child = child::Plan::new(&plan)?;
     if !child.is_there() {
         tracing::error!("{} is not there; nothing was mounted", child.name());
         return Ok(NOT_FOUND);

@@ -9,6 +9,7 @@
 
 pub(crate) mod beneath;
 pub mod credentials;
+mod env_credentials;
 pub mod fault;
 pub mod hedge;
 pub mod limit;
@@ -35,6 +36,7 @@ use crate::refuse;
 use crate::telemetry::Telemetry;
 
 pub use credentials::{IssueCredentials, Issued, LeasedCredentials, tell_kept};
+pub use env_credentials::{ENV_CREDENTIALS, EnvCredentials};
 pub use hedge::{Hedged, Progress};
 pub use limit::{Limiter, OriginLimits};
 pub use openings::Openings;

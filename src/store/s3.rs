@@ -28,6 +28,7 @@ use object_store::{
 };
 use tokio::task::JoinSet;
 
+use super::env_credentials::{ENV_CREDENTIALS, EnvCredentials};
 use super::patient::{Attempt, Patience};
 use super::wire::{Wire, told};
 use super::{
@@ -68,6 +69,7 @@ impl fmt::Debug for S3Store {
 impl S3Store {
     /// Checks the settings; asks nothing of the store.
     pub fn open(bucket: &str, prefix: &str, opts: &StoreOptions) -> Result<Self> {
+        let environment = environment_credentials(opts)?;
         let mut builder = settings(opts)?;
         let setting = |key: AmazonS3ConfigKey| builder.get_config_value(&key).filter(|value| !value.is_empty());
         if setting(AmazonS3ConfigKey::S3Express).is_some_and(|v| v == "true") {
@@ -86,6 +88,8 @@ impl S3Store {
         if let Some(credentials) = &opts.credentials {
             // Asked for by name: what else the environment says of credentials, or of none, does not count.
             builder = builder.with_credentials(credentials.clone()).with_skip_signature(false);
+        } else if let Some(credentials) = environment {
+            builder = builder.with_credentials(credentials);
         }
         let s3 = builder
             .with_bucket_name(bucket)
@@ -161,7 +165,23 @@ impl S3Store {
     }
 }
 
-/// The settings of the environment, and above them those of `opts`.
+/// Those of the environment, unless `opts` say who we are. They leave the environment in any case: it shows them to others.
+fn environment_credentials(opts: &StoreOptions) -> Result<Option<Arc<EnvCredentials>>> {
+    if opts.ignore_environment {
+        return Ok(None);
+    }
+    let named = |(name, _): &(String, String)| ENV_CREDENTIALS.contains(&name.to_ascii_uppercase().as_str());
+    let told = opts.credentials.is_some() || opts.aws.iter().any(named);
+    match EnvCredentials::taken() {
+        Ok(taken) => Ok(taken.filter(|_| !told)),
+        // Half a set that nobody asks for stands in nobody's way.
+        Err(_) if told => Ok(None),
+        Err(half) => Err(half),
+    }
+}
+
+/// The settings of the environment, and above them those of `opts`. The credentials of the environment are not among them
+/// once they were taken.
 fn settings(opts: &StoreOptions) -> Result<AmazonS3Builder> {
     let mut builder = if opts.ignore_environment { AmazonS3Builder::new() } else { AmazonS3Builder::from_env() };
     for (name, value) in &opts.aws {

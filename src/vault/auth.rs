@@ -5,6 +5,7 @@
 //! Held by: tests/vault.rs, against a live Vault.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
@@ -16,6 +17,7 @@ use crate::crypto::{hmac_sha256, sha256};
 use crate::error::{Code, Error, Result};
 use crate::mem::{LockedBuf, take_env};
 use crate::refuse;
+use crate::store::EnvCredentials;
 
 /// Where Kubernetes puts a pod's token.
 pub const SERVICE_ACCOUNT_TOKEN: &str = "/var/run/secrets/kubernetes.io/serviceaccount/token";
@@ -51,7 +53,7 @@ pub enum AuthMethod {
         mount: String,
         role: Option<String>,
     },
-    /// The process's own AWS credentials sign a question to STS that Vault asks for us.
+    /// The AWS credentials of the environment sign a question to STS that Vault asks for us.
     Aws {
         mount: String,
         role: Option<String>,
@@ -131,15 +133,9 @@ pub struct EnvSecrets {
     token: Option<LockedBuf>,
     secret_id: Option<LockedBuf>,
     password: Option<LockedBuf>,
-    aws: Option<AwsSecrets>,
+    aws: Option<Arc<EnvCredentials>>,
     /// A wrapped secret-id can be unwrapped once; what came out is kept.
     unwrapped: std::sync::Mutex<Option<LockedBuf>>,
-}
-
-struct AwsSecrets {
-    key_id: LockedBuf,
-    secret: LockedBuf,
-    session: Option<LockedBuf>,
 }
 
 impl EnvSecrets {
@@ -150,20 +146,8 @@ impl EnvSecrets {
             AuthMethod::Token { .. } => taken.token = non_empty(take_env("VAULT_TOKEN")?),
             AuthMethod::AppRole { .. } => taken.secret_id = non_empty(take_env("MODELFS_VAULT_SECRET_ID")?),
             AuthMethod::Userpass { .. } => taken.password = non_empty(take_env("MODELFS_VAULT_PASSWORD")?),
-            AuthMethod::Aws { .. } => {
-                // Copied, not taken: the store's client reads them as well.
-                let copy = |name: &str| match std::env::var(name) {
-                    Ok(mut value) if !value.is_empty() => {
-                        let copy = LockedBuf::copy_of(value.as_bytes());
-                        value.zeroize();
-                        copy.map(Some)
-                    }
-                    _ => Ok(None),
-                };
-                if let (Some(key_id), Some(secret)) = (copy("AWS_ACCESS_KEY_ID")?, copy("AWS_SECRET_ACCESS_KEY")?) {
-                    taken.aws = Some(AwsSecrets { key_id, secret, session: copy("AWS_SESSION_TOKEN")? });
-                }
-            }
+            // Shared with the store's client, which may have taken them before.
+            AuthMethod::Aws { .. } => taken.aws = EnvCredentials::taken()?,
             AuthMethod::Kubernetes { .. } | AuthMethod::Jwt { .. } | AuthMethod::Cert { .. } => {}
         }
         Ok(taken)
@@ -375,24 +359,31 @@ fn aws_body(
     };
     let stamp = amz_date(now_unix()?);
     let day = &stamp[..8];
-    let mut headers: Vec<(&str, String)> = vec![
-        ("content-type", "application/x-www-form-urlencoded; charset=utf-8".into()),
-        ("host", host),
-        ("x-amz-date", stamp.clone()),
+    // Values may be secrets: each is wiped, and so is what is made of them.
+    let mut headers: Vec<(&str, Zeroizing<String>)> = vec![
+        ("content-type", Zeroizing::new("application/x-www-form-urlencoded; charset=utf-8".into())),
+        ("host", Zeroizing::new(host)),
+        ("x-amz-date", Zeroizing::new(stamp.clone())),
     ];
     if let Some(session) = &aws.session {
-        headers.push(("x-amz-security-token", text(session)?.to_string()));
+        headers.push(("x-amz-security-token", text(session)?));
     }
     if let Some(id) = server_id {
         // Signed like the others: what one Vault is told cannot be repeated to another that asks for its own name.
         headers.push(("x-vault-aws-iam-server-id", id.to_owned()));
     }
     let signed = headers.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(";");
-    let canonical = headers.iter().map(|(name, value)| format!("{name}:{value}\n")).collect::<String>();
-    let request = format!("POST\n/\n\n{canonical}\n{signed}\n{}", hex::encode(sha256(&[ASK.as_bytes()])));
+    // Hashed piece by piece: a string of them all would be one more copy.
+    let body_hash = hex::encode(sha256(&[ASK.as_bytes()]));
+    let mut request: Vec<&[u8]> = vec![b"POST\n/\n\n".as_slice()];
+    for (name, value) in &headers {
+        request.extend([name.as_bytes(), b":", value.as_bytes(), b"\n"]);
+    }
+    request.extend([b"\n".as_slice(), signed.as_bytes(), b"\n", body_hash.as_bytes()]);
     let scope = format!("{day}/{region}/sts/aws4_request");
-    let to_sign = format!("AWS4-HMAC-SHA256\n{stamp}\n{scope}\n{}", hex::encode(sha256(&[request.as_bytes()])));
-    let mut seed = Zeroizing::new(b"AWS4".to_vec());
+    let to_sign = format!("AWS4-HMAC-SHA256\n{stamp}\n{scope}\n{}", hex::encode(sha256(&request)));
+    let mut seed = Zeroizing::new(Vec::with_capacity(b"AWS4".len() + aws.secret.len()));
+    seed.extend_from_slice(b"AWS4");
     seed.extend_from_slice(&aws.secret);
     let mut key = Zeroizing::new(hmac_sha256(&seed, day.as_bytes()));
     for part in [region, "sts", "aws4_request"] {
@@ -402,11 +393,11 @@ fn aws_body(
     let key_id = text(&aws.key_id)?;
     let authorization =
         format!("AWS4-HMAC-SHA256 Credential={}/{scope}, SignedHeaders={signed}, Signature={signature}", &*key_id);
+    headers.push(("authorization", Zeroizing::new(authorization)));
     let mut shown = Map::new();
-    for (name, value) in headers {
-        shown.insert(name.into(), json!([value]));
+    for (name, value) in &headers {
+        shown.insert((*name).into(), json!([value.as_str()]));
     }
-    shown.insert("authorization".into(), json!([authorization]));
     let headers = Zeroizing::new(serde_json::to_vec(&shown).expect("strings have a JSON form"));
     super::raw::wipe_map(&mut shown);
     let mut body = Map::new();
