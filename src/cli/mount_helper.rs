@@ -100,11 +100,14 @@ fn work(call: &Call) -> Result<()> {
     }
     let (words, env_files) = apart(&call.words);
     for file in env_files {
-        for (name, value) in config::env_file::read(&file)? {
+        // What needs a secret among them takes it out of the environment again, and overwrites it there.
+        for (name, value) in config::env_file::read(&file)?.variables() {
             // SAFETY: this process has one thread yet.
-            unsafe { std::env::set_var(name, value.as_str()) };
+            unsafe { std::env::set_var(name, value) };
         }
     }
+    // A short value passes through the stack on its way to the C library.
+    crate::mem::scrub_stack();
     let mut layers = config::base_layers(None)?;
     layers.mount_options(&words, call.sloppy)?;
     telemetry::init_logging(&Logging {

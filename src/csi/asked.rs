@@ -8,11 +8,11 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use zeroize::Zeroizing;
-
 use super::proto::{AccessType, Mode, NodePublishVolumeRequest};
 use crate::error::{Code, Error, Result};
+use crate::mem::LockedBuf;
 use crate::refuse;
+use crate::vault::wipe_map;
 
 /// Words of `-o` that a pod author may set. Whatever else a mount knows is the operator's.
 const POD_WORDS: &[&str] = &["key", "manifest", "model", "no-page-cache", "open", "require", "vault-role", "verify"];
@@ -73,8 +73,8 @@ pub struct Asked {
     pub group: Option<u32>,
 }
 
-/// The token of the pod, wiped when dropped.
-pub type Token = Zeroizing<String>;
+/// The token of the pod: in locked memory, wiped when dropped, and shown by nothing.
+pub type Token = LockedBuf;
 
 impl Asked {
     /// # Errors
@@ -246,9 +246,13 @@ fn token(request: &NodePublishVolumeRequest, audience: &str) -> Result<Token> {
             ),
         )
     };
-    let parsed: serde_json::Value = serde_json::from_str(text.ok_or_else(missing)?).map_err(|_| missing())?;
-    let token = parsed.get(audience).and_then(|one| one.get("token")).and_then(serde_json::Value::as_str);
-    Ok(Zeroizing::new(token.filter(|token| !token.is_empty()).ok_or_else(missing)?.to_owned()))
+    let parsed = serde_json::from_str(text.ok_or_else(missing)?);
+    // Tokens for other audiences are in there too.
+    let mut tokens: serde_json::Map<String, serde_json::Value> = parsed.map_err(|_| missing())?;
+    let token = tokens.get(audience).and_then(|one| one.get("token")).and_then(serde_json::Value::as_str);
+    let token = token.filter(|token| !token.is_empty()).map(|token| LockedBuf::copy_of(token.as_bytes()));
+    wipe_map(&mut tokens);
+    token.ok_or_else(missing)?
 }
 
 #[cfg(test)]
@@ -310,9 +314,20 @@ pub mod tests {
         assert_eq!(asked.words, ["key=vault-transit:transit/llama", "model=acme/llama@prod"]);
         assert_eq!(asked.vault_role.as_deref(), Some("llama"));
         assert_eq!(asked.who.to_string(), "service account chat/reader");
-        assert_eq!(token.expect("a token").as_str(), "pod-jwt");
+        let token = token.expect("a token");
+        assert_eq!(&token[..], b"pod-jwt");
+        assert_eq!(format!("{token:?}"), "LockedBuf(7 bytes)");
         let (asked, _) = Asked::read(&request(&[("model", "a, b"), GOOD[1], GOOD[2]]), &rules()).expect("asked");
         assert_eq!(asked.models(), "a, b");
+    }
+
+    /// In case somebody logs it one day.
+    #[test]
+    fn a_request_shows_no_token_of_the_pod() {
+        let mut request = request(GOOD);
+        request.secrets.insert(TOKENS.into(), r#"{"vault":{"token":"from-secrets"}}"#.into());
+        let shown = format!("{request:?}");
+        assert!(shown.contains("csi-1") && !shown.contains("pod-jwt") && !shown.contains("from-secrets"), "{shown}");
     }
 
     #[test]
@@ -370,6 +385,6 @@ pub mod tests {
         }
         request.secrets.insert(TOKENS.into(), r#"{"vault":{"token":"from secrets"}}"#.into());
         let (_, token) = Asked::read(&request, &rules()).expect("asked");
-        assert_eq!(token.expect("a token").as_str(), "from secrets");
+        assert_eq!(&token.expect("a token")[..], b"from secrets");
     }
 }

@@ -158,7 +158,7 @@ impl Node {
         let mut layers = self.settings.layers.clone();
         let mut words = asked.words.clone();
         if let Some(token) = token {
-            self.tokens.put(&token_name(target), token.as_bytes())?;
+            self.tokens.put(&token_name(target), &token)?;
             let path = self.tokens.path(&token_name(target));
             words.push(format!("vault-jwt-file={}", path.display()));
         }
@@ -179,7 +179,7 @@ impl Node {
     /// The kubelet comes by every minute or so with a fresh token.
     fn republish(&self, mut claim: Claim, asked: &Asked, token: Option<Token>) -> Result<(), Refusal> {
         if let Some(token) = token {
-            self.tokens.put(&token_name(&claim.target), token.as_bytes())?;
+            self.tokens.put(&token_name(&claim.target), &token)?;
         }
         let volume = claim.had.as_mut().expect("a republish has a volume");
         if volume.proved.elapsed() < self.settings.recheck {

@@ -82,6 +82,7 @@ pub struct VolumeCapability {
 }
 
 #[derive(Clone, PartialEq, Message)]
+#[prost(skip_debug)]
 pub struct NodePublishVolumeRequest {
     #[prost(string, tag = "1")]
     pub volume_id: String,
@@ -97,6 +98,13 @@ pub struct NodePublishVolumeRequest {
     /// The volume's attributes, what the kubelet says of the pod, and the pod's token.
     #[prost(map = "string, string", tag = "8")]
     pub volume_context: HashMap<String, String>,
+}
+
+impl std::fmt::Debug for NodePublishVolumeRequest {
+    /// Which volume alone: its maps hold the pod's tokens.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "NodePublishVolumeRequest({} at {})", self.volume_id, self.target_path)
+    }
 }
 
 #[derive(Clone, PartialEq, Message)]
