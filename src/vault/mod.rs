@@ -67,6 +67,9 @@ const LOST_LAST: Duration = Duration::from_secs(16 * 60);
 /// What an operator does about a loss.
 const CURE: &str = "once its login works again, `modelfs unlock` lets a mount in";
 
+/// How long a connection waits for another question: those of one start share it.
+const IDLE_CONNECTION: Duration = Duration::from_secs(1);
+
 /// How to reach Vault and as whom. Holds names and places, no secret.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VaultSettings {
@@ -956,6 +959,8 @@ fn http_client(settings: &VaultSettings) -> Result<reqwest::Client> {
         .user_agent(concat!("modelfs/", env!("CARGO_PKG_VERSION")))
         .redirect(reqwest::redirect::Policy::none())
         .connect_timeout(settings.timeout)
+        // What was sent, the token too, lies in a connection's buffer as long as that waits for its next use.
+        .pool_idle_timeout(IDLE_CONNECTION)
         .no_proxy();
     if let Some(path) = &settings.ca_cert {
         let certificates = reqwest::Certificate::from_pem_bundle(&read(path)?);
