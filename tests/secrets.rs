@@ -1,43 +1,97 @@
-//! No credential is anywhere that somebody looks: random secrets go in by every way there is, and are searched for in what
-//! the program prints, logs, answers and leaves in its process entries, and in the memory that a core file would hold.
+//! No credential is anywhere that somebody looks: random secrets go in by every way there is, one mount for each, and are
+//! searched for in every place that somebody looks at: what is printed, the log, the audit log, metrics and health, command
+//! lines, environments, and the memory that a core file would hold, were one written (none is: tests/memory.rs).
 //!
-//! The detector first finds what is planted: in a log, in another process's command line, and in memory that is not locked.
+//! Every place is first searched for something harmless that must be there, by the same search: a place that shows nothing
+//! proves nothing. Each secret is searched for as it was typed, as what it stands for, in hex and in base64.
+//!
+//! What is real: the program, Vault, its auth methods. What is not: the S3 server, which serves a folder, says what it was
+//! sent and closes every connection, and the STS behind Vault's AWS method. Not looked for in memory: what a library makes of
+//! a private key of TLS, and a session token in the buffer of a connection that is kept open (src/store/env_credentials.rs).
 
 #[path = "common/mod.rs"]
 mod common;
 #[path = "common/fixture.rs"]
 mod fixture;
+#[path = "common/jwt.rs"]
+mod jwt;
 #[path = "common/program.rs"]
 mod program;
 
 use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::Path;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::time::{Duration, Instant};
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use common::hostile::{Hostile, Request, head, respond};
 use common::vault::VaultServer;
 use fixture::Random;
 use program::{Program, can_mount, run_ok};
+use serde_json::{Value, json};
 
-fn private(path: &Path, text: &str) {
-    use std::io::Write;
-    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).expect("a new file");
-    file.write_all(text.as_bytes()).expect("written");
+const MODEL: &str = "secret/model";
+const BUCKET: &str = "models";
+/// For a machine that is busy with other things.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A secret and every form in which it would give itself away.
+#[derive(Clone)]
+struct Canary {
+    what: String,
+    forms: Vec<Vec<u8>>,
 }
 
-/// Whether `needle` lies in memory of `pid` that would be in its core file: every mapping but those marked "do not dump".
-fn in_core(pid: u32, needle: &[u8]) -> Option<String> {
+impl Canary {
+    fn text(what: &str, typed: &str) -> Canary {
+        Canary::of(what, typed, typed.as_bytes())
+    }
+
+    /// `typed` stands for `meant`.
+    fn of(what: &str, typed: &str, meant: &[u8]) -> Canary {
+        assert!(meant.len() >= 16, "{what}: so few bytes are found by chance");
+        let mut forms = vec![typed.as_bytes().to_vec(), meant.to_vec()];
+        forms.extend([hex::encode(meant).into_bytes(), STANDARD.encode(meant).into_bytes()]);
+        forms.dedup();
+        Canary { what: what.into(), forms }
+    }
+}
+
+/// Horspool: with needles of 16 bytes and more it looks at few bytes of the hay, even where nothing was optimised.
+fn holds(hay: &[u8], needle: &[u8]) -> bool {
+    let last = needle.len() - 1;
+    let mut skip = [needle.len(); 256];
+    for (at, byte) in needle[..last].iter().enumerate() {
+        skip[usize::from(*byte)] = last - at;
+    }
+    let mut at = 0;
+    while at + needle.len() <= hay.len() {
+        if hay[at + last] == needle[last] && &hay[at..at + needle.len()] == needle {
+            return true;
+        }
+        at += skip[usize::from(hay[at + last])];
+    }
+    false
+}
+
+/// What would be in a core file of `pid`: every mapping but those marked "do not dump", by name.
+fn core_of(pid: u32) -> Vec<(String, Vec<u8>)> {
     let memory = fs::File::open(format!("/proc/{pid}/mem")).expect("root reads memory");
     let maps = fs::read_to_string(format!("/proc/{pid}/smaps")).expect("smaps");
     let mut place: Option<(u64, u64, String)> = None;
+    let mut found = Vec::new();
     for line in maps.lines() {
         if let Some(flags) = line.strip_prefix("VmFlags:") {
             let dumped = flags.split_whitespace().all(|flag| flag != "dd" && flag != "io");
             let Some((start, end, name)) = place.take().filter(|_| dumped && flags.contains("rd")) else { continue };
             let mut bytes = vec![0; (end - start) as usize];
-            if memory.read_exact_at(&mut bytes, start).is_ok() && bytes.windows(needle.len()).any(|part| part == needle)
-            {
-                return Some(name);
+            if memory.read_exact_at(&mut bytes, start).is_ok() {
+                found.push((name, bytes));
             }
         } else if let Some((range, rest)) = line.split_once(' ')
             && let Some((start, end)) = range.split_once('-')
@@ -46,153 +100,649 @@ fn in_core(pid: u32, needle: &[u8]) -> Option<String> {
             place = Some((start, end, rest.to_owned()));
         }
     }
-    None
+    found
+}
+
+/// The process and all that it started.
+fn family(pid: u32) -> Vec<u32> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let children = tasks.filter_map(|task| fs::read_to_string(task.path().join("children")).ok());
+    let pids: Vec<u32> =
+        children.flat_map(|text| text.split(' ').filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>()).collect();
+    [pid].into_iter().chain(pids.into_iter().flat_map(family)).collect()
 }
 
 #[test]
-fn the_detector_finds_a_secret_in_memory_that_would_be_dumped() {
-    let planted: String = Random(5).bytes(24).iter().map(|byte| format!("{byte:02x}")).collect();
+fn the_detector_finds_a_secret_in_memory_that_would_be_dumped_in_every_form() {
+    let planted = hex::encode(Random(5).bytes(24));
     let kept = planted.clone().into_bytes();
-    assert!(in_core(std::process::id(), planted.as_bytes()).is_some());
+    assert!(core_of(std::process::id()).iter().any(|(_, bytes)| holds(bytes, planted.as_bytes())));
     std::hint::black_box(kept);
+    let canary = Canary::of("key", "typed-as-this-word", b"sixteen bytes it");
+    for hay in
+        ["..typed-as-this-word..", "sixteen bytes it", "7369787465656e206279746573206974", "c2l4dGVlbiBieXRlcyBpdA=="]
+    {
+        assert!(canary.forms.iter().any(|form| holds(hay.as_bytes(), form)), "{hay}");
+    }
+    assert!(!holds(b"typed-as-this-wor", b"typed-as-this-word") && !holds(b"", b"typed"));
+}
+
+/// One way in: how a mount is told its secrets.
+struct Way {
+    name: String,
+    store: String,
+    /// As flags of `mount`, in pairs.
+    words: Vec<(String, String)>,
+    variables: Vec<(String, String)>,
+    /// Given: the mount is made by `mount -t modelfs` with this `env-file`.
+    env_file: Option<PathBuf>,
+    canaries: Vec<Canary>,
+}
+
+impl Way {
+    fn new(name: &str, store: &str, words: &[(&str, &str)], variables: &[(&str, &str)], canaries: &[Canary]) -> Way {
+        let owned = |pairs: &[(&str, &str)]| pairs.iter().map(|(a, b)| ((*a).into(), (*b).into())).collect();
+        Way {
+            name: name.into(),
+            store: store.into(),
+            words: owned(words),
+            variables: owned(variables),
+            env_file: None,
+            canaries: canaries.to_vec(),
+        }
+    }
+}
+
+/// A place that somebody looks at: what is there, and something harmless that must be found there.
+struct Place {
+    name: &'static str,
+    shows: Vec<u8>,
+    control: String,
+}
+
+/// A model sealed for every kind of key, and the secrets.
+struct World {
+    program: Program,
+    dir: tempfile::TempDir,
+    random: Random,
+    s3: Hostile,
+    raw_key: Canary,
+    raw_hex: String,
+    raw_base64: String,
+    phrase: Canary,
+    phrase_text: String,
+    recipient: Canary,
+    /// A field of Vault's KV, where there is a Vault.
+    kv_key: Canary,
+    sealed: Value,
+}
+
+impl World {
+    fn new(vault: Option<&VaultServer>) -> World {
+        let mut random = Random::announced("secrets");
+        let dir = tempfile::tempdir().expect("a folder");
+        let program = Program::in_folder(dir.path());
+        let (raw, kv) = (random.bytes(32), random.bytes(32));
+        let (raw_hex, raw_base64) = (hex::encode(&raw), STANDARD.encode(&raw));
+        let phrase_text = format!("phrase-{}", hex::encode(random.bytes(20)));
+        let pair = dir.path().join("home/server.key");
+        run_ok(program.command(&["keygen", "--recipient"]).arg(&pair));
+        let private = fs::read_to_string(&pair).expect("text").trim().to_owned();
+        let digits = private.rsplit(':').next().expect("digits").to_owned();
+        let s3 = Hostile::start({
+            let folder = PathBuf::from(program.store());
+            move |request: &Request, stream: &mut TcpStream| serve_folder(&folder, request, stream)
+        });
+        let mut world = World {
+            s3,
+            raw_key: Canary::of("raw key", &raw_hex, &raw),
+            raw_hex,
+            raw_base64,
+            phrase: Canary::text("passphrase", &phrase_text),
+            phrase_text,
+            recipient: Canary::of("recipient's secret", &digits, &hex::decode(&digits).expect("hex")),
+            kv_key: Canary::of("key in Vault", &STANDARD.encode(&kv), &kv),
+            sealed: Value::Null,
+            random,
+            program,
+            dir,
+        };
+        world.seal(vault, &STANDARD.encode(&kv));
+        world
+    }
+
+    fn seal(&mut self, vault: Option<&VaultServer>, kv_key: &str) {
+        let source = self.dir.path().join("source");
+        fs::create_dir(&source).expect("mkdir");
+        fs::write(source.join("config.json"), b"{}").expect("a file");
+        let phrase_file = self.file("phrase", &self.phrase_text);
+        let mut command = self.program.command(&["seal", "-vv", "--json"]);
+        command.arg(&source).args([self.program.store(), MODEL, "--key", "env:KEY_OF_TEST", "--key"]);
+        command.arg(format!("passphrase-file:{phrase_file}")).arg("--key");
+        command.arg(format!("recipient:{}", self.dir.path().join("home/server.key.pub").display()));
+        command.env("KEY_OF_TEST", &self.raw_hex).env("MODELFS_LOG", "trace");
+        let mut canaries = vec![self.raw_key.clone(), self.phrase.clone(), self.recipient.clone()];
+        if let Some(vault) = vault {
+            let token = vault.token(json!({ "policies": ["secrets"], "ttl": "30m" }));
+            vault.write("secret/data/secrets-keys/model", json!({ "data": { "key": kv_key } }));
+            let words = ["vault-transit:transit-secrets/models", "--key", "vault-kv:secret/secrets-keys/model#key"];
+            command.arg("--key").args(words).args(["--vault-addr", &vault.address()]).env("VAULT_TOKEN", &token);
+            canaries.extend([Canary::text("token of the publisher", &token), self.kv_key.clone()]);
+        }
+        let output = run_ok(&mut command);
+        self.sealed = serde_json::from_slice(&output.stdout).expect("JSON");
+        let printed = [output.stdout, output.stderr].concat();
+        check("seal", &canaries, &[Place { name: "printed", shows: printed, control: self.digest() }]);
+    }
+
+    /// Of the manifest, without its prefix.
+    fn digest(&self) -> String {
+        let digest = self.sealed["manifest"].as_str().expect("text");
+        digest.strip_prefix("sha256:").unwrap_or(digest).to_owned()
+    }
+
+    /// A file that nobody else can read.
+    fn file(&self, name: &str, text: &str) -> String {
+        let path = self.dir.path().join("home").join(name);
+        let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path).expect("a new file");
+        file.write_all(text.as_bytes()).expect("written");
+        path.to_str().expect("utf-8").to_owned()
+    }
+
+    fn word(&mut self, name: &str) -> String {
+        format!("{name}-{}", hex::encode(self.random.bytes(20)))
+    }
+
+    /// Credentials for S3, as variables and as canaries.
+    fn aws(&mut self) -> ([(&'static str, String); 3], [Canary; 2]) {
+        let (id, secret, session) = (self.word("keyid"), self.word("s3secret"), self.word("s3session"));
+        let canaries = [Canary::text("S3 secret", &secret), Canary::text("S3 session token", &session)];
+        let variables = [("AWS_ACCESS_KEY_ID", id), ("AWS_SECRET_ACCESS_KEY", secret), ("AWS_SESSION_TOKEN", session)];
+        (variables, canaries)
+    }
+
+    /// Mounts that way, lets people look at it, and searches.
+    fn search(&self, way: &Way) {
+        println!("{}", way.name);
+        let mount_dir = self.program.mountpoint();
+        let mountpoint = mount_dir.to_str().expect("utf-8");
+        let folder = self.dir.path().join(way.name.replace(|c: char| !c.is_ascii_alphanumeric(), "-"));
+        fs::create_dir(&folder).expect("every way has a name of its own");
+        let at = |name: &str| folder.join(name);
+        let (log, audit, door) = (at("mount.log"), at("audit.log"), at("door.sock"));
+        // Where a daemon goes on once it has let go of its caller.
+        let later = at("daemon.log");
+        let whole_log = || [fs::read(&log).expect("log"), fs::read(&later).unwrap_or_default()].concat();
+        let public = format!("public-word-{}", way.name.len());
+        let mut words = way.words.clone();
+        for (name, value) in [
+            ("trust", self.program.trusted_key()),
+            ("audit-file", audit.clone()),
+            ("http", PathBuf::from(format!("unix:{}", door.display()))),
+        ] {
+            words.push((name.into(), value.to_str().expect("utf-8").to_owned()));
+        }
+        let mut command = match &way.env_file {
+            None => {
+                let mut command = self.program.command(&["mount", "-vvv", &way.store, mountpoint]);
+                for (name, value) in &words {
+                    command.arg(format!("--{name}")).args(Some(value).filter(|value| !value.is_empty()));
+                }
+                command
+            }
+            Some(file) => {
+                let words: Vec<String> = words.iter().map(|(name, value)| format!("{name}={value}")).collect();
+                let given = format!("{},env-file={},log-file={}", words.join(","), file.display(), later.display());
+                self.program.command(&[&way.store, mountpoint, "-v", "-o", &given])
+            }
+        };
+        command.envs(way.variables.iter().map(|(name, value)| (name, value))).env("PUBLIC_WORD", &public);
+        command.env("MODELFS_LOG", "trace").env("AWS_ENDPOINT_URL", self.s3.endpoint()).stdout(Stdio::null());
+        command.stderr(fs::File::create(&log).expect("log"));
+        let mut child = command.spawn().expect("runs");
+        let file = mount_dir.join(MODEL).join("config.json");
+        self.until(&way.name, &log, || fs::read(&file).is_ok_and(|bytes| bytes == b"{}"));
+
+        let mut printed = Vec::new();
+        for words in [&["status", mountpoint, "--json"][..], &["sessions", mountpoint], &["config", "show"]] {
+            let mut command = self.program.command(words);
+            command.envs(way.variables.iter().map(|(name, value)| (name, value)));
+            let output = command.output().expect("runs");
+            printed.extend([output.stdout, output.stderr].concat());
+        }
+        let status = run_ok(&mut self.program.command(&["status", mountpoint, "--json"])).stdout;
+        let status: Value = serde_json::from_slice(&status).expect("JSON");
+        let pid = u32::try_from(status["pid"].as_u64().expect("a pid")).expect("a pid");
+        let shown = ["/metrics", "/live", "/ready", "/health", "/health/security"].map(|path| get(&door, path));
+        let of_all = |name: &str| {
+            let each = family(pid).into_iter().filter_map(|pid| fs::read(format!("/proc/{pid}/{name}")).ok());
+            each.collect::<Vec<_>>().concat()
+        };
+        let place = |name, shows, control: &str| Place { name, shows, control: control.into() };
+        check(
+            &way.name,
+            &way.canaries,
+            &[
+                place("printed", printed, mountpoint),
+                place("log", whole_log(), mountpoint),
+                place("metrics and health", shown.concat(), "modelfs_ready"),
+                place("audit log", fs::read(&audit).expect("audit log"), MODEL),
+                place("command line", of_all("cmdline"), mountpoint),
+                place("environment", of_all("environ"), &public),
+            ],
+        );
+        self.search_core(way, pid, mountpoint);
+        run_ok(&mut self.program.command(&["umount", mountpoint]));
+        child.wait().expect("ended");
+        self.until("the daemon ends", &log, || !Path::new(&format!("/proc/{pid}")).exists());
+        let at_the_end = [
+            place("log at the end", whole_log(), mountpoint),
+            place("audit log at the end", fs::read(&audit).expect("audit log"), MODEL),
+        ];
+        check(&way.name, &way.canaries, &at_the_end);
+    }
+
+    /// What a request carries lies in memory while it is under way: a secret is left there if it stays.
+    fn search_core(&self, way: &Way, pid: u32, control: &str) {
+        let until = Instant::now() + PATIENCE;
+        loop {
+            let core = core_of(pid);
+            let in_it = |form: &[u8]| core.iter().find(|(_, bytes)| holds(bytes, form)).map(|(name, _)| name.clone());
+            assert!(in_it(control.as_bytes()).is_some(), "{}: the detector finds nothing in memory", way.name);
+            let left: Vec<(&str, String)> = way
+                .canaries
+                .iter()
+                .flat_map(|canary| canary.forms.iter().map(|form| (canary.what.as_str(), form)))
+                .filter_map(|(what, form)| Some((what, in_it(form)?)))
+                .collect();
+            if left.is_empty() {
+                return;
+            }
+            assert!(Instant::now() < until, "{}: would be in a core file: {left:?}", way.name);
+            std::thread::sleep(Duration::from_millis(500));
+        }
+    }
+
+    fn until(&self, what: &str, log: &Path, mut done: impl FnMut() -> bool) {
+        let until = Instant::now() + PATIENCE;
+        while !done() {
+            assert!(Instant::now() < until, "{what}: {}", fs::read_to_string(log).unwrap_or_default());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+/// Every canary in every place, after the place has shown that things are found there.
+fn check(way: &str, canaries: &[Canary], places: &[Place]) {
+    for place in places {
+        let name = place.name;
+        assert!(holds(&place.shows, place.control.as_bytes()), "{way}: nothing is ever found in: {name}");
+        for canary in canaries {
+            let found = canary.forms.iter().any(|form| holds(&place.shows, form));
+            assert!(!found, "{way}: the {} is in: {name}", canary.what);
+        }
+    }
+}
+
+fn get(socket: &Path, path: &str) -> Vec<u8> {
+    let mut stream = UnixStream::connect(socket).expect("connects");
+    stream.set_read_timeout(Some(PATIENCE)).expect("set");
+    stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes()).expect("asked");
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).expect("answered");
+    answer
+}
+
+/// Names and sizes below a folder.
+fn objects(folder: &Path, below: &str) -> Vec<(String, u64)> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let name = format!("{below}{}", entry.file_name().to_str().expect("utf-8"));
+        match entry.metadata().expect("of our own file") {
+            meta if meta.is_dir() => found.extend(objects(&entry.path(), &format!("{name}/"))),
+            meta => found.push((name, meta.len())),
+        }
+    }
+    found
+}
+
+/// A bucket that is a folder, for readers.
+fn serve_folder(folder: &Path, request: &Request, stream: &mut TcpStream) -> std::io::Result<()> {
+    let (path, query) = request.target.split_once('?').unwrap_or((&request.target, ""));
+    if query.contains("list-type=2") {
+        let asked: Vec<(String, String)> = url::form_urlencoded::parse(query.as_bytes()).into_owned().collect();
+        let said = |name: &str| asked.iter().find(|(key, _)| key == name).map_or("", |(_, value)| value.as_str());
+        let (prefix, folders_only) = (said("prefix"), !said("delimiter").is_empty());
+        let mut listed = std::collections::BTreeSet::new();
+        for (name, size) in objects(folder, "") {
+            let Some(rest) = name.strip_prefix(prefix) else { continue };
+            listed.insert(match rest.split_once('/').filter(|_| folders_only) {
+                Some((dir, _)) => format!("<CommonPrefixes><Prefix>{prefix}{dir}/</Prefix></CommonPrefixes>"),
+                None => format!(
+                    "<Contents><Key>{name}</Key><LastModified>2026-11-18T10:00:00.000Z</LastModified>\
+                     <Size>{size}</Size></Contents>"
+                ),
+            });
+        }
+        let listed: String = listed.into_iter().collect();
+        let xml = format!("<?xml version=\"1.0\"?><ListBucketResult>{listed}</ListBucketResult>");
+        return respond(stream, "200 OK", &[("Content-Type", "application/xml")], xml.as_bytes());
+    }
+    let name = path.trim_start_matches('/').strip_prefix(BUCKET).unwrap_or_default().trim_start_matches('/');
+    let Ok(bytes) = fs::read(folder.join(name)) else { return respond(stream, "404 Not Found", &[], b"") };
+    if request.method == "HEAD" {
+        return head(stream, "200 OK", &[], Some(bytes.len() as u64));
+    }
+    match request.range() {
+        Some((first, last)) if (last as usize) < bytes.len() => {
+            let range = format!("bytes {first}-{last}/{}", bytes.len());
+            let part = &bytes[first as usize..=last as usize];
+            respond(stream, "206 Partial Content", &[("Content-Range", &range)], part)
+        }
+        Some(_) => respond(stream, "416 Range Not Satisfiable", &[], b""),
+        None => respond(stream, "200 OK", &[], &bytes),
+    }
+}
+
+fn borrowed<'a>(pairs: &'a [(&'a str, String)]) -> Vec<(&'a str, &'a str)> {
+    pairs.iter().map(|(name, value)| (*name, value.as_str())).collect()
+}
+
+/// The server was sent what goes with every request: the canary came as far as it should.
+fn reached_s3(world: &World, session: &Canary) {
+    let sent = |request: &Request| request.header("x-amz-security-token").map(|text| text.as_bytes().to_vec());
+    assert!(
+        world.s3.requests().iter().any(|request| sent(request).as_ref() == session.forms.first()),
+        "nothing was sent"
+    );
 }
 
 #[test]
-fn no_credential_is_printed_logged_answered_or_left_where_others_look() {
+fn no_key_and_no_storage_credential_is_left_where_somebody_looks() {
+    if !can_mount() {
+        return;
+    }
+    let mut world = World::new(None);
+    let store = world.program.store().to_owned();
+    let s3_store = format!("s3://{BUCKET}");
+    let (raw, phrase, recipient) = (world.raw_key.clone(), world.phrase.clone(), world.recipient.clone());
+    let key_file = format!("file:{}", world.file("raw.key", &world.raw_hex));
+    let phrase_file = format!("passphrase-file:{}", world.dir.path().join("home/phrase").display());
+    let pair = format!("x25519:{}", world.dir.path().join("home/server.key").display());
+    let (hex, base64, text) = (world.raw_hex.clone(), world.raw_base64.clone(), world.phrase_text.clone());
+    let (aws, aws_canaries) = world.aws();
+    let (file_aws, file_canaries) = world.aws();
+    let [_, session] = aws_canaries.clone();
+    let [_, file_session] = file_canaries.clone();
+    let s3_way = [&[("KEY_OF_TEST", hex.as_str())][..], &borrowed(&aws)[..]].concat();
+    let lines: String = file_aws.iter().map(|(name, value)| format!("{name}={value}\n")).collect();
+    let env_file = world.file("environment", &format!("{lines}MODELFS_KEY=\"{hex}\"\n"));
+    let through_file = Way {
+        env_file: Some(env_file.into()),
+        ..Way::new("env-file of fstab", &s3_store, &[], &[], &[&[raw.clone()][..], &file_canaries].concat())
+    };
+    for way in [
+        Way::new("key in a file", &store, &[("key", &key_file)], &[], &[raw.clone()]),
+        Way::new("env:NAME", &store, &[("key", "env:KEY_OF_TEST")], &[("KEY_OF_TEST", &hex)], &[raw.clone()]),
+        Way::new("MODELFS_KEY", &store, &[], &[("MODELFS_KEY", &base64)], &[raw.clone()]),
+        Way::new("MODEL_ENCRYPTION_KEY", &store, &[], &[("MODEL_ENCRYPTION_KEY", &hex)], &[raw.clone()]),
+        Way::new("passphrase in a file", &store, &[("key", &phrase_file)], &[], &[phrase.clone()]),
+        Way::new("MODELFS_PASSPHRASE", &store, &[("key", "passphrase")], &[("MODELFS_PASSPHRASE", &text)], &[phrase]),
+        Way::new("secret half of a pair", &store, &[("key", &pair)], &[], &[recipient]),
+        Way::new(
+            "S3 by the environment",
+            &s3_store,
+            &[("key", "env:KEY_OF_TEST")],
+            &s3_way,
+            &[&[raw][..], &aws_canaries].concat(),
+        ),
+        through_file,
+    ] {
+        world.search(&way);
+    }
+    reached_s3(&world, &session);
+    reached_s3(&world, &file_session);
+}
+
+/// `modelfs run`: ours are taken out of the environment, and `--keep-env` gives one to the command all the same.
+#[test]
+fn a_command_gets_no_storage_credential_but_those_it_is_to_keep() {
+    if !can_mount() {
+        return;
+    }
+    let mut world = World::new(None);
+    let (aws, canaries) = world.aws();
+    let mut command = world.program.command(&["run", &format!("s3://{BUCKET}")]);
+    command.arg(world.program.mountpoint()).args(["--key", "env:KEY_OF_TEST", "--keep-env", "AWS_ACCESS_KEY_ID"]);
+    command.arg("--trust").arg(world.program.trusted_key());
+    command.args(["--", "sh", "-c", "env; tr '\\0' '\\n' </proc/$PPID/environ >&2"]);
+    command.env("KEY_OF_TEST", &world.raw_hex).envs(borrowed(&aws)).env("PUBLIC_WORD", "public-word");
+    let output = run_ok(command.env("AWS_ENDPOINT_URL", world.s3.endpoint()));
+    let [(kept, id), ..] = &aws;
+    let place = |name, shows, control: String| Place { name, shows, control };
+    let ours = [&canaries[..], &[Canary::text("key id", id), world.raw_key.clone()]].concat();
+    check("run", &ours, &[place("our environment", output.stderr, "PUBLIC_WORD=public-word".into())]);
+    let its = [&canaries[..], &[world.raw_key.clone()]].concat();
+    check("run", &its, &[place("the command's environment", output.stdout, format!("{kept}={id}"))]);
+}
+
+#[test]
+fn no_login_to_vault_and_nothing_that_vault_gives_is_left_where_somebody_looks() {
     if !can_mount() {
         return;
     }
     let Some(vault) = VaultServer::shared() else { return };
-    let seed =
-        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("after 1970").as_nanos() as u64;
-    println!("seed {seed}");
-    let mut random = Random(seed);
-    let raw_key: String = random.bytes(32).iter().map(|byte| format!("{byte:02x}")).collect();
-    let mut canary = |name: &str| -> String {
-        let hex: String = random.bytes(20).iter().map(|byte| format!("{byte:02x}")).collect();
-        format!("{name}-{hex}")
+    prepare(vault);
+    let mut world = World::new(Some(vault));
+    let (ways, _sts) = ways_by_vault(&mut world, vault);
+    for way in &ways {
+        world.search(way);
+    }
+}
+
+/// What every login may use.
+fn prepare(vault: &VaultServer) {
+    vault.enable_transit("transit-secrets");
+    vault.write("transit-secrets/keys/models", json!({ "derived": true }));
+    let rules = ["transit-secrets/+/models", "secret/data/secrets-*", "secret/metadata/secrets-*"]
+        .map(|path| format!("path \"{path}\" {{ capabilities = [\"update\", \"read\", \"list\"] }}\n"));
+    vault.policy("secrets", &rules.concat());
+}
+
+/// The STS that one of them needs comes along.
+fn ways_by_vault(world: &mut World, vault: &VaultServer) -> (Vec<Way>, Hostile) {
+    let store = world.program.store().to_owned();
+    let (address, policies) = (vault.address(), json!({ "token_policies": ["secrets"] }));
+    let transit = ("key", "vault-transit:transit-secrets/models");
+    let at = ("vault-addr", address.as_str());
+    let token = || vault.token(json!({ "policies": ["secrets"], "ttl": "30m" }));
+    let mut ways = Vec::new();
+    let mut way = |name: &str, words: &[(&str, &str)], variables: &[(&str, &str)], what: &str, secret: &str| {
+        let words = [&[transit, at][..], words].concat();
+        ways.push(Way::new(name, &store, &words, variables, &[Canary::text(what, secret)]));
     };
+
+    let text = token();
+    way("VAULT_TOKEN", &[], &[("VAULT_TOKEN", &text)], "token", &text);
+    let text = token();
+    way("token in a file", &[("vault-token-file", &world.file("token", &text))], &[], "token", &text);
+
+    let role_id = vault.approle("approle-secrets", policies.clone());
+    let approle =
+        [("vault-auth", "approle"), ("vault-auth-mount", "approle-secrets"), ("vault-role-id", role_id.as_str())];
+    let secret = vault.secret_id("approle-secrets");
+    let file = world.file("secret-id", &secret);
+    way(
+        "secret-id in a file",
+        &[&approle[..], &[("vault-secret-id-file", file.as_str())]].concat(),
+        &[],
+        "secret-id",
+        &secret,
+    );
+    let secret = vault.secret_id("approle-secrets");
+    way("MODELFS_VAULT_SECRET_ID", &approle, &[("MODELFS_VAULT_SECRET_ID", &secret)], "secret-id", &secret);
+    let secret = vault.wrapped_secret_id("approle-secrets");
+    let file = world.file("wrapped", &secret);
+    let wrapped = [("vault-secret-id-file", file.as_str()), ("vault-secret-id-wrapped", "")];
+    way("wrapped secret-id", &[&approle[..], &wrapped].concat(), &[], "wrapping token", &secret);
+
+    vault.enable_auth("userpass-secrets", "userpass");
+    let password = world.word("password");
+    let user = json!({ "password": password, "token_policies": ["secrets"] });
+    vault.write("auth/userpass-secrets/users/reader", user);
+    let userpass = [("vault-auth", "userpass"), ("vault-auth-mount", "userpass-secrets"), ("vault-username", "reader")];
+    let file = world.file("password", &password);
+    way(
+        "password in a file",
+        &[&userpass[..], &[("vault-password-file", file.as_str())]].concat(),
+        &[],
+        "password",
+        &password,
+    );
+    way("MODELFS_VAULT_PASSWORD", &userpass, &[("MODELFS_VAULT_PASSWORD", &password)], "password", &password);
+
+    let signer = jwt::Signer::new();
+    vault.enable_auth("jwt-secrets", "jwt");
+    vault.write("auth/jwt-secrets/config", json!({ "jwt_validation_pubkeys": [signer.public_pem()] }));
+    let role = json!({
+        "role_type": "jwt", "user_claim": "sub", "bound_audiences": ["vault"], "token_policies": ["secrets"],
+    });
+    vault.write("auth/jwt-secrets/role/models", role);
+    let claims = json!({ "sub": "reader", "aud": "vault", "iat": jwt::now() - 10, "exp": jwt::now() + 3600 });
+    let text = signer.jwt(&claims);
+    let file = world.file("jwt", &text);
+    let by_jwt = [("vault-auth", "jwt"), ("vault-auth-mount", "jwt-secrets"), ("vault-role", "models")];
+    way("JWT", &[&by_jwt[..], &[("vault-jwt-file", file.as_str())]].concat(), &[], "JWT", &text);
+
+    vault.enable_auth("cert-secrets", "cert");
+    let path = |name: &str| vault.file(name).to_str().expect("utf-8").to_owned();
+    let (ca, cert, key) = (path("ca.pem"), path("client.pem"), path("client.key"));
+    let authority = fs::read_to_string(&ca).expect("a certificate");
+    let role = json!({ "certificate": authority, "allowed_common_names": "client", "token_policies": ["secrets"] });
+    vault.write("auth/cert-secrets/certs/models", role);
+    let pem = fs::read_to_string(&key).expect("a key");
+    let line = pem.lines().find(|line| line.len() > 40).expect("a line of the key").to_owned();
+    let tls_address = vault.tls_address();
+    let words = [
+        transit,
+        ("vault-addr", tls_address.as_str()),
+        ("vault-auth", "cert"),
+        ("vault-auth-mount", "cert-secrets"),
+        ("vault-ca-cert", ca.as_str()),
+        ("vault-client-cert", cert.as_str()),
+        ("vault-client-key", key.as_str()),
+    ];
+    let by_cert = Way::new("client key", &store, &words, &[], &[Canary::text("client key", &line)]);
+
+    let sts = fake_sts();
+    vault.enable_auth("aws-secrets", "aws");
+    vault.write("auth/aws-secrets/config/client", json!({ "sts_endpoint": sts.endpoint(), "sts_region": "us-east-1" }));
+    let role = json!({
+        "auth_type": "iam", "resolve_aws_unique_ids": false, "token_policies": ["secrets"],
+        "bound_iam_principal_arn": "arn:aws:iam::123456789012:user/models",
+    });
+    vault.write("auth/aws-secrets/role/models", role);
+    let place = format!("{}/", sts.endpoint());
+    let (aws, aws_canaries) = world.aws();
+    let words = [
+        transit,
+        at,
+        ("vault-auth", "aws"),
+        ("vault-auth-mount", "aws-secrets"),
+        ("vault-role", "models"),
+        ("vault-aws-sts", place.as_str()),
+    ];
+    let by_aws = Way::new("AWS login, no S3", &store, &words, &borrowed(&aws), &aws_canaries);
+
+    let file = world.file("kv-token", &token());
+    let kv = [("key", "vault-kv:secret/secrets-keys/model#key"), at, ("vault-token-file", file.as_str())];
+    let by_kv = Way::new("key in Vault", &store, &kv, &[], &[world.kv_key.clone()]);
+
+    let record = json!({
+        "s3_bucket": BUCKET, "s3_key": world.sealed["model_id"], "checksum": format!("sha256:{}", world.digest()),
+        "size_bytes": world.sealed["bytes"], "encryption_key": world.raw_base64,
+    });
+    vault.write(&format!("secret/data/secrets-catalog/{MODEL}"), json!({ "data": record }));
+    let (aws, aws_canaries) = world.aws();
+    let words = [at, ("vault-token-file", file.as_str())];
+    let canaries = [&[world.raw_key.clone()][..], &aws_canaries].concat();
+    let by_record =
+        Way::new("record of a catalog", "vault-kv://secret/secrets-catalog", &words, &borrowed(&aws), &canaries);
+
+    ways.extend([by_cert, by_aws, by_kv, by_record]);
+    (ways, sts)
+}
+
+/// Says of everybody that they are the reader; tests/vault.rs looks at signatures.
+fn fake_sts() -> Hostile {
+    Hostile::start(|_: &Request, stream: &mut TcpStream| {
+        let body =
+            b"<GetCallerIdentityResponse xmlns=\"https://sts.amazonaws.com/doc/2011-06-15/\"><GetCallerIdentityResult>\
+            <Arn>arn:aws:iam::123456789012:user/models</Arn><UserId>AIDATEST</UserId><Account>123456789012</Account>\
+            </GetCallerIdentityResult><ResponseMetadata><RequestId>1</RequestId></ResponseMetadata>\
+            </GetCallerIdentityResponse>";
+        respond(stream, "200 OK", &[("Content-Type", "text/xml")], body)
+    })
+}
+
+/// Refusals of every kind talk the most. A secret may also stand where a word belongs, pasted there; in place of a trusted
+/// key, which is public and told, nothing could know it for one.
+#[test]
+fn no_refusal_repeats_a_secret() {
+    let mut random = Random::announced("refusals");
     let dir = tempfile::tempdir().expect("a folder");
     let program = Program::in_folder(dir.path());
-    vault.enable_transit("transit-secrets");
-    vault.write("transit-secrets/keys/models", serde_json::json!({"derived": true}));
-    vault.policy("secrets", r#"path "transit-secrets/+/models" { capabilities = ["update", "read"] }"#);
-    let role_id =
-        vault.approle("approle-secrets", serde_json::json!({"token_policies": ["secrets"], "token_ttl": "10m"}));
-    let secret_id = vault.secret_id("approle-secrets");
-    let phrase = canary("phrase");
-    let (secret_file, phrase_file) = (dir.path().join("home/secret-id"), dir.path().join("home/phrase"));
-    private(&secret_file, &secret_id);
-    private(&phrase_file, &phrase);
-    let (s3_key, s3_secret, session) = (canary("s3key"), canary("s3secret"), canary("s3session"));
-    let address = vault.address();
-    let connect = [
-        "--vault-addr",
-        &address,
-        "--vault-auth",
-        "approle",
-        "--vault-auth-mount",
-        "approle-secrets",
-        "--vault-role-id",
-        &role_id,
-        "--vault-secret-id-file",
-        secret_file.to_str().expect("utf-8"),
-    ];
     let source = dir.path().join("source");
     fs::create_dir(&source).expect("mkdir");
     fs::write(source.join("config.json"), b"{}").expect("a file");
-    let environment = |command: &mut std::process::Command| {
-        command.env("MODELFS_KEY_OF_TEST", &raw_key).env("AWS_ACCESS_KEY_ID", &s3_key);
-        command.env("AWS_SECRET_ACCESS_KEY", &s3_secret).env("AWS_SESSION_TOKEN", &session);
-    };
-    let phrase_word = format!("passphrase-file:{}", phrase_file.display());
-    let keys =
-        ["--key", "vault-transit:transit-secrets/models", "--key", &phrase_word, "--key", "env:MODELFS_KEY_OF_TEST"];
-    let mut said = Vec::new();
-    let mut note = |output: std::process::Output| {
-        said.extend_from_slice(&output.stdout);
-        said.extend_from_slice(&output.stderr);
-        output.status.success()
-    };
-
-    let mut seal = program.command(&["seal", "-vv"]);
-    seal.arg(&source).args([program.store(), "secret/model"]).args(keys).args(connect);
-    environment(&mut seal);
-    assert!(note(seal.output().expect("runs")));
-
-    let log = dir.path().join("mount.log");
-    let mut mount = program.command(&["mount", "-vvv", program.store()]);
-    mount.arg(program.mountpoint()).args(keys).args(connect).arg("--trust").arg(program.trusted_key());
-    environment(&mut mount);
-    mount.stdout(Stdio::null()).stderr(fs::File::create(&log).expect("log"));
-    let mut child = mount.spawn().expect("runs");
-    let until = std::time::Instant::now() + std::time::Duration::from_secs(30);
-    while fs::read(program.mountpoint().join("secret/model/config.json")).is_err() {
-        assert!(std::time::Instant::now() < until, "not mounted: {}", fs::read_to_string(&log).unwrap_or_default());
-        std::thread::sleep(std::time::Duration::from_millis(20));
+    program.seal(&source, MODEL);
+    let wrong = format!("wrong-{}", hex::encode(random.bytes(20)));
+    let key = hex::encode(random.bytes(32));
+    let secret_file = dir.path().join("home/wrong");
+    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&secret_file).expect("new");
+    file.write_all(wrong.as_bytes()).expect("written");
+    let secret_file = secret_file.to_str().expect("utf-8");
+    let vault = VaultServer::shared();
+    if let Some(vault) = vault {
+        vault.enable_auth("approle-wrong", "approle");
+        vault.enable_auth("userpass-wrong", "userpass");
     }
-    let mountpoint = program.mountpoint().to_str().expect("utf-8");
-    assert!(note(program.command(&["status", mountpoint, "--json"]).output().expect("runs")));
-    // Refusals of every kind talk the most.
-    let wrong = dir.path().join("home/wrong");
-    private(&wrong, &canary("wrong"));
-    let wrong_secret = fs::read_to_string(&wrong).expect("text");
-    for words in [
-        vec![
-            "--key",
-            "vault-transit:transit-secrets/models",
-            "--vault-addr",
-            &address,
-            "--vault-auth",
-            "approle",
-            "--vault-auth-mount",
-            "approle-secrets",
-            "--vault-role-id",
-            &role_id,
-            "--vault-secret-id-file",
-            wrong.to_str().expect("utf-8"),
-        ],
-        vec![
-            "--key",
-            "vault-transit:transit-secrets/models",
-            "--vault-addr",
-            &address,
-            "--vault-token-file",
-            wrong.to_str().expect("utf-8"),
-        ],
-        vec!["--key", "env:MODELFS_WRONG"],
-        // A secret pasted where a word belongs.
-        vec!["--key", &wrong_secret],
-        vec!["--trust", &raw_key, "--key", "file:/nowhere"],
-    ] {
-        let mut cat = program.command(&["cat", "-vvv", program.store(), "secret/model", "config.json", "--json"]);
-        cat.args(&words).env("MODELFS_WRONG", &wrong_secret);
-        if !words.contains(&"--trust") {
-            cat.arg("--trust").arg(program.trusted_key());
+    let address = vault.map(VaultServer::address).unwrap_or_default();
+    let trusted = program.trusted_key();
+    let trust = ["--trust", trusted.to_str().expect("utf-8")];
+    let at = ["--key", "vault-transit:transit/none", "--vault-addr", &address];
+    let by = |words: &[&'static str]| [&at[..], &trust, words].concat();
+    let approle =
+        by(&["--vault-auth", "approle", "--vault-auth-mount", "approle-wrong", "--vault-role-id", "some-role"]);
+    let userpass =
+        by(&["--vault-auth", "userpass", "--vault-auth-mount", "userpass-wrong", "--vault-username", "somebody"]);
+    let env_key = [&["--key", "env:WRONG"][..], &trust].concat();
+    // What is given, by which variables, and whether Vault is needed for it.
+    let rows: [(Vec<&str>, &[(&str, &str)], bool); 12] = [
+        (env_key.clone(), &[("WRONG", &wrong)], false),
+        (env_key, &[("WRONG", &key)], false),
+        (trust.to_vec(), &[("MODEL_ENCRYPTION_KEY", &wrong)], false),
+        ([&["--key", "passphrase"][..], &trust].concat(), &[("MODELFS_PASSPHRASE", &wrong)], false),
+        ([&["--key", &wrong][..], &trust].concat(), &[], false),
+        ([&["--s3-credentials", &wrong, "--key", "env:WRONG"][..], &trust].concat(), &[], false),
+        ([&approle[..], &["--vault-secret-id-file", secret_file]].concat(), &[], true),
+        (approle, &[("MODELFS_VAULT_SECRET_ID", &wrong)], true),
+        ([&userpass[..], &["--vault-password-file", secret_file]].concat(), &[], true),
+        (userpass, &[("MODELFS_VAULT_PASSWORD", &wrong)], true),
+        ([&by(&[])[..], &["--vault-token-file", secret_file]].concat(), &[], true),
+        (by(&[]), &[("VAULT_TOKEN", &wrong)], true),
+    ];
+    let canaries =
+        [Canary::text("wrong secret", &wrong), Canary::of("wrong key", &key, &hex::decode(&key).expect("hex"))];
+    for (words, variables, needs_vault) in rows {
+        if needs_vault && vault.is_none() {
+            continue;
         }
+        let mut cat = program.command(&["cat", "-vvv", program.store(), MODEL, "config.json", "--json"]);
+        cat.args(&words).env_remove("VAULT_TOKEN").envs(variables.iter().copied()).env("MODELFS_LOG", "trace");
         let output = cat.output().expect("runs");
-        assert!(!output.status.success(), "{words:?}");
-        note(output);
+        assert!(!output.status.success(), "{:?}", words.first());
+        let shows = [output.stdout, output.stderr].concat();
+        check("a refusal", &canaries, &[Place { name: "printed", shows, control: "modelfs: ".into() }]);
     }
-
-    let pid = child.id();
-    let secrets = [&secret_id, &phrase, &s3_secret, &session, &wrong_secret];
-    let log_text = fs::read(&log).expect("log");
-    assert!(log_text.len() > 100, "the log says something at this level");
-    for secret in secrets.into_iter().chain([&raw_key]) {
-        let needle = secret.as_bytes();
-        let found = |hay: &[u8]| hay.windows(needle.len()).any(|part| part == needle);
-        assert!(!found(&log_text), "a secret is in the log");
-        let public = secret == &raw_key;
-        assert!(public || !found(&said), "a secret was printed: {}", &secret[..6]);
-        assert!(!found(&fs::read(format!("/proc/{pid}/cmdline")).expect("cmdline")), "a secret is on the command line");
-    }
-    // What the daemon itself takes from its environment is gone from there.
-    let environ = fs::read(format!("/proc/{pid}/environ")).expect("environ");
-    assert!(!environ.windows(raw_key.len()).any(|part| part == raw_key.as_bytes()), "a key is left in the environment");
-    for (name, secret) in [("secret-id", &secret_id), ("passphrase", &phrase), ("raw key", &raw_key)] {
-        assert_eq!(in_core(pid, secret.as_bytes()), None, "the {name} would be in a core file");
-    }
-    run_ok(&mut program.command(&["umount", mountpoint]));
-    child.wait().expect("ended");
 }

@@ -5,6 +5,8 @@
 //! (and check what they are asked); the JWT is signed here.
 
 mod common;
+#[path = "common/jwt.rs"]
+mod jwt;
 
 use std::net::TcpStream;
 use std::path::PathBuf;
@@ -13,9 +15,10 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use base64::Engine;
-use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
+use base64::engine::general_purpose::STANDARD;
 use common::hostile::{Hostile, Request, respond};
 use common::vault::VaultServer;
+use jwt::{Signer, now};
 use modelfs::error::{Code, Error};
 use modelfs::mem::Secret;
 use modelfs::telemetry::Telemetry;
@@ -153,38 +156,6 @@ fn a_user_logs_in_with_a_password_and_a_wrong_one_is_named_and_not_repeated() {
         Code::VaultDenied,
         &["the user or the password is wrong"],
     );
-}
-
-/// An ES256 key: its public half in PEM, and what it signs.
-struct Signer(ring::signature::EcdsaKeyPair);
-
-impl Signer {
-    fn new() -> Signer {
-        use ring::signature::{ECDSA_P256_SHA256_FIXED_SIGNING as ES256, EcdsaKeyPair};
-        let random = ring::rand::SystemRandom::new();
-        let pkcs8 = EcdsaKeyPair::generate_pkcs8(&ES256, &random).expect("a key");
-        Signer(EcdsaKeyPair::from_pkcs8(&ES256, pkcs8.as_ref(), &random).expect("the same key"))
-    }
-
-    fn public_pem(&self) -> String {
-        use ring::signature::KeyPair;
-        // SubjectPublicKeyInfo of a P-256 point.
-        let mut der = hex::decode("3059301306072a8648ce3d020106082a8648ce3d030107034200").expect("hex");
-        der.extend_from_slice(self.0.public_key().as_ref());
-        format!("-----BEGIN PUBLIC KEY-----\n{}\n-----END PUBLIC KEY-----\n", STANDARD.encode(der))
-    }
-
-    fn jwt(&self, claims: &Value) -> String {
-        let head = URL_SAFE_NO_PAD.encode(r#"{"alg":"ES256","typ":"JWT"}"#);
-        let text = format!("{head}.{}", URL_SAFE_NO_PAD.encode(claims.to_string()));
-        let signature = self.0.sign(&ring::rand::SystemRandom::new(), text.as_bytes()).expect("signed");
-        format!("{text}.{}", URL_SAFE_NO_PAD.encode(signature))
-    }
-}
-
-fn now() -> u64 {
-    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    since.expect("after 1970").as_secs()
 }
 
 #[test]
