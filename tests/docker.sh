@@ -280,7 +280,7 @@ flip_byte() { # FILE AT
 tamper_manifest() { local file; for file in "$(objects_of acme/tampered)"/m/*; do flip_byte "$file" 200; done; }
 tampered_data_is_not_read() {
   local file
-  for file in "$(objects_of acme/data)"/d/*; do flip_byte "$file" 200; done
+  for file in "$(objects_of acme/data)"/d/*; do flip_byte "$file" $(($(stat -c %s "$file") / 2)); done
   volume data -o model=acme/data >/dev/null || return 1
   says "Input/output error" in_container -v data:/models -- sh -c 'cat /models/acme/data/* >/dev/null' && docker volume rm data
 }

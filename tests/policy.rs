@@ -842,7 +842,9 @@ fn who_is_refused_again_and_again_is_told_of_so_often_a_second_and_no_more() {
     }
     const OPENS: usize = 1000;
     let shut_out: fn(&Mount) = |mount| drop(mount.fs.shut_out(STRANGERS, None, false).expect("shut out"));
-    let locked: fn(&Mount) = |mount| drop(mount.fs.lock(&mount.fs.vfs().models()));
+    let locked: fn(&Mount) = |mount| {
+        mount.fs.lock(&mount.fs.vfs().models());
+    };
     let pickles: fn(&Mount) = |mount| mount.fs.refuse_pickles();
     let limited: fn(&Mount) = |mount| grant_all(mount, "opens_per_s = 1\nopens_burst = 1\nwait = \"0s\"\n");
     for (what, refuse) in [("shut out", shut_out), ("locked", locked), ("a pickle", pickles), ("over a limit", limited)]

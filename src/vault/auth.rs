@@ -370,7 +370,7 @@ fn aws_body(
     }
     if let Some(id) = server_id {
         // Signed like the others: what one Vault is told cannot be repeated to another that asks for its own name.
-        headers.push(("x-vault-aws-iam-server-id", id.to_owned()));
+        headers.push(("x-vault-aws-iam-server-id", Zeroizing::new(id.to_owned())));
     }
     let signed = headers.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(";");
     // Hashed piece by piece: a string of them all would be one more copy.
