@@ -340,6 +340,20 @@ fn a_mount_whose_token_was_revoked_is_refused_until_vault_takes_it_again() {
     scene.host.stop().expect("stopped");
 }
 
+/// Else whoever tries again and again, as a kubelet does, leaves a living token each time.
+#[test]
+fn a_mount_that_is_refused_gives_its_token_back() {
+    let Some(scene) = scene("a_mount_that_is_refused_gives_its_token_back") else { return };
+    let vault = FakeVault::start(&scene.root);
+    let mut words = vault.words();
+    words.push(format!("trust={}", scene.root.join("home/.config/modelfs/signing.key.pub").display()));
+    let refused =
+        scene.mount_from(&scene.store, "other", &words).map(drop).expect_err("no slot is for the key in Vault");
+    assert_eq!(refused.code(), Code::NoKey);
+    assert_eq!((vault.issued(), vault.tokens()), (1, 0));
+    scene.host.stop().expect("stopped");
+}
+
 #[test]
 fn who_refused_a_mount_alone_lets_its_readers_in_again() {
     let Some(scene) = scene("who_refused_a_mount_alone_lets_its_readers_in_again") else { return };

@@ -107,6 +107,17 @@ pub struct Mounted {
     gone: watch::Sender<bool>,
 }
 
+/// A login at Vault for a mount that does not stand yet: what was lent for a mount that was refused is given back.
+struct Login(Option<Vault>);
+
+impl Drop for Login {
+    fn drop(&mut self) {
+        if let Some(Err(failed)) = self.0.take().map(|vault| vault.revoke_self()) {
+            tracing::debug!("our Vault token ends by itself: {}", failed.chain());
+        }
+    }
+}
+
 impl Mounted {
     pub(super) fn start(
         host: &Arc<Host>,
@@ -128,7 +139,7 @@ impl Mounted {
             refuse!(Usage, "lock-when-idle is for a mount of its own process; this one shares its models with others");
         }
         plan.access.store.telemetry = host.telemetry.clone();
-        reading::connect(&mut plan.access)?;
+        let mut login = Login(reading::connect(&mut plan.access)?);
         let tenant = host.pool.tenant(&plan.store);
         let (shown, versions) = host.handle.block_on(models::open(&plan, tenant))?;
         let objects = shown.iter().flat_map(|one| one.model.manifest.objects());
@@ -209,6 +220,7 @@ impl Mounted {
             })
             .map_err(|e| Error::new(Code::Host, "cannot start the session thread").with_source(e))?;
         mounted.look_after();
+        login.0 = None;
         Ok(mounted)
     }
 

@@ -64,6 +64,12 @@ impl FakeVault {
         self.rights.lock().expect("no panic under the lock").shut = shut;
     }
 
+    /// Logins so far.
+    pub fn issued(&self) -> u64 {
+        self.rights.lock().expect("no panic under the lock").issued
+    }
+
+    /// Tokens that live.
     pub fn tokens(&self) -> usize {
         self.rights.lock().expect("no panic under the lock").tokens.len()
     }
