@@ -205,7 +205,7 @@ away() {
   OPTIONS="--fetch-timeout 1s --fetch-budget 2s --open lazy --no-page-cache"
   LOG=$work/logs/audit-2.log
   STORE=s3://models/prod mounted || return 1
-  kill -9 "$store_pid" && wait "$store_pid" 2>/dev/null
+  kill -9 "$store_pid" && { wait "$store_pid" 2>/dev/null || true; }
   ! cat "$MNT/$MODEL/weights.bin" >/dev/null 2>&1 && until_true 20 bash -c 'modelfs audit show "$LOG" --kind store-down | grep . >/dev/null'
 }
 back() { start_store && until_true 30 cmp "$work/source/weights.bin" "$MNT/$MODEL/weights.bin" && ended; }
