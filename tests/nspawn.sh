@@ -68,7 +68,7 @@ nspawn_boot() { # DIR [OPTION...]
   NSPAWN_LEADER=""
   while ((SECONDS < began + 60)); do
     if ! kill -0 "$NSPAWN_PID" 2>/dev/null; then break; fi
-    NSPAWN_LEADER=$(pgrep -P "$NSPAWN_PID" | head -1)
+    NSPAWN_LEADER=$(pgrep -P "$NSPAWN_PID" | head -1) || true
     # Waits until no job is left; `degraded` is a start as well, and the test says which units it cares for.
     [[ -z $NSPAWN_LEADER ]] || state=$(nspawn_in systemctl is-system-running 2>/dev/null) || true
     if [[ $state == running || $state == degraded || ${NSPAWN_STARTING:-} == 1 && $state == starting ]]; then
