@@ -51,8 +51,8 @@ const EXAMPLES: &str = "\
 Examples:
   modelfs doctor                            before the first mount
   modelfs doctor --cache 64GiB              would that cache work here?
-  modelfs doctor s3://models/prod --key vault-transit:transit/models --trust publisher.pub --strict
-                                            and would that store, Vault, those files?
+  modelfs doctor s3://models/prod --key vault-transit:transit/models \\
+      --trust publisher.pub --strict        and would that store, Vault, those files?
   modelfs doctor /mnt/models --all          a mount that is slower than expected
   modelfs doctor --rule swap --rule memlock
   modelfs doctor --json | jq '.findings[] | select(.severity != \"fine\")'
