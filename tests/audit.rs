@@ -446,7 +446,7 @@ fn a_beginning_that_is_gone_is_found_unless_the_log_vouches_that_it_removed_it()
     let last = scene.path().to_owned();
     found(&scene.verify(), Fault::Deleted, 1);
     found(&scene.verify_alone(), Fault::Deleted, 1);
-    let part = verify_part(&[last.clone()], &[scene.key], Some(scene.checkpoints())).expect("read");
+    let part = verify_part(std::slice::from_ref(&last), &[scene.key], Some(scene.checkpoints())).expect("read");
     genuine(&part);
     assert!(part.notes[0].contains("not in the files given"), "{part:?}");
 

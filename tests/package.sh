@@ -208,7 +208,7 @@ make_store
 : >"$root/etc/fstab"
 step "a system boots" boot
 # systemd's own folder for encrypted credentials.
-mkdir -p -m 700 "$root/etc/credstore.encrypted"
+install -d -m 700 "$root/etc/credstore.encrypted"
 file_list >"$work/before"
 step "install the package" install_deb "$work/modelfs.deb"
 traces() { ! diff "$work/before" <(file_list) >/dev/null; }

@@ -741,8 +741,11 @@ fn bytes_beyond_the_burst_are_delayed_and_a_file_larger_than_any_burst_is_read()
 const ALL: &str = "[[rule]]\neverybody = true\nmodels = [\"*\"]\nmay = \"read\"\n";
 const STRANGERS: Session = Session::Uid(STRANGER.0);
 
+/// What is done to a mount, by its name.
+type Deed = (&'static str, fn(&Mount));
+
 /// What takes away what was granted: the operator's word, and another policy.
-const STOPS: [(&str, fn(&Mount)); 3] = [
+const STOPS: [Deed; 3] = [
     ("shut out", |mount| drop(mount.fs.shut_out(STRANGERS, None, false).expect("shut out"))),
     ("everybody is refused", |mount| mount.fs.refuse_all(true)),
     ("another policy", |mount| mount.set_policy(RULES)),

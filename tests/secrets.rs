@@ -25,6 +25,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::slice;
 use std::time::{Duration, Instant};
 
 use base64::Engine;
@@ -482,11 +483,11 @@ fn no_key_and_no_storage_credential_is_left_where_somebody_looks() {
         ..Way::new("env-file of fstab", &s3_store, &[], &[], &[&[raw.clone()][..], &file_canaries].concat())
     };
     for way in [
-        Way::new("key in a file", &store, &[("key", &key_file)], &[], &[raw.clone()]),
-        Way::new("env:NAME", &store, &[("key", "env:KEY_OF_TEST")], &[("KEY_OF_TEST", &hex)], &[raw.clone()]),
-        Way::new("MODELFS_KEY", &store, &[], &[("MODELFS_KEY", &base64)], &[raw.clone()]),
-        Way::new("MODEL_ENCRYPTION_KEY", &store, &[], &[("MODEL_ENCRYPTION_KEY", &hex)], &[raw.clone()]),
-        Way::new("passphrase in a file", &store, &[("key", &phrase_file)], &[], &[phrase.clone()]),
+        Way::new("key in a file", &store, &[("key", &key_file)], &[], slice::from_ref(&raw)),
+        Way::new("env:NAME", &store, &[("key", "env:KEY_OF_TEST")], &[("KEY_OF_TEST", &hex)], slice::from_ref(&raw)),
+        Way::new("MODELFS_KEY", &store, &[], &[("MODELFS_KEY", &base64)], slice::from_ref(&raw)),
+        Way::new("MODEL_ENCRYPTION_KEY", &store, &[], &[("MODEL_ENCRYPTION_KEY", &hex)], slice::from_ref(&raw)),
+        Way::new("passphrase in a file", &store, &[("key", &phrase_file)], &[], slice::from_ref(&phrase)),
         Way::new("MODELFS_PASSPHRASE", &store, &[("key", "passphrase")], &[("MODELFS_PASSPHRASE", &text)], &[phrase]),
         Way::new("secret half of a pair", &store, &[("key", &pair)], &[], &[recipient]),
         Way::new(
@@ -656,7 +657,7 @@ fn ways_by_vault(world: &mut World, vault: &VaultServer) -> (Vec<Way>, Hostile) 
 
     let file = world.file("kv-token", &token());
     let kv = [("key", "vault-kv:secret/secrets-keys/model#key"), at, ("vault-token-file", file.as_str())];
-    let by_kv = Way::new("key in Vault", &store, &kv, &[], &[world.kv_key.clone()]);
+    let by_kv = Way::new("key in Vault", &store, &kv, &[], slice::from_ref(&world.kv_key));
 
     let record = json!({
         "s3_bucket": BUCKET, "s3_key": world.sealed["model_id"], "checksum": format!("sha256:{}", world.digest()),
@@ -717,8 +718,9 @@ fn no_refusal_repeats_a_secret() {
     let userpass =
         by(&["--vault-auth", "userpass", "--vault-auth-mount", "userpass-wrong", "--vault-username", "somebody"]);
     let env_key = [&["--key", "env:WRONG"][..], &trust].concat();
-    // What is given, by which variables, and whether Vault is needed for it.
-    let rows: [(Vec<&str>, &[(&str, &str)], bool); 12] = [
+    /// What is given, by which variables, and whether Vault is needed for it.
+    type Row<'a> = (Vec<&'a str>, &'a [(&'a str, &'a str)], bool);
+    let rows: [Row<'_>; 12] = [
         (env_key.clone(), &[("WRONG", &wrong)], false),
         (env_key, &[("WRONG", &key)], false),
         (trust.to_vec(), &[("MODEL_ENCRYPTION_KEY", &wrong)], false),

@@ -424,8 +424,8 @@ step "and loads" shows_version 1
 step "unmount" unmount
 
 # ---- A catalog.
-catalog=vault-kv://secret/models
-# shellcheck disable=SC2046
+catalog="vault-kv://secret/models"
+# shellcheck disable=SC2046,SC2120
 mount_catalog() { # [OPTION...]
   "$modelfs" mount $catalog "$mnt" --key $transit --trust "$trust" --daemon --log-file "$work/catalog.log" $(as catalog) "$@"
 }
