@@ -82,7 +82,8 @@ Examples:
   modelfs config check                          file and environment, as a mount would read them
   modelfs config check s3://models/prod /mnt/models --cache 64GiB
   modelfs --config ./modelfs.toml config check --for csi --node-id node-7
-  modelfs config check /srv/models /mnt -o ro,key=file:/etc/modelfs/llama.key,trust=/etc/modelfs/publisher.pub
+  modelfs config check /srv/models /mnt \\
+      -o ro,key=file:/etc/modelfs/llama.key,trust=/etc/modelfs/publisher.pub
 
 It asks nobody over a network, reads no secret and changes nothing: files are looked for, and their modes looked at.";
 
