@@ -325,7 +325,7 @@ impl World {
             &way.canaries,
             &[
                 place("printed", printed, mountpoint),
-                place("log", whole_log(), mountpoint),
+                place("log", whole_log(), door.to_str().expect("utf-8")),
                 place("metrics and health", shown.concat(), "modelfs_ready"),
                 place("audit log", fs::read(&audit).expect("audit log"), MODEL),
                 place("command line", of_all("cmdline"), mountpoint),
