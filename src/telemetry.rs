@@ -340,6 +340,19 @@ const SECRET_NAMES: &[&str] = &[
 /// How Vault and OpenBao service, batch and recovery tokens begin.
 const TOKEN_STARTS: &[&str] = &["hvs.", "hvb.", "hvr."];
 
+/// The date of the Gregorian calendar so many days after 1970-01-01: year, month, day. By Howard Hinnant's algorithm, in eras
+/// of 400 years that begin in March.
+pub fn civil_date(days: i64) -> (i64, i64, i64) {
+    let z = days + 719_468;
+    let (era, day_of_era) = (z.div_euclid(146_097), z.rem_euclid(146_097));
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let month_from_march = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
+    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
+    (year_of_era + era * 400 + i64::from(month <= 2), month, day)
+}
+
 /// `text` with everything masked that looks like a credential: values of signed URLs and secret variables, passwords in
 /// URLs, Vault tokens. Digests and public keys stay: they are hex as well, and wanted.
 pub fn scrub(text: &str) -> Cow<'_, str> {

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::crypto::{PublicKey, SIGNATURE_LEN, SigningKey, sha256};
 use crate::telemetry::events::{Event, Outcome, Severity};
-use crate::telemetry::scrub;
+use crate::telemetry::{civil_date, scrub};
 
 /// No record is longer: every text has a bound, and so has their number.
 pub const LINE_BYTES_MAX: usize = 512 << 10;
@@ -323,15 +323,8 @@ pub fn now() -> u64 {
 pub fn stamp(micros: u64) -> String {
     let seconds = micros / 1_000_000;
     let (days, second) = (seconds / 86_400, seconds % 86_400);
-    // Days to a date of the Gregorian calendar: eras of 400 years that begin in March.
-    let z = days + 719_468;
-    let (era, day_of_era) = (z / 146_097, z % 146_097);
-    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let month_from_march = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
-    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
-    let year = year_of_era + era * 400 + u64::from(month <= 2);
+    let (year, month, day) =
+        civil_date(i64::try_from(days).expect("microseconds of 64 bits are below a million years"));
     let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{:06}Z", micros % 1_000_000)
 }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::error::{Code, Error, Result};
+use crate::telemetry::civil_date;
 
 /// `8GiB`, `8G` (the same), `8GB` (10^9), `512MiB`, `1.5GiB` or plain bytes.
 pub fn parse_size(text: &str) -> Result<u64> {
@@ -97,16 +98,7 @@ pub fn show_rate(bytes: u64, time: Duration) -> String {
 pub fn show_time(unix_seconds: i64) -> String {
     let days = unix_seconds.div_euclid(86_400);
     let rest = unix_seconds.rem_euclid(86_400);
-    // Days to a civil date (Howard Hinnant's algorithm), shifted so that years begin in March.
-    let z = days + 719_468;
-    let era = z.div_euclid(146_097);
-    let doe = z.rem_euclid(146_097);
-    let yoe = (doe - doe / 1_460 + doe / 36_524 - doe / 146_096) / 365;
-    let doy = doe - (365 * yoe + yoe / 4 - yoe / 100);
-    let mp = (5 * doy + 2) / 153;
-    let day = doy - (153 * mp + 2) / 5 + 1;
-    let month = if mp < 10 { mp + 3 } else { mp - 9 };
-    let year = yoe + era * 400 + i64::from(month <= 2);
+    let (year, month, day) = civil_date(days);
     format!("{year:04}-{month:02}-{day:02} {:02}:{:02}:{:02}Z", rest / 3600, rest % 3600 / 60, rest % 60)
 }
 

@@ -107,7 +107,8 @@ pub struct Mounted {
     gone: watch::Sender<bool>,
 }
 
-/// A login at Vault for a mount that does not stand yet: what was lent for a mount that was refused is given back.
+/// A login at Vault that no mount lives by: to prove a right, or for a mount that does not stand yet. What was lent for it is
+/// given back.
 struct Login(Option<Vault>);
 
 impl Drop for Login {
@@ -401,14 +402,12 @@ impl Mounted {
     pub fn recheck(&self) -> Result<()> {
         let mut access = self.plan.access.clone();
         access.connected = None;
-        let vault = reading::connect(&mut access)?;
+        let login = Login(reading::connect(&mut access)?);
         let opens = self
             .revoker
             .opener(access)
             .and_then(|opener| self.fs.vfs().models().iter().try_for_each(|model| opener(model).map(drop)));
-        if let Some(Err(failed)) = vault.map(|vault| vault.revoke_self()) {
-            tracing::debug!("our Vault token ends by itself: {}", failed.chain());
-        }
+        drop(login);
         opens?;
         if let Some(vault) = &self.plan.access.connected {
             vault.forgive()?;
