@@ -337,7 +337,7 @@ impl World {
         child.wait().expect("ended");
         self.until("the daemon ends", &log, || !Path::new(&format!("/proc/{pid}")).exists());
         let at_the_end = [
-            place("log at the end", whole_log(), mountpoint),
+            place("log at the end", whole_log(), door.to_str().expect("utf-8")),
             place("audit log at the end", fs::read(&audit).expect("audit log"), MODEL),
         ];
         check(&way.name, &way.canaries, &at_the_end);
