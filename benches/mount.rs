@@ -348,7 +348,7 @@ impl Bed {
 
     fn live(&self, who: Who) -> Live {
         let own = |open, verify, passthrough: bool| {
-            let behaviour = Behaviour { open, no_page_cache: false };
+            let behaviour = Behaviour { open, ..Behaviour::default() };
             let budget = self.sealed.layout.plain_len() * 2 + (64 << 20);
             let how = How { budget, behaviour, ..How::default() };
             let (sealed, local) = (self.sealed.clone(), self.local.clone());

@@ -62,7 +62,7 @@ fn one(what: &str, huge: &Huge, path: &str, at: u64, results: &mut Results) {
     let reader = Reader::new(cache.clone(), std::time::Duration::from_secs(60)).expect("reader");
     let vfs = Vfs::new(vec![model], Ownership { uid: 0, gid: 0, umask: 0o222 }, cache.clone()).expect("tree");
     add("tree", from);
-    let behaviour = Behaviour { open: OpenPolicy::Lazy, no_page_cache: false };
+    let behaviour = Behaviour { open: OpenPolicy::Lazy, ..Behaviour::default() };
     let fs = ModelFs::new(vfs, reader, behaviour, runtime.handle().clone());
     cache.add_gate(fs.gate());
     let full = format!("{}/{path}", scale::NAME);

@@ -209,6 +209,8 @@ pub struct MountPlan {
     pub profile: Option<PathBuf>,
     /// Cold reads bypass the page cache, so that no second copy of plaintext lies in unlocked memory.
     pub no_page_cache: bool,
+    /// Every read is answered by the daemon.
+    pub no_passthrough: bool,
     /// Models that must be usable before the mount is ready; others may fail with a warning. `all` is every one.
     pub require: Vec<String>,
     /// How long the start waits for a store that does not answer; `None`: as long as a service manager lets it, else not.
@@ -324,6 +326,7 @@ impl MountPlan {
             open: layers.parse("open", str::parse)?.unwrap_or_default(),
             profile: layers.parse("profile", parse_path)?,
             no_page_cache: layers.switch("no-page-cache")?,
+            no_passthrough: layers.switch("no-passthrough")?,
             require: layers.parse_all("require", parse_selector)?,
             ready_timeout: layers.parse("ready-timeout", units::parse_duration)?,
             versions: layers.switch("versions")?,

@@ -299,6 +299,7 @@ const BREAKS: &[(&str, &[&str], &str)] = &[
     ("vault-not-named", &["--floor", "vault-kv:secret/floor"], "add vault-addr"),
     ("half-a-certificate", &["--vault-client-cert", "%/t.pub"], "add vault-client-key"),
     ("plain-http-in-strict", &["--for=run", "--strict", "--vault-plain-http"], "drop vault-plain-http"),
+    ("open-waits-for-nothing", &["--open", "whole", "--no-passthrough"], "drop one of them"),
     ("manifest-of-one", &["--manifest", DIGEST], "exactly one --model"),
     ("min-ref-seq-of-one", &["--min-ref-seq", "7"], "exactly one --model"),
     ("model-twice", &["--model", "a@1", "--model", "a@2"], "selected twice"),

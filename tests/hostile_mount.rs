@@ -79,7 +79,7 @@ impl Scene {
 }
 
 fn policy(open: OpenPolicy) -> How {
-    How { behaviour: Behaviour { open, no_page_cache: false }, ..How::default() }
+    How { behaviour: Behaviour { open, ..Behaviour::default() }, ..How::default() }
 }
 
 /// What a system call answered: a count, or an errno.
@@ -162,7 +162,8 @@ fn row_63_the_end_of_a_file_is_where_posix_says() {
     let files: Vec<_> = names.into_iter().zip(sizes).collect();
     let scene = Scene::new(&files, style);
     for (open, no_page_cache) in [(OpenPolicy::Lazy, false), (OpenPolicy::Lazy, true), (OpenPolicy::Whole, false)] {
-        let mount = scene.mount(How { behaviour: Behaviour { open, no_page_cache }, ..How::default() });
+        let mount =
+            scene.mount(How { behaviour: Behaviour { open, no_page_cache, ..Behaviour::default() }, ..How::default() });
         for name in names {
             let what = format!("{name}, {open:?}, no_page_cache {no_page_cache}");
             same_as_an_ordinary_file(&mount.path(name), scene.plain(name), &what);
@@ -373,7 +374,7 @@ fn row_65_ten_thousand_opens_at_once_are_one_fetch_through_a_mount() {
     scene.fault(Fault::Delay(Duration::from_millis(700)));
     let how = How {
         budget: 2 * CHUNK as u64,
-        behaviour: Behaviour { open: OpenPolicy::Lazy, no_page_cache: true },
+        behaviour: Behaviour { open: OpenPolicy::Lazy, no_page_cache: true, ..Behaviour::default() },
         ..How::default()
     };
     let mount = scene.mount(how);

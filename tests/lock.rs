@@ -55,7 +55,7 @@ fn sample() -> Fixture {
 }
 
 fn mount(fixture: &Fixture, open: OpenPolicy, arena: Option<ArenaKind>) -> Mounted {
-    let behaviour = Behaviour { open, no_page_cache: false };
+    let behaviour = Behaviour { open, ..Behaviour::default() };
     Mounted::new(How { behaviour, arena, ..How::default() }, || fixture.model(fixture.store.clone(), Verify::Strict))
 }
 
@@ -405,7 +405,7 @@ fn those_who_wait_for_a_silent_store_are_refused_at_once() {
         let fixture = sample();
         let store = Faulty::new((*fixture.store).clone());
         store.on(When::call(Call::ReadRange), Fault::Stall);
-        let behaviour = Behaviour { open, no_page_cache: false };
+        let behaviour = Behaviour { open, ..Behaviour::default() };
         let source = Arc::new(store.clone());
         let mount = Mounted::new(How { behaviour, ..How::default() }, || fixture.model(source, Verify::Strict));
         let path = mount.path(BIG);
@@ -556,7 +556,7 @@ fn thousands_of_locks_under_readers_hang_neither_the_readers_nor_the_locks() {
     }
     let fixture = sample();
     // Every read comes to us; a part of the file is resident, the rest is fetched again and again.
-    let behaviour = Behaviour { open: OpenPolicy::Lazy, no_page_cache: true };
+    let behaviour = Behaviour { open: OpenPolicy::Lazy, no_page_cache: true, ..Behaviour::default() };
     let how = How { behaviour, budget: 24 << 20, ..How::default() };
     let mount = Mounted::new(how, || fixture.model(fixture.store.clone(), Verify::Strict));
     mount.fs.set_passthrough(false);
@@ -712,7 +712,7 @@ fn a_file_that_is_taken_away_hurts_nobody_who_reads_it_through_the_daemon() {
     }
     let fixture = sample();
     let plain = &fixture.files.iter().find(|(path, _)| path == BIG).expect("sealed").1;
-    let behaviour = Behaviour { open: OpenPolicy::Lazy, no_page_cache: true };
+    let behaviour = Behaviour { open: OpenPolicy::Lazy, no_page_cache: true, ..Behaviour::default() };
     let mount =
         Mounted::new(How { behaviour, ..How::default() }, || fixture.model(fixture.store.clone(), Verify::Strict));
     if !mount.fs.passthrough() {

@@ -5,6 +5,7 @@ mod fixture;
 #[path = "common/mounted.rs"]
 mod mounted;
 
+use std::ffi::CString;
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::AsRawFd;
@@ -17,6 +18,7 @@ use fixture::{Fixture, Random, Style};
 use modelfs::cache::CacheLimits;
 use modelfs::crypto::Verify;
 use modelfs::fuse::{Behaviour, OpenPolicy};
+use modelfs::read::OpenFile;
 use modelfs::store::fault::{Call, Fault, Faulty, When};
 use mounted::{How, Mounted, can_mount};
 
@@ -46,7 +48,7 @@ fn plain<'a>(fixture: &'a Fixture, path: &str) -> &'a [u8] {
 }
 
 fn policy(open: OpenPolicy) -> Behaviour {
-    Behaviour { open, no_page_cache: false }
+    Behaviour { open, ..Behaviour::default() }
 }
 
 fn map(file: &File, len: usize) -> &'static [u8] {
@@ -74,10 +76,11 @@ fn every_file_reads_as_sealed_under_every_policy() {
     if !can_mount() {
         return;
     }
-    for open in [OpenPolicy::Lazy, OpenPolicy::Auto, OpenPolicy::Whole] {
+    let ways = [OpenPolicy::Lazy, OpenPolicy::Auto, OpenPolicy::Whole].map(|open| (open, false));
+    for (open, no_passthrough) in ways.into_iter().chain([(OpenPolicy::Auto, true)]) {
         for no_page_cache in [false, true] {
             let fixture = sample();
-            let how = How { behaviour: Behaviour { open, no_page_cache }, ..How::default() };
+            let how = How { behaviour: Behaviour { open, no_page_cache, no_passthrough }, ..How::default() };
             let mount = Mounted::new(how, || fixture.model(fixture.store.clone(), Verify::Strict));
             compare(&fixture, &mount.root());
             compare(&fixture, &mount.root());
@@ -110,6 +113,71 @@ fn the_first_open_under_whole_ends_in_passthrough() {
     assert!(mapped == bytes);
     assert_eq!(mount.cache.telemetry().reads.get(), before, "a hot file is read past the daemon");
     unmap(mapped);
+}
+
+/// A read-only overlay above a folder.
+struct Overlay {
+    top: tempfile::TempDir,
+    empty: tempfile::TempDir,
+}
+
+impl Overlay {
+    fn above(lower: &Path) -> Overlay {
+        let overlay =
+            Overlay { top: tempfile::tempdir().expect("a folder"), empty: tempfile::tempdir().expect("a folder") };
+        let options = format!("lowerdir={}:{}", lower.display(), overlay.empty.path().display());
+        let [name, target, options] = ["overlay", overlay.top.path().to_str().expect("utf-8"), &options]
+            .map(|text| CString::new(text).expect("no NUL"));
+        // SAFETY: three strings that outlive the call.
+        let done = unsafe {
+            libc::mount(name.as_ptr(), target.as_ptr(), name.as_ptr(), libc::MS_RDONLY, options.as_ptr().cast())
+        };
+        assert_eq!(done, 0, "overlay: {}", std::io::Error::last_os_error());
+        overlay
+    }
+}
+
+impl Drop for Overlay {
+    fn drop(&mut self) {
+        let target = CString::new(self.top.path().to_str().expect("utf-8")).expect("no NUL");
+        // SAFETY: a string that outlives the call.
+        unsafe { libc::umount2(target.as_ptr(), libc::MNT_DETACH) };
+    }
+}
+
+/// overlayfs keeps the node that it once looked up. With passthrough a whole file is another node, which the same test shows.
+#[test]
+fn below_an_overlay_a_mount_without_passthrough_serves_files_before_and_after_they_are_whole() {
+    if !can_mount() {
+        return;
+    }
+    let fixture = sample();
+    let bytes = plain(&fixture, "model.safetensors");
+    for no_passthrough in [false, true] {
+        let how = How { behaviour: Behaviour { no_passthrough, ..Behaviour::default() }, ..How::default() };
+        let mount = Mounted::new(how, || fixture.model(fixture.store.clone(), Verify::Strict));
+        assert!(!(no_passthrough && mount.fs.passthrough()));
+        if !no_passthrough && !mount.fs.passthrough() {
+            continue; // no second node either
+        }
+        let overlay = Overlay::above(&mount.root());
+        let above = overlay.top.path().join("model.safetensors");
+        std::fs::metadata(&above).expect("looked at while it is cold");
+        assert!(std::fs::read(mount.path("model.safetensors")).expect("read") == bytes);
+        let model = mount.fs.vfs().models()[0].clone();
+        let index = fixture.files.iter().position(|(path, _)| path == "model.safetensors").expect("sealed");
+        let file = OpenFile::new(&mount.cache, &model, index as u32);
+        let object = file.sole_object().expect("an object of its own");
+        mount.wait_until("the file to be whole", |_| object.is_whole());
+        let read = std::fs::read(&above);
+        if no_passthrough {
+            assert!(read.expect("read above") == bytes);
+            assert_eq!(mount.cache.telemetry().estale_answers.get(), 0);
+            assert_eq!(mount.hot_opens(), 0);
+        } else {
+            assert_eq!(read.expect_err("another node").raw_os_error(), Some(libc::ESTALE));
+        }
+    }
 }
 
 #[test]

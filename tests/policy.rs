@@ -162,7 +162,7 @@ impl Mount {
         let models = MODELS.iter().enumerate().map(model).collect();
         let ownership = Ownership { uid: 0, gid: 0, umask: 0o222 };
         let vfs = Vfs::with_layout(layout, models, ownership, cache.clone()).expect("a tree");
-        let fs = ModelFs::new(vfs, reader, Behaviour { open, no_page_cache: false }, handle);
+        let fs = ModelFs::new(vfs, reader, Behaviour { open, ..Behaviour::default() }, handle);
         cache.add_gate(fs.gate());
         let folder = tempfile::tempdir().expect("a folder");
         fs.set_place(Place {

@@ -36,7 +36,7 @@ fn sample() -> Fixture {
 /// One fetch at a time, so that the order of fetches is the order in which they were asked for.
 fn one_by_one(open: OpenPolicy) -> How {
     let limits = CacheLimits { fetches_max: 1, prefetches_max: 1, ..CacheLimits::default() };
-    How { limits, behaviour: Behaviour { open, no_page_cache: false }, ..How::default() }
+    How { limits, behaviour: Behaviour { open, ..Behaviour::default() }, ..How::default() }
 }
 
 fn known(model: &Model) -> impl Fn(&str) -> Option<KnownFile> {
@@ -167,7 +167,7 @@ fn a_file_that_was_read_whole_is_held_at_its_first_open_the_next_time() {
     }
     let fixture = sample();
     for expected in [false, true] {
-        let how = How { behaviour: Behaviour { open: OpenPolicy::Auto, no_page_cache: false }, ..How::default() };
+        let how = How { behaviour: Behaviour { open: OpenPolicy::Auto, ..Behaviour::default() }, ..How::default() };
         let mount = Mounted::new(how, || fixture.model(fixture.store.clone(), Verify::Strict));
         if !mount.fs.passthrough() {
             eprintln!("SKIPPED: this kernel has no passthrough");

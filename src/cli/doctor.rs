@@ -139,6 +139,7 @@ fn look_at(place: &str, cache_bytes: &mut Option<u64>) -> Result<Place> {
     let facts = MountFacts {
         device: mount.device,
         passthrough: status.get("passthrough").and_then(Value::as_bool),
+        no_passthrough: status["no_passthrough"] == true,
         huge_page_short_bytes: status.pointer("/metrics/huge_page_short_bytes").and_then(Value::as_u64),
     };
     Ok(Place::Mount(canonical, facts))

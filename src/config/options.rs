@@ -418,6 +418,8 @@ pub const OPTIONS: &[OptionSpec] = &[
         .means("Keep the order of reads here, and fetch ahead in that order at the next mount; names files, mode 0600"),
     switch("no-page-cache", "MODELFS_NO_PAGE_CACHE", HOSTS, Section::Mount)
         .means("No second, unlocked copy of plaintext in the page cache; cold reads are slower"),
+    switch("no-passthrough", "MODELFS_NO_PASSTHROUGH", HOSTS, Section::Mount)
+        .means("Every read is answered by the daemon, whole files too: for an overlay above the mount; slower"),
     one("ready-timeout", "MODELFS_READY_TIMEOUT", MOUNT, Section::Mount)
         .value("TIME", TIME, "2m")
         .default("not at all; as a service until it is stopped")

@@ -180,6 +180,20 @@ pub const RULES: &[Rule] = &[
         },
     },
     Rule {
+        id: "open-waits-for-nothing",
+        level: Level::Refused,
+        together: "`open` whole and `no-passthrough`",
+        why: "An open waits for the whole file so that the kernel can serve it past the daemon.",
+        of: takes::MOUNT | takes::PLUGIN | takes::CSI,
+        broken: |said| {
+            (said.one("open") == "whole" && said.on("no-passthrough")).then(|| {
+                "open=whole waits for whole files so that the kernel serves them past the daemon, and no-passthrough forbids \
+                 that; drop one of them"
+                    .into()
+            })
+        },
+    },
+    Rule {
         id: "manifest-of-one",
         level: Level::Refused,
         together: "`manifest` without exactly one `model`",

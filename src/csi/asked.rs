@@ -15,7 +15,8 @@ use crate::refuse;
 use crate::vault::wipe_map;
 
 /// Words of `-o` that a pod author may set. Whatever else a mount knows is the operator's.
-const POD_WORDS: &[&str] = &["key", "manifest", "model", "no-page-cache", "open", "require", "vault-role", "verify"];
+const POD_WORDS: &[&str] =
+    &["key", "manifest", "model", "no-page-cache", "no-passthrough", "open", "require", "vault-role", "verify"];
 /// Words of volumes alone: which store, and whether the mount lies one folder below the volume.
 const STORE: &str = "store";
 const BELOW: &str = "below";

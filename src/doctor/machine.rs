@@ -141,7 +141,11 @@ pub(super) fn kernel(machine: &Machine<'_>) -> Option<Said> {
 
 pub(super) fn passthrough(machine: &Machine<'_>) -> Option<Said> {
     const WANTED: &str = "whole files read and mapped without the daemon, 2 to 10 times as fast";
-    let mount = machine.facts.mount.as_ref().and_then(|mount| mount.passthrough);
+    let mount = machine.facts.mount.as_ref();
+    if mount.is_some_and(|mount| mount.no_passthrough) {
+        return fine("the mount does without it, as no-passthrough says", WANTED);
+    }
+    let mount = mount.and_then(|mount| mount.passthrough);
     if mount == Some(true) {
         return fine("the mount uses it", WANTED);
     }

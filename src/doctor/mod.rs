@@ -100,6 +100,8 @@ pub struct MountFacts {
     pub device: String,
     /// As its daemon says; `None`: it did not answer.
     pub passthrough: Option<bool>,
+    /// It was asked to do without.
+    pub no_passthrough: bool,
     pub huge_page_short_bytes: Option<u64>,
 }
 

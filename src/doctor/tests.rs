@@ -94,7 +94,12 @@ fn good_facts() -> Facts {
         aes_library: "ring",
         secret_memory: Some(true),
         clock_kept: Some(true),
-        mount: Some(MountFacts { device: "0:44".into(), passthrough: Some(true), huge_page_short_bytes: Some(0) }),
+        mount: Some(MountFacts {
+            device: "0:44".into(),
+            passthrough: Some(true),
+            no_passthrough: false,
+            huge_page_short_bytes: Some(0),
+        }),
         fuse: Some(Ok(Fuse { protocol: (7, 45), features: u64::MAX, passthrough: Ok(()) })),
         tmpfs_refuses_swap: Some(true),
         gpu: Some(Seen::Driver { version: "580".into(), gpus: vec![gpu()], lost: 0 }),
@@ -376,6 +381,9 @@ fn what_is_not_in_files_is_judged_as_well() {
     }
     let no_config = findings(&[("boot/config-6.12.8-generic", Some("CONFIG_FUSE_FS=y\n"))], &facts);
     assert!(found(&no_config, "passthrough").fix.expect("a fix").contains("CONFIG_FUSE_PASSTHROUGH"));
+    facts.mount.as_mut().expect("given").no_passthrough = true;
+    let asked_for = found(&findings(&[], &facts), "passthrough");
+    assert!(asked_for.severity == Severity::Fine && asked_for.seen.contains("no-passthrough"), "{asked_for:?}");
 }
 
 #[test]

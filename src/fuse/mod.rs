@@ -67,11 +67,14 @@ const STALE_ANSWERS_MAX: NonZeroUsize = NonZeroUsize::new(16_384).expect("not ze
 const READ_AHEAD_REQUESTS_MAX: u16 = 48;
 
 /// How the kernel is answered.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct Behaviour {
     pub open: OpenPolicy,
     /// Reads bypass the page cache, so that no second, unlocked copy of cold plaintext exists (docs/SEMANTICS.md).
     pub no_page_cache: bool,
+    /// Every read is the daemon's to answer, and a name is one node for life: for an overlay above the mount, which keeps
+    /// the node that it has once looked up, and for those who want every read asked for.
+    pub no_passthrough: bool,
 }
 
 struct Handle {
@@ -515,7 +518,8 @@ impl Filesystem for ModelFs {
                 tracing::debug!("the kernel does not offer {flag:?}");
             }
         }
-        let capable = self.inner.reader.cache().arena().passthrough_capable()
+        let capable = !self.inner.behaviour.no_passthrough
+            && self.inner.reader.cache().arena().passthrough_capable()
             && config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_ok()
             && config.set_max_stack_depth(1).is_ok();
         self.set_passthrough(capable);

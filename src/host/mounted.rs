@@ -151,7 +151,8 @@ impl Mounted {
         let layout = if plan.versions { Layout::Versions } else { Layout::Plain };
         let vfs = Vfs::with_layout(layout, shown, ownership(&plan), host.cache.clone())?;
         let policy = plan.policy.as_deref().map(Policy::read).transpose()?;
-        let behaviour = Behaviour { open: plan.open, no_page_cache: plan.no_page_cache };
+        let behaviour =
+            Behaviour { open: plan.open, no_page_cache: plan.no_page_cache, no_passthrough: plan.no_passthrough };
         let fs = ModelFs::new(vfs, reader, behaviour, host.handle.clone());
 
         fs.set_place(Place {
@@ -626,6 +627,7 @@ impl Mounted {
             mount: self.attachment.device_number().map(|device| doctor::MountFacts {
                 device,
                 passthrough: Some(self.fs.passthrough()),
+                no_passthrough: self.plan.no_passthrough,
                 huge_page_short_bytes: None,
             }),
             ..doctor::Facts::default()
@@ -672,6 +674,7 @@ impl ControlTarget for Mounted {
             "versions": self.plan.versions,
             "open_policy": self.plan.open.name(),
             "passthrough": self.fs.passthrough(),
+            "no_passthrough": self.plan.no_passthrough,
             "refused": self.fs.refuses_all(),
             "policy": self.plan.policy.as_ref().map(|path| json!({
                 "path": path,

@@ -40,7 +40,7 @@ impl Default for How {
     fn default() -> Self {
         How {
             budget: 256 << 20,
-            behaviour: Behaviour { open: OpenPolicy::Lazy, no_page_cache: false },
+            behaviour: Behaviour { open: OpenPolicy::Lazy, ..Behaviour::default() },
             read_deadline: Duration::from_secs(30),
             limits: CacheLimits::default(),
             allow_other: false,
