@@ -24,8 +24,8 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 use common::{cpu_time, machine, median};
-use modelfs::config::units::{parse_size, show_size};
 use modelfs::store::{ChunkSink, StoreOptions, StoreUrl, open};
+use modelfs::units::{parse_size, show_size};
 use object_store::aws::{AmazonS3, AmazonS3Builder, AmazonS3ConfigKey};
 use object_store::signer::Signer;
 use serde_json::json;

@@ -14,7 +14,6 @@ pub mod names;
 pub mod options;
 pub mod oversight;
 pub mod rules;
-pub mod units;
 mod vault;
 
 use std::path::{Path, PathBuf};
@@ -32,10 +31,12 @@ use crate::fuse::OpenPolicy;
 use crate::fuse::inherited::{self, Given};
 use crate::keys::{KeySource, ModelSelector};
 use crate::mounts;
+use crate::policy::types::DeniedType;
 use crate::refuse;
 use crate::seal::CodecChoice;
 use crate::store::limit::{BYTES_PER_S_MIN, RequestRate};
 use crate::store::{Limiter, OriginLimits, StoreOptions, StoreUrl};
+use crate::units;
 use crate::vault::{Vault, VaultSettings};
 
 /// One chunk that waits, one that is opened, for two readers: less than this cannot serve.
@@ -242,29 +243,6 @@ pub struct MountPlan {
     pub deny_types: Vec<DeniedType>,
     /// Of the process. A host of many mounts has its own.
     pub oversight: Oversight,
-}
-
-/// A type of file that is known to run code when it is loaded, or that a site does not want.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum DeniedType {
-    /// By content and name: pickles, and PyTorch's archives of them.
-    Pickle,
-    /// By the end of the name, `.bin`.
-    Suffix(String),
-}
-
-impl std::str::FromStr for DeniedType {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<DeniedType> {
-        match text {
-            "pickle" => Ok(DeniedType::Pickle),
-            suffix if suffix.len() > 1 && suffix.starts_with('.') && !suffix.contains('/') => {
-                Ok(DeniedType::Suffix(suffix.to_ascii_lowercase()))
-            }
-            other => refuse!(Usage, "`{other}` is no type of file; write pickle, or the end of a name as in .bin"),
-        }
-    }
 }
 
 /// The largest model that is sealed or mounted.
@@ -474,7 +452,7 @@ fn parse_id(text: &str) -> Result<u32> {
 
 /// An existing folder, absolute and without links.
 fn check_mountpoint(path: &Path) -> Result<PathBuf> {
-    let canonical = crate::control::canonical_mountpoint(path)?;
+    let canonical = crate::mounts::canonical(path)?;
     match std::fs::symlink_metadata(&canonical) {
         Ok(meta) if meta.is_dir() => Ok(canonical),
         Ok(_) => Err(Error::new(Code::MountPoint, format!("mountpoint {} is not a folder", path.display()))),

@@ -22,8 +22,7 @@
 //!
 //! # Which module owns which promise
 //!
-//! The list goes from what others stand on to what stands on them; who may import whom is in docs/ARCHITECTURE.md, with
-//! the two places where imports go round.
+//! The list goes from what others stand on to what stands on them; who may import whom is in docs/ARCHITECTURE.md.
 //!
 //! - [`error`]: one table from code to class to errno and exit code; [`telemetry`]: every number and its unit.
 //! - [`format`]: bytes on the store, both ways. Pure; nothing is allocated before its size is checked.
@@ -54,7 +53,7 @@
 //! - [`doctor`]: what of the machine stops all this or holds it back. [`gpu`]: what the driver says of its GPUs.
 //! - [`scan`]: weights in plaintext in trees, image archives and layouts.
 //! - [`mounts`], [`processes`]: what the kernel tells of mounts and of who asks, without touching a mount.
-//! - [`config`]: what the user meant; [`cli`]: what was typed.
+//! - [`config`]: what the user meant; [`cli`]: what was typed. [`units`]: how people write sizes and times.
 //!
 //! # Words
 //!
@@ -106,6 +105,7 @@ pub mod seal;
 pub mod store;
 pub mod telemetry;
 pub mod tensors;
+pub mod units;
 pub mod vault;
 pub mod versions;
 pub mod vfs;

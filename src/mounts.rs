@@ -26,6 +26,25 @@ impl Mount {
     }
 }
 
+/// The one name of a mountpoint: absolute, no links, although the mount on it may be dead.
+///
+/// A dead FUSE mount answers ENOTCONN to whoever looks at it, so then only its parent is resolved.
+pub fn canonical(mountpoint: &Path) -> Result<PathBuf> {
+    let absolute = std::path::absolute(mountpoint)
+        .map_err(|e| Error::new(Code::Usage, "the mountpoint is an empty path").with_source(e))?;
+    match std::fs::canonicalize(&absolute) {
+        Ok(path) => Ok(path),
+        Err(first) => {
+            let parent = absolute.parent().and_then(|parent| std::fs::canonicalize(parent).ok());
+            match (parent, absolute.file_name(), first.raw_os_error()) {
+                (Some(parent), Some(name), Some(libc::ENOTCONN | libc::EIO | libc::EACCES)) => Ok(parent.join(name)),
+                _ => Err(Error::new(Code::MountPoint, format!("mountpoint {} cannot be used", mountpoint.display()))
+                    .with_source(first)),
+            }
+        }
+    }
+}
+
 /// Whether whoever serves `mountpoint` answers: a question to him, and no answer without him.
 pub fn answers(mountpoint: &Path) -> bool {
     let Ok(path) = CString::new(mountpoint.as_os_str().as_bytes()) else { return false };

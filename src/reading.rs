@@ -18,9 +18,8 @@ use crate::keys::{
     VaultKv, Wanted, prompt_terminal, state_dir, unix_now,
 };
 use crate::refuse;
-use crate::store::vault_aws::VaultAws;
 use crate::store::{self, ChunkSink, LeasedCredentials, StoreUrl};
-use crate::vault::Vault;
+use crate::vault::{AwsRole, Vault};
 use crate::versions;
 
 /// What this machine remembers of channels, and the pin beside it where the layers name one.
@@ -70,7 +69,7 @@ pub fn connect(access: &mut Access) -> Result<Option<Vault>> {
         let Some(vault) = &access.connected else {
             refuse!(Usage, "s3-credentials come from Vault; say where that is with --vault-addr or VAULT_ADDR");
         };
-        let issuer = VaultAws::new(vault.clone(), &from.mount, &from.role);
+        let issuer = AwsRole::new(vault.clone(), &from.mount, &from.role);
         let leased = LeasedCredentials::new(Box::new(issuer), access.store.telemetry.clone());
         access.store.credentials = Some(Arc::new(leased));
     }

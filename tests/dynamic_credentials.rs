@@ -22,9 +22,9 @@ use common::minio::Minio;
 use dev_vault::DevVault;
 use modelfs::error::{Class, Code, Error, Result};
 use modelfs::mem::LockedBuf;
-use modelfs::store::vault_aws::VaultAws;
 use modelfs::store::{ChunkSink, IssueCredentials, Issued, LeasedCredentials, Patience, StoreOptions, open};
 use modelfs::telemetry::Telemetry;
+use modelfs::vault::AwsRole;
 
 const LEN: usize = 1000;
 
@@ -278,7 +278,7 @@ fn tell_root_key(vault: &DevVault, minio: &Minio, secret: &str) {
 }
 
 /// Real credentials that say that they end sooner than they do.
-struct Short(VaultAws);
+struct Short(AwsRole);
 
 impl IssueCredentials for Short {
     fn issue(&self) -> Result<Issued> {
@@ -316,7 +316,7 @@ fn real_store(
 #[tokio::test(flavor = "multi_thread")]
 async fn vaults_credentials_are_replaced_under_running_reads_of_a_real_store() {
     let Some((vault, minio)) = real() else { return };
-    let issuer = Short(VaultAws::new(vault.client(), "aws", "models"));
+    let issuer = Short(AwsRole::new(vault.client(), "aws", "models"));
     let (store, credentials, telemetry) = real_store(issuer, &minio);
     let bytes = Bytes::from(object(1 << 20));
     store.create("m/k/x", bytes.clone()).await.expect("written with credentials of STS");
@@ -336,7 +336,7 @@ async fn vaults_credentials_are_replaced_under_running_reads_of_a_real_store() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_real_store_that_refuses_the_old_set_is_read_on_with_a_new_one() {
     let Some((vault, mut minio)) = real() else { return };
-    let issuer = VaultAws::new(vault.client(), "aws", "models");
+    let issuer = AwsRole::new(vault.client(), "aws", "models");
     let (store, credentials, telemetry) = real_store(issuer, &minio);
     let bytes = Bytes::from(object(1 << 20));
     store.create("m/k/x", bytes.clone()).await.expect("written");

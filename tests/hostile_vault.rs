@@ -16,9 +16,8 @@ use common::hostile::{Hostile, Request, head, respond};
 use modelfs::error::{Code, Error};
 use modelfs::mem::Secret;
 use modelfs::store::LeasedCredentials;
-use modelfs::store::vault_aws::VaultAws;
 use modelfs::telemetry::Telemetry;
-use modelfs::vault::{AuthMethod, TransitKey, Vault, VaultSettings};
+use modelfs::vault::{AuthMethod, AwsRole, TransitKey, Vault, VaultSettings};
 use object_store::CredentialProvider;
 use serde_json::{Value, json};
 
@@ -189,7 +188,7 @@ const TEN_YEARS_S: u64 = 10 * 365 * 24 * 3600;
 async fn storage_credentials_that_claim_to_last_for_ever_are_used_like_others() {
     let keys = json!({ "access_key": "AK1", "secret_key": "canary", "security_token": "canary", "ttl": u64::MAX });
     let liar = Liar::saying("200 OK", JSON, answer(keys));
-    let issuer = VaultAws::new(liar.vault.clone(), "aws", "models");
+    let issuer = AwsRole::new(liar.vault.clone(), "aws", "models");
     let credentials = LeasedCredentials::new(Box::new(issuer), Arc::new(Telemetry::default()));
 
     let got = tokio::time::timeout(BOUND, credentials.get_credential()).await.expect("in bounded time");

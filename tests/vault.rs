@@ -21,9 +21,10 @@ use common::vault::VaultServer;
 use jwt::{Signer, now};
 use modelfs::error::{Code, Error};
 use modelfs::mem::Secret;
+use modelfs::store::IssueCredentials;
 use modelfs::telemetry::Telemetry;
 use modelfs::telemetry::events::{Event, Kind, Sink};
-use modelfs::vault::{AuthMethod, TransitKey, Vault, VaultSettings, VaultState};
+use modelfs::vault::{AuthMethod, AwsRole, TransitKey, Vault, VaultSettings, VaultState};
 use serde_json::{Map, Value, json};
 
 /// Vault answers in milliseconds; this is for a machine that is busy with other things.
@@ -722,18 +723,19 @@ fn an_iam_user_is_given_back_by_the_extra_rule_or_with_our_own_token() {
         logs_in(&server.settings(token_file(server, policy, &token)))
     };
     let without = given("users");
-    let lease = without.aws_credentials("aws-users", "models").expect("a user").lease_id;
-    says(&without.revoke_lease(&lease).expect_err("no right"), Code::VaultDenied, &["sys/leases/revoke", "policy"]);
+    let role = |vault: &Vault| AwsRole::new(vault.clone(), "aws-users", "models");
+    let lease = role(&without).issue().expect("a user").lease_id.expect("a lease");
+    says(&role(&without).revoke(&lease).expect_err("no right"), Code::VaultDenied, &["sys/leases/revoke", "policy"]);
     assert!(!without.revoke_self().expect("not ours"), "a given token is not ended");
     assert_eq!(users(), 1);
-    given("users-back").revoke_lease(&lease).expect("given back");
+    role(&given("users-back")).revoke(&lease).expect("given back");
     until("the user is gone", || users() == 0);
 
     // A token of our own takes its leases along.
     let role_id = server.approle("ar-users", json!({ "token_policies": "users", "token_ttl": "1h" }));
     let own = logs_in(&server.settings(approle(server, "ar-users", &role_id, &server.secret_id("ar-users"), false)));
-    let lease = own.aws_credentials("aws-users", "models").expect("a user").lease_id;
-    own.revoke_lease(&lease).expect_err("no right");
+    let lease = role(&own).issue().expect("a user").lease_id.expect("a lease");
+    role(&own).revoke(&lease).expect_err("no right");
     assert_eq!(users(), 1);
     assert!(own.revoke_self().expect("ours"));
     until("the user is gone", || users() == 0);

@@ -11,11 +11,11 @@ use crate::audit::record::{Record, now, parse_stamp};
 use crate::audit::show::{Query, files_of, find, sentence};
 use crate::audit::verify::{Report, verify, verify_part};
 use crate::config::Layers;
-use crate::config::units::parse_duration;
 use crate::error::{Code, Error, Result};
 use crate::keys::load_public_key;
 use crate::refuse;
 use crate::telemetry::events::{Outcome, Severity};
+use crate::units::parse_duration;
 
 /// Prove an audit log, and find records in it.
 #[derive(Debug, Args)]

@@ -8,9 +8,9 @@ use clap::Args;
 use super::Flags;
 use crate::config::Layers;
 use crate::config::layers::{split_list, takes};
-use crate::config::units::parse_duration;
 use crate::csi::{CsiOptions, CsiPlan};
 use crate::error::{Code, Error, Result};
+use crate::units::parse_duration;
 
 /// Serve models to the pods of a Kubernetes node, each with the rights of its own service account.
 #[derive(Debug, Args)]

@@ -13,11 +13,11 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::Out;
-use crate::config::units::{show_rate, show_size};
 use crate::config::{CACHE_BYTES_MIN, default_cache_bytes};
 use crate::control::code_named;
 use crate::crypto::FileHasher;
 use crate::error::{Code, Error, Result};
+use crate::units::{show_rate, show_size};
 use crate::{host, mem, refuse};
 
 /// Seal a model (DIR, or a generated one) into a temporary store, mount it, read it back, compare, clean up.

@@ -8,11 +8,12 @@ use serde_json::{Value, json};
 
 use super::out::printable;
 use super::{AccessArgs, Out};
-use crate::config::{self, Layers, default_cache_bytes, units};
+use crate::config::{self, Layers, default_cache_bytes};
 use crate::control::{self, Request};
 use crate::doctor::{self, Finding, MountFacts, Setup, Severity};
 use crate::error::{Code, Error, Result};
 use crate::store::StoreUrl;
+use crate::units;
 use crate::{mem, mounts, refuse};
 
 /// A daemon answers from memory: longer means that it hangs.
@@ -129,7 +130,7 @@ fn look_at(place: &str, cache_bytes: &mut Option<u64>) -> Result<Place> {
     if place.contains("://") || is_local_store(Path::new(place)) {
         return Ok(Place::Store(config::parse_store(place)?));
     }
-    let canonical = control::canonical_mountpoint(Path::new(place))?;
+    let canonical = mounts::canonical(Path::new(place))?;
     let mount = mounts::at(&canonical)?.filter(mounts::Mount::is_ours).ok_or_else(|| {
         Error::new(Code::NotMounted, format!("no modelfs mount and no store at {}", canonical.display()))
     })?;

@@ -7,11 +7,11 @@ use super::access::{reading, runtime};
 use super::out::table;
 use super::{ChangeArgs, Out};
 use crate::config::Layers;
-use crate::config::units::show_time;
 use crate::error::Result;
 use crate::format::{ModelId, check_model_name};
 use crate::keys::RefFloor;
 use crate::refuse;
+use crate::units::show_time;
 
 /// Show below which versions of a model nothing is believed here; --reset forgets it.
 #[derive(Debug, Args)]

@@ -7,10 +7,10 @@ use super::access::{Opened, Reading, reading, runtime};
 use super::out::{printable, table};
 use super::{AccessArgs, Out};
 use crate::config::Layers;
-use crate::config::units::{show_size, show_time};
 use crate::error::Result;
 use crate::format::SlotParams;
 use crate::keys::Resolved;
+use crate::units::{show_size, show_time};
 
 /// Show one version: with a key its files, sizes and SHA-256; without, what its signed header says.
 #[derive(Debug, Args)]

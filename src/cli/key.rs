@@ -16,7 +16,6 @@ use super::tag::releaser;
 use super::{AccessArgs, ChangeArgs, Out};
 use crate::catalog::{self, Registered, Registration, SealedRecord};
 use crate::config::Layers;
-use crate::config::units::{parse_duration, show_size};
 use crate::crypto::PublicKey;
 use crate::error::{Code, Error, Result};
 use crate::format::{ManifestDigest, Slot, SlotParams, Slots};
@@ -28,6 +27,7 @@ use crate::refuse;
 use crate::rotate::{Edit, Edited, Keys, Level, Rekey, Rekeyed, Rewrap, Rotator, opens, transit_version};
 use crate::seal::{ProgressFn, Releaser};
 use crate::telemetry::events::Kind as Event;
+use crate::units::{parse_duration, show_size};
 use crate::vault::{TransitKey, Vault};
 use crate::versions::VERSIONS_MAX;
 

@@ -7,9 +7,9 @@ use clap::Args;
 use serde_json::Value;
 
 use super::Out;
-use crate::config::units::{parse_duration, show_size};
 use crate::control::{self, AccessRequest, Request};
 use crate::error::Result;
+use crate::units::{parse_duration, show_size};
 
 /// Wipe the keys and the plaintext of a mount and refuse all reads, at once; the mount stays.
 #[derive(Debug, Args)]

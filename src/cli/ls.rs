@@ -11,13 +11,13 @@ use super::access::runtime;
 use super::out::{printable, table};
 use super::{Out, StoreArgs};
 use crate::catalog::{self, CatalogAt, Records};
-use crate::config::units::{show_size, show_time};
 use crate::config::{Access, Layers};
 use crate::error::{Code, Result};
 use crate::format::limits::MODEL_NAME_BYTES_MAX;
 use crate::format::{MANIFEST_HEADER_LEN, ManifestDigest, ManifestHeader, ModelId, Ref, check_model_name, names};
 use crate::reading;
 use crate::store::{self, ChunkSource, Listed, StoreUrl};
+use crate::units::{show_size, show_time};
 
 /// List the models of a store, or the versions of one; as the store says it, unverified.
 #[derive(Debug, Args)]

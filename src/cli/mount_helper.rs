@@ -164,7 +164,7 @@ fn enter(namespace: &Path) -> Result<()> {
 
 /// Nothing of a running mount can be changed from here; what asks for no change succeeds.
 fn remount(call: &Call) -> Result<()> {
-    let mountpoint = control::canonical_mountpoint(&call.mountpoint)?;
+    let mountpoint = mounts::canonical(&call.mountpoint)?;
     let shown = mountpoint.display();
     match mounts::at(&mountpoint)? {
         Some(mount) if mount.is_ours() => {}

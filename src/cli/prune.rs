@@ -11,13 +11,13 @@ use super::access::{LocalKeys, Reading, reading, runtime};
 use super::out::{printable, table};
 use super::{ChangeArgs, Out};
 use crate::catalog::{self, CatalogAt};
-use crate::config::units::{parse_duration, show_size, show_time};
 use crate::config::{Layers, parse_digest};
 use crate::error::{Code, Error, Result};
 use crate::format::{ManifestDigest, ModelId, check_model_name, names};
 use crate::keys::{state_dir, unix_now};
 use crate::refuse;
 use crate::store::StoreUrl;
+use crate::units::{parse_duration, show_size, show_time};
 use crate::versions::{Kind, Look, PruneOptions, PruneReport, Pruner, Tally};
 
 /// Remove what no version needs any more. Without --yes: look, tell, and remember what is garbage.

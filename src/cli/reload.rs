@@ -7,9 +7,9 @@ use serde_json::Value;
 
 use super::Out;
 use super::out::printable;
-use crate::config::units;
 use crate::control::{self, Request};
 use crate::error::Result;
+use crate::units;
 
 /// Put the policy in force as its file says now; look for newer versions, and let MOUNTPOINT/NAME/current lead to them.
 #[derive(Debug, Args)]

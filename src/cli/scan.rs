@@ -9,10 +9,10 @@ use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use super::Out;
-use crate::config::units::{self, show_rate, show_size};
 use crate::error::{Code, Error, Result};
 use crate::refuse;
 use crate::scan::{self, Confidence, Finding, Hidden, Kind, Pattern, Report, ScanPlan, Step};
+use crate::units::{self, show_rate, show_size};
 
 /// Find model weights in plaintext: in a tree, an image archive or an OCI layout, layer by layer.
 #[derive(Debug, Args)]

@@ -14,7 +14,6 @@ use super::signers::Signers;
 use super::{Flags, Out, oms};
 use crate::catalog::{self, Registration, SealedRecord};
 use crate::config::layers::takes;
-use crate::config::units::{parse_duration, show_rate, show_size};
 use crate::config::{self, Access, Layers};
 use crate::error::{Code, Error, Result};
 use crate::format::Suite;
@@ -24,6 +23,7 @@ use crate::reading;
 use crate::refuse;
 use crate::seal::{self, Phase, Progress, ProgressFn, SealOptions, SealSummary};
 use crate::store::{self, StoreUrl};
+use crate::units::{parse_duration, show_rate, show_size};
 
 /// Encrypt a folder and publish it as the next version of a model.
 #[derive(Debug, Args)]

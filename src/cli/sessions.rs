@@ -8,9 +8,9 @@ use serde_json::Value;
 
 use super::Out;
 use super::out::{printable, table};
-use crate::config::units::parse_duration;
 use crate::control::{self, AccessRequest, Request};
 use crate::error::Result;
+use crate::units::parse_duration;
 
 /// The daemon looks through /proc; retiring an object waits a quarter of a second before it wipes.
 const WAIT: Duration = Duration::from_secs(60);

@@ -8,10 +8,10 @@ use serde_json::{Value, json};
 
 use super::Out;
 use super::out::{printable, table};
-use crate::config::units::show_size;
 use crate::control::{self, Request};
 use crate::error::Result;
 use crate::refuse;
+use crate::units::show_size;
 
 /// A daemon answers from memory: longer means that it hangs.
 const WAIT: Duration = Duration::from_secs(5);

@@ -9,13 +9,13 @@ use super::access::{Reading, reading, runtime};
 use super::seal::expiry;
 use super::signers::Signers;
 use super::{ChangeArgs, Out};
-use crate::config::units::show_time;
 use crate::config::{Access, Layers};
 use crate::error::Result;
 use crate::format::{ModelId, check_channel};
 use crate::keys::{ModelSelector, Role, Roles, Signer, Wanted, unix_now};
 use crate::refuse;
 use crate::seal::{Chain, Releaser};
+use crate::units::show_time;
 use crate::versions::{Expires, MoveOrder, Moved, Mover};
 
 /// Make a tag name a version, by a new signed ref; readers see it at their next mount.

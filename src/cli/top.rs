@@ -26,8 +26,8 @@ use ratatui::layout::Rect;
 use self::paint::{Look, Room, View};
 use self::sample::{Choice, Maps, Mount, Rates, Sample};
 use super::Out;
-use crate::config::units::parse_duration;
 use crate::error::{Code, Error, Result};
+use crate::units::parse_duration;
 use crate::{host, refuse};
 
 /// Nobody reads faster, and every frame asks the mount three times.

@@ -9,10 +9,10 @@ use clap::Args;
 use serde_json::json;
 
 use super::Out;
-use crate::config::units;
 use crate::control::{self, Request};
 use crate::error::{Code, Error, Result};
 use crate::mounts;
+use crate::units;
 
 /// Stop a mount: its daemon unmounts, wipes keys and plaintext, and ends.
 #[derive(Debug, Args)]
@@ -36,7 +36,7 @@ fusermount3 without the right to.";
 
 pub fn run(args: &UmountArgs, out: &Out) -> Result<()> {
     let wait = units::parse_duration(&args.timeout).map_err(|e| e.context("--timeout"))?;
-    let mountpoint = control::canonical_mountpoint(&args.mountpoint)?;
+    let mountpoint = mounts::canonical(&args.mountpoint)?;
     let how = match control::ask(&mountpoint, Request::Stop, wait) {
         Ok(_) => {
             wait_until_gone(&mountpoint, wait)?;

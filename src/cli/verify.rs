@@ -20,7 +20,6 @@ use super::access::{Opened, Reading, reading, runtime};
 use super::out::printable;
 use super::plain::{self, ChunkJob};
 use super::{AccessArgs, Out, oms};
-use crate::config::units::{show_rate, show_size};
 use crate::config::{self, Layers};
 use crate::crypto::FileHasher;
 use crate::error::{Class, Code, Error, Result};
@@ -29,6 +28,7 @@ use crate::keys::Resolved;
 use crate::oms::{BUNDLE_NAME, Vouched};
 use crate::refuse;
 use crate::store::ChunkSource;
+use crate::units::{show_rate, show_size};
 
 /// Check a stored version; list every fault, end with 20 if there is one.
 #[derive(Debug, Args)]

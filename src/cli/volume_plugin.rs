@@ -9,11 +9,12 @@ use serde_json::json;
 use super::{Flags, Out};
 use crate::config::layers::{refuse_all, takes};
 use crate::config::rules::{self, Said};
-use crate::config::{self, Layers, Oversight, units};
+use crate::config::{self, Layers, Oversight};
 use crate::error::Result;
 use crate::host::{self, Host, HostPlan};
 use crate::keys::state_dir;
 use crate::plugin::{self, HostMounter, Plugin, Policy, Volumes};
+use crate::units;
 
 /// Serve models as volumes of Docker and Podman.
 #[derive(Debug, Args)]

@@ -13,7 +13,6 @@ use super::options::{nearest, parse_switch};
 use crate::error::{Code, Error, Result};
 use crate::store::StoreUrl;
 
-pub(crate) use super::options::distance;
 pub use super::options::{Kind, OPTIONS, OptionSpec, find, options_of_a_mount, takes};
 
 /// Where a value was written.

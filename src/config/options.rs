@@ -9,9 +9,9 @@
 
 use std::path::{Path, PathBuf};
 
-use super::units;
 use crate::error::Result;
 use crate::keys::KeySource;
+use crate::units::{self, distance};
 
 /// How often an option may be given.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -443,7 +443,7 @@ pub const OPTIONS: &[OptionSpec] = &[
         .value("SIZE", Form::Read(|text| super::parse_model_size(text).map(drop)), "200GiB")
         .means("Seal and mount no model of more bytes than this"),
     many("deny-types", "MODELFS_DENY_TYPES", HOSTS | SEAL, Section::Mount)
-        .value("TYPE", Form::Read(|text| text.parse::<super::DeniedType>().map(drop)), "pickle")
+        .value("TYPE", Form::Read(|text| text.parse::<crate::policy::types::DeniedType>().map(drop)), "pickle")
         .means(
             "Seal and mount no model that holds files of this type: pickle, or the end of a name as in .bin; give it again for \
              more",
@@ -612,22 +612,6 @@ pub fn find(name: &str) -> Option<&'static OptionSpec> {
 pub fn nearest<'k>(typed: &str, known: impl Iterator<Item = &'k str>) -> Option<&'k str> {
     let near = known.map(|word| (distance(typed, word), word)).min()?;
     (near.0 <= 3.max(typed.len() / 3)).then_some(near.1)
-}
-
-/// Edits between two words (Levenshtein). Both are short; the typed one is cut.
-pub(crate) fn distance(a: &str, b: &str) -> usize {
-    let a: Vec<char> = a.chars().take(64).collect();
-    let mut row: Vec<usize> = (0..=a.len()).collect();
-    for (i, cb) in b.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, ca) in a.iter().enumerate() {
-            let best = (diagonal + usize::from(*ca != cb)).min(row[j] + 1).min(row[j + 1] + 1);
-            diagonal = row[j + 1];
-            row[j + 1] = best;
-        }
-    }
-    row[a.len()]
 }
 
 pub(super) fn parse_switch(text: &str) -> Result<bool> {

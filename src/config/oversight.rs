@@ -7,10 +7,11 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::layers::{Layers, refuse_all};
-use super::{parse_path, units};
+use super::parse_path;
 use crate::error::{Code, Error, Result};
 use crate::refuse;
 use crate::telemetry::events::Severity;
+use crate::units;
 
 #[derive(Debug, Clone, Default)]
 pub struct Oversight {

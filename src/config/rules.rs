@@ -12,10 +12,10 @@ use std::path::{Path, PathBuf};
 
 use super::layers::{Layers, refuse_all};
 use super::options::{OPTIONS, Use, parse_switch, settled, takes};
-use super::units;
 use crate::error::{Code, Error, Result};
 use crate::keys::KeySource;
 use crate::store::StoreUrl;
+use crate::units;
 
 /// What follows from a broken rule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::layers::Layers;
-use super::units;
 use crate::error::{Code, Error, Result};
 use crate::refuse;
+use crate::units;
 use crate::vault::{AuthMethod, SERVICE_ACCOUNT_TOKEN, VaultSettings};
 
 /// For one call, attempts included.

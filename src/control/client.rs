@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::{
-    HTTP_EXTENSION, LINE_TIMEOUT, REPLY_BYTES_MAX, ROOT_DIR, ReplyLine, Request, RequestLine, canonical_mountpoint,
-    check_daemon, code_named, read_line, socket_dirs, socket_name, write_line,
+    HTTP_EXTENSION, LINE_TIMEOUT, REPLY_BYTES_MAX, ROOT_DIR, ReplyLine, Request, RequestLine, check_daemon, code_named,
+    read_line, socket_dirs, socket_name, write_line,
 };
 use crate::error::{Code, Error, Result};
 use crate::mounts;
@@ -24,7 +24,7 @@ pub struct MountInfo {
 /// # Errors
 /// `NotMounted` if no daemon of this user answers there; else the daemon's own error.
 pub fn ask(mountpoint: &Path, request: Request, wait: Duration) -> Result<serde_json::Value> {
-    let canonical = canonical_mountpoint(mountpoint)?;
+    let canonical = mounts::canonical(mountpoint)?;
     for dir in socket_dirs()? {
         match ask_at(&dir.join(socket_name(&canonical)), request.clone(), wait) {
             Err(e) if e.code() == Code::NotMounted => {}

@@ -131,25 +131,6 @@ pub(crate) fn code_named(name: &str) -> Code {
     Code::ALL.iter().copied().find(|code| code.name() == name).unwrap_or(Code::Host)
 }
 
-/// The one name of a mountpoint: absolute, no links, although the mount on it may be dead.
-///
-/// A dead FUSE mount answers ENOTCONN to whoever looks at it, so then only its parent is resolved.
-pub fn canonical_mountpoint(mountpoint: &Path) -> Result<PathBuf> {
-    let absolute = std::path::absolute(mountpoint)
-        .map_err(|e| Error::new(Code::Usage, "the mountpoint is an empty path").with_source(e))?;
-    match std::fs::canonicalize(&absolute) {
-        Ok(path) => Ok(path),
-        Err(first) => {
-            let parent = absolute.parent().and_then(|parent| std::fs::canonicalize(parent).ok());
-            match (parent, absolute.file_name(), first.raw_os_error()) {
-                (Some(parent), Some(name), Some(libc::ENOTCONN | libc::EIO | libc::EACCES)) => Ok(parent.join(name)),
-                _ => Err(Error::new(Code::MountPoint, format!("mountpoint {} cannot be used", mountpoint.display()))
-                    .with_source(first)),
-            }
-        }
-    }
-}
-
 /// Where sockets of this user's mounts lie: /run/modelfs for root, else the runtime folder, else the state folder.
 pub fn socket_dir() -> Result<PathBuf> {
     crate::config::env_dirs().control_dir()

@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 use super::setup::{Named, Needs, Setup};
 use super::{Info, Machine, Said, Stops, Warning, fine, hint};
 use crate::config::oversight::AuditMode;
-use crate::config::units::show_size;
 use crate::scan::{self, Confidence, ScanPlan};
+use crate::units::show_size;
 
 /// An image of some gigabytes holds 50,000 to 200,000 files; a warm tree is walked at 300,000 a second.
 const SURVEY_ENTRIES_MAX: u64 = 400_000;

@@ -8,10 +8,10 @@ use std::path::{Path, PathBuf};
 
 use super::files::Survey;
 use super::{Facts, Info, Said, Stops, Warning, fine, hint};
-use crate::config::units::show_size;
 use crate::fuse::attach::{BACKGROUND_REQUESTS, READ_AHEAD_KIB};
 use crate::gpu::Seen;
 use crate::mem::{self, HUGE_PAGE_BYTES};
+use crate::units::show_size;
 
 /// The machine below one root, and what is not in its files.
 pub struct Machine<'a> {

@@ -19,12 +19,12 @@ use tokio::time::Instant;
 use url::Url;
 
 use crate::config::oversight::AlertPlan;
-use crate::config::units::show_time;
 use crate::error::{Code, Error, Result};
 use crate::mem;
 use crate::refuse;
 use crate::telemetry::events::{Event, Kind, Severity, Sink};
 use crate::telemetry::{Telemetry, scrub};
+use crate::units::show_time;
 
 /// What is told of by default: somebody should look today.
 pub const FROM: Severity = Severity::High;

@@ -10,11 +10,10 @@ use toml::{Table, Value};
 
 use super::limits::{Limits, Rate, WAIT_MAX};
 use super::{DenialRules, May, Policy, Rule, Who};
-use crate::config::layers::distance;
-use crate::config::units::{parse_duration, parse_size};
 use crate::error::{Code, Error, Result};
 use crate::keys::Glob;
 use crate::refuse;
+use crate::units::{distance, parse_duration, parse_size};
 
 const FILE_BYTES_MAX: u64 = 1 << 20;
 /// Every open goes through them in order.

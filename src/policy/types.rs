@@ -6,8 +6,7 @@
 //! head that pickles have. No more than [`DIRECTORY_BYTES_MAX`] is ever read, and nothing is unpickled.
 //! Not here: who may read (`policy`), where the bytes come from (`seal`, `fuse::access`).
 
-use crate::config::DeniedType;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::format::Manifest;
 use crate::refuse;
 
@@ -25,6 +24,29 @@ const PICKLE_SUFFIXES: &[&str] = &[".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".
 /// `.bin` is weights of many programs; these names are PyTorch's.
 const PICKLE_BINS: &[&str] =
     &["pytorch_model", "adapter_model", "training_args", "optimizer", "scheduler", "consolidated"];
+
+/// A type of file that is known to run code when it is loaded, or that a site does not want.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DeniedType {
+    /// By content and name: pickles, and PyTorch's archives of them.
+    Pickle,
+    /// By the end of the name, `.bin`.
+    Suffix(String),
+}
+
+impl std::str::FromStr for DeniedType {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<DeniedType> {
+        match text {
+            "pickle" => Ok(DeniedType::Pickle),
+            suffix if suffix.len() > 1 && suffix.starts_with('.') && !suffix.contains('/') => {
+                Ok(DeniedType::Suffix(suffix.to_ascii_lowercase()))
+            }
+            other => refuse!(Usage, "`{other}` is no type of file; write pickle, or the end of a name as in .bin"),
+        }
+    }
+}
 
 /// What the operator lets be sealed and mounted.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

@@ -19,7 +19,6 @@ mod openings;
 pub mod pace;
 pub mod patient;
 pub mod s3;
-pub mod vault_aws;
 mod wire;
 
 use std::fmt;

@@ -15,9 +15,12 @@
 //! Held by: tests/vault.rs against a live Vault, tests/hostile_vault.rs against one that lies.
 
 mod auth;
+mod aws;
 mod health;
 mod raw;
 mod wire;
+
+pub use aws::AwsRole;
 
 use std::future::Future;
 use std::path::PathBuf;
@@ -139,16 +142,6 @@ impl VaultState {
     pub fn is_lost(&self) -> bool {
         matches!(self, VaultState::Lost { .. })
     }
-}
-
-/// Storage credentials of Vault's making.
-pub struct AwsLease {
-    pub key_id: LockedBuf,
-    pub secret: LockedBuf,
-    pub session: Option<LockedBuf>,
-    pub ttl: Duration,
-    pub lease_id: String,
-    pub renewable: bool,
 }
 
 /// A client of one Vault. Cheap to clone; its thread ends with the last clone.
@@ -453,45 +446,6 @@ impl Vault {
             let mut request = DestroySecretVersionsRequest::builder();
             request.mount(&mount).path(&path).versions(versions.clone());
             request.build().expect("every field has a value")
-        })
-        .map(drop)
-    }
-
-    /// Credentials of a role of the aws engine.
-    pub fn aws_credentials(&self, mount: &str, role: &str) -> Result<AwsLease> {
-        let what = format!("cannot get storage credentials from {mount}/creds/{role}");
-        let (mount, role) = (mount.to_owned(), role.to_owned());
-        // Not by vaultrs: its answer has no room for `ttl`, which is all that is said of how long those of STS last.
-        let answer = self.call(what.clone(), move || Raw::new(Method::Get, format!("{mount}/creds/{role}"), None))?;
-        let Some(Value::Object(mut data)) = answer.data else { refuse!(VaultAnswer, "{what}: the answer has no data") };
-        let locked = |field: &str| {
-            let text = data.get(field).and_then(Value::as_str).filter(|text| !text.is_empty());
-            text.map(|text| LockedBuf::copy_of(text.as_bytes())).transpose()
-        };
-        let (key_id, secret, session) = (locked("access_key"), locked("secret_key"), locked("security_token"));
-        // Vault makes no lease of what ends by itself.
-        let ttl = data.get("ttl").and_then(Value::as_u64).map(wire::lasting);
-        let ttl = if answer.lease.is_zero() { ttl.unwrap_or_default() } else { answer.lease };
-        wipe_map(&mut data);
-        let (Some(key_id), Some(secret)) = (key_id?, secret?) else {
-            refuse!(VaultAnswer, "{what}: the answer holds no key");
-        };
-        Ok(AwsLease { key_id, secret, session: session?, ttl, lease_id: answer.lease_id, renewable: answer.renewable })
-    }
-
-    /// Answers how long the lease lives from now.
-    pub fn renew_lease(&self, lease_id: &str) -> Result<Duration> {
-        let id = lease_id.to_owned();
-        let answer = self.call("cannot renew a lease".into(), move || {
-            Raw::new(Method::Post, "sys/leases/renew".into(), Some(Map::from_iter([("lease_id".into(), json!(id))])))
-        })?;
-        Ok(answer.lease)
-    }
-
-    pub fn revoke_lease(&self, lease_id: &str) -> Result<()> {
-        let id = lease_id.to_owned();
-        self.call("cannot revoke a lease".into(), move || {
-            Raw::new(Method::Post, "sys/leases/revoke".into(), Some(Map::from_iter([("lease_id".into(), json!(id))])))
         })
         .map(drop)
     }

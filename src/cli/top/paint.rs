@@ -12,8 +12,8 @@ use ratatui::text::{Line, Span};
 use super::sample::{Choice, Maps, ModelRow, Rates, Sample};
 use crate::cache::Part;
 use crate::cli::out::printable;
-use crate::config::units::{show_rate, show_size};
 use crate::control::FileRow;
+use crate::units::{show_rate, show_size};
 
 /// Lines about the mount as a whole.
 const HEAD_LINES: u16 = 8;

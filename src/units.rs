@@ -1,4 +1,4 @@
-//! How people write sizes, times and modes, and how they are written back to them. Pure.
+//! How people write sizes, times and modes, how they are written back to them, and how far one word is from another. Pure.
 
 use std::time::Duration;
 
@@ -100,6 +100,22 @@ pub fn show_time(unix_seconds: i64) -> String {
     let rest = unix_seconds.rem_euclid(86_400);
     let (year, month, day) = civil_date(days);
     format!("{year:04}-{month:02}-{day:02} {:02}:{:02}:{:02}Z", rest / 3600, rest % 3600 / 60, rest % 60)
+}
+
+/// Edits between two words (Levenshtein). Both are short; the typed one is cut.
+pub fn distance(a: &str, b: &str) -> usize {
+    let a: Vec<char> = a.chars().take(64).collect();
+    let mut row: Vec<usize> = (0..=a.len()).collect();
+    for (i, cb) in b.chars().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, ca) in a.iter().enumerate() {
+            let best = (diagonal + usize::from(*ca != cb)).min(row[j] + 1).min(row[j + 1] + 1);
+            diagonal = row[j + 1];
+            row[j + 1] = best;
+        }
+    }
+    row[a.len()]
 }
 
 #[cfg(test)]
