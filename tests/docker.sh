@@ -95,7 +95,7 @@ start_plugin() { # as the page starts it, in the background of this script
   # shellcheck disable=SC2086 # the page's words
   exec_words $command
 }
-plugin_answers() { curl -fsS --unix-socket /run/docker/plugins/modelfs.sock -X POST http://plugin/Plugin.Activate | grep -q VolumeDriver; }
+plugin_answers() { curl -fsS --unix-socket /run/docker/plugins/modelfs.sock -X POST http://plugin/Plugin.Activate | grep VolumeDriver >/dev/null; }
 exec_words() {
   "$@" >>"$work/plugin.log" 2>&1 &
   plugin_pid=$!
@@ -224,14 +224,16 @@ page_volume() {
 }
 page_run() { run_page_block "$page" docker-run | same_hashes; }
 two_at_once() {
-  local before gets one two
+  local before gets one two holder
+  # The volume stays mounted whichever of the two is the quicker; this one reads nothing.
+  holder=$(docker run -d --network none -v llama:/models --user 1000 busybox sleep 600) || return 1
   before=$(log_lines)
   one=$(docker run -d --network none -v llama:/models --user 1000 busybox sh -c 'cd /models/acme/llama && sha256sum *') || return 1
   two=$(docker run -d --network none -v llama:/models --user 1000 busybox sh -c 'cd /models/acme/llama && sha256sum *') || return 1
   docker wait "$one" "$two" >/dev/null
   docker logs "$one" | same_hashes && docker logs "$two" | same_hashes || return 1
   gets=$(data_gets "$before")
-  docker rm "$one" "$two" >/dev/null
+  docker rm -f "$one" "$two" "$holder" >/dev/null
   echo "the store was asked $gets times for data"
   # 24 MiB in chunks of 8 and a pack: each is fetched once, in up to 8 parts.
   ((gets > 0 && gets <= one_load)) || { echo "one load asks $one_load times at most"; return 1; }
@@ -289,7 +291,7 @@ in_use_stays() {
   holder=$(docker run -d --network none -v llama:/models busybox sleep 600) || return 1
   says "volume is in use" docker volume rm llama || return 1
   # Past the engine, which counts for itself.
-  curl -s --unix-socket /run/docker/plugins/modelfs.sock -d '{"Name":"llama"}' http://p/VolumeDriver.Remove | grep -q HELD || return 1
+  curl -s --unix-socket /run/docker/plugins/modelfs.sock -d '{"Name":"llama"}' http://p/VolumeDriver.Remove | grep HELD >/dev/null || return 1
   docker rm -f "$holder"
 }
 others_are_turned_away() {
@@ -320,21 +322,22 @@ crash_while_running() {
   says "not connected" docker exec "$holder" cat /models/acme/llama/config.json || return 1
   start_plugin || return 1
   nothing_mounted || return 1
-  docker volume ls -q | grep -qx llama || { echo "the volume is not known any more"; return 1; }
+  docker volume ls -q | grep -x llama >/dev/null || { echo "the volume is not known any more"; return 1; }
   run_page_block "$page" docker-run | same_hashes || return 1
   # The container of before: let go without harm, and whole again when it starts anew.
   docker restart -t 0 "$holder" >/dev/null && docker exec "$holder" cat /models/acme/llama/config.json | cmp - "$work/source/config.json" || return 1
   docker rm -f "$holder" >/dev/null && until_true 20 nothing_mounted
 }
+over() { [[ ! -e /proc/$1 ]] || grep '^State:.Z' "/proc/$1/status" >/dev/null; } # PID: ended, waited for or not
 crash_engine_while_running() {
   local holder
   holder=$(docker run -d --network none -v llama:/models --user 1000 busybox sleep 600) || return 1
   # Long enough to be seen as an engine, which stays: the plugin looks every 5 s.
-  sleep 6
+  sleep 11
   kill -9 "$engine_pid"
   wait "$engine_pid" 2>/dev/null || true
   # Its containerd dies with it, and must be gone before another one looks.
-  until_true 20 bash -c "! kill -0 $(cat "$work/exec/containerd/containerd.pid")" || return 1
+  until_true 20 over "$(cat "$work/exec/containerd/containerd.pid")" || return 1
   rm -f "$work/docker.pid"
   start_engine || return 1
   run_page_block "$page" docker-run | same_hashes || return 1
@@ -427,7 +430,7 @@ managed_run() {
 }
 managed_again() {
   docker plugin disable --force modelfs && nothing_mounted && docker plugin enable modelfs || return 1
-  docker volume ls -q | grep -qx llama && run_page_block "$page" docker-run | same_hashes && docker volume rm llama
+  docker volume ls -q | grep -x llama >/dev/null && run_page_block "$page" docker-run | same_hashes && docker volume rm llama
 }
 managed_gone() { docker plugin disable modelfs && docker plugin rm modelfs && nothing_mounted; }
 managed_steps() {

@@ -99,7 +99,7 @@ in_group() { # COMMAND...: in a memory cgroup of its own
 }
 
 # complaints [ARGUMENT...]: a line for each rule that complains, with how much. Left out is what changes by itself on a machine
-# that does something else as well: the pieces its memory lies in, and how quick a store is.
+# that does something else as well: the pieces its memory lies in, how quick a store is, and when its clock is first kept.
 complaints() {
   local rc=0
   here modelfs doctor --json --cache 64MiB "$@" >"$work/json" 2>"$work/err" || rc=$?
@@ -108,7 +108,7 @@ complaints() {
   [[ $rc == 0 && $(jq .can_mount "$work/json") == true || $rc == 1 && $(jq .can_mount "$work/json") == false ]] ||
     { echo "exit status $rc, can_mount $(jq .can_mount "$work/json")" >&2; return 1; }
   jq -r '.findings[] | select(.severity != "fine") | "\(.rule) \(.severity)"' "$work/json" |
-    grep -vxE 'fragmentation warning|store warning' | sort >"$work/lines" || true
+    grep -vxE 'fragmentation warning|store warning|clock info' | sort >"$work/lines" || true
   jq -e '[.findings[] | select(.severity != "fine" and .fix == null)] == []' "$work/json" >/dev/null ||
     { echo "a finding without a fix" >&2; return 1; }
   cat "$work/lines"
@@ -204,7 +204,9 @@ swap_on() {
     loop=$(losetup -f --show "$work/swap") && swapon "$loop"
 }
 swap_off() { swapoff "$loop"; losetup -d "$loop"; loop=""; }
-if swap_on 2>"$work/why"; then
+if (($(wc -l </proc/swaps) > 1)); then
+  not_here "doctor: swap is on" "it is, whatever this does"
+elif swap_on 2>"$work/why"; then
   swap_off
   step "doctor: swap is on" only "swap info" swap_on swap_off
 else
@@ -212,10 +214,18 @@ else
   not_here "doctor: swap is on" "$(tail -1 "$work/why")"
 fi
 
-setting() { # PATH VALUE EXPECTED NAME
-  path=$1 value=$2
+# From a value that nothing is said of, whatever this machine has.
+setting() { # PATH GOOD VALUE EXPECTED NAME
+  path=$1 good=$2 value=$3
   spoil_setting() { set_kernel "$path" "$value"; }
-  if [[ -w $path ]]; then step "doctor: $4" only "$3" spoil_setting restore_kernel; else not_here "doctor: $4" "no $path"; fi
+  mend_setting() { set_kernel "$path" "$good"; }
+  from_good() {
+    local rc=0
+    mend_setting && only "$1" spoil_setting mend_setting || rc=1
+    restore_kernel
+    return $rc
+  }
+  if [[ -w $path ]]; then step "doctor: $5" from_good "$4"; else not_here "doctor: $5" "no $path"; fi
 }
 # From the value that docs/HARDENING.md sets to what distributions have.
 cores_go_somewhere() {
@@ -235,11 +245,11 @@ if [[ -w /proc/sys/kernel/core_pattern ]]; then
 else
   not_here "doctor: cores are written or piped anywhere but to false" "no /proc/sys/kernel/core_pattern"
 fi
-setting /proc/sys/fs/suid_dumpable 1 "set-id-dumps warning" "set-uid programs leave cores"
-setting /proc/sys/fs/suid_dumpable 2 "set-id-dumps info" "set-uid programs leave cores for root"
-setting /proc/sys/kernel/yama/ptrace_scope 0 "ptrace-scope info" "anyone may debug his own"
-setting /proc/sys/kernel/io_uring_disabled 2 "io-uring info" "io_uring is off"
-setting /sys/kernel/mm/transparent_hugepage/shmem_enabled deny "huge-pages warning" "huge pages are forbidden"
+setting /proc/sys/fs/suid_dumpable 0 1 "set-id-dumps warning" "set-uid programs leave cores"
+setting /proc/sys/fs/suid_dumpable 0 2 "set-id-dumps info" "set-uid programs leave cores for root"
+setting /proc/sys/kernel/yama/ptrace_scope 1 0 "ptrace-scope info" "anyone may debug his own"
+setting /proc/sys/kernel/io_uring_disabled 0 2 "io-uring info" "io_uring is off"
+setting /sys/kernel/mm/transparent_hugepage/shmem_enabled advise deny "huge-pages warning" "huge pages are forbidden"
 
 # ---- Files.
 

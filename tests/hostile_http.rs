@@ -20,7 +20,7 @@ const LEN: usize = 1000;
 fn patience() -> Patience {
     Patience {
         attempt: Duration::from_secs(2),
-        stall: Duration::from_millis(300),
+        stall: Duration::from_secs(1),
         budget: Duration::from_secs(6),
         attempts_max: 3,
         pause_first: Duration::from_millis(1),

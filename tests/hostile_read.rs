@@ -651,8 +651,8 @@ fn row_17_an_error_of_the_store_is_one_errno_and_not_a_refetch() {
 #[test]
 fn row_17_tries_are_bounded_and_a_passing_fault_is_not_noticed() {
     let patience = Patience {
-        attempt: Duration::from_millis(200),
-        budget: Duration::from_secs(5),
+        attempt: Duration::from_secs(1),
+        budget: Duration::from_secs(15),
         attempts_max: 4,
         pause_first: Duration::from_millis(5),
         ..Patience::default()

@@ -265,7 +265,7 @@ pod pushy llama llama llama '.spec.volumes[0].csi.volumeAttributes["vault-addr"]
 step "an operator's word is refused to a pod" refused pushy "not for a pod to set"
 pod typo llama nothing llama
 step "a model that is not there is named" refused typo "model acme/nothing"
-why() { block $page kube-why | grep -q csi.modelfs; }
+why() { block $page kube-why | grep csi.modelfs >/dev/null; }
 step "describe shows the volume, as the page says" why
 
 # ---- One cache. The second pod of a model costs no byte of the store.
@@ -320,7 +320,13 @@ drop_role() {
   events llama | grep VAULT_DENIED | tail -1
   reads qwen qwen && opens shared-2 shared
 }
-restore_role() { role_as_the_page_says >/dev/null && until_true 120 opens llama llama && reads llama llama; }
+restarts() { kc get pod -n chat "$1" -o jsonpath='{.status.containerStatuses[0].restartCount}'; }
+# Its own probe failed meanwhile, and may have had it restarted, or be about to: it reads, and goes on.
+settled() {
+  local before
+  before=$(restarts llama) && reads llama llama && sleep 12 && [[ $(restarts llama) == "$before" ]] && reads llama llama
+}
+restore_role() { role_as_the_page_says >/dev/null && until_true 240 settled; }
 step "a role is removed: that pod's new opens fail, the others go on" drop_role
 step "the role is back: it reads again" restore_role
 outage() {
@@ -330,7 +336,10 @@ outage() {
   noticed() { log_of_driver | grep "could not be proved again, and stays" >/dev/null; }
   # The kubelet asks in its own time; on a busy machine its round and the driver's question to Vault take longer.
   while ((SECONDS < began + 30)) || { ((SECONDS < began + 120)) && ! noticed; }; do
-    opens llama llama || outcome=1; opens qwen qwen || outcome=1; sleep 1
+    # One `exec` that the kubelet did not manage is no loss of the model.
+    opens llama llama || { sleep 1; opens llama llama; } || outcome=1
+    opens qwen qwen || { sleep 1; opens qwen qwen; } || outcome=1
+    sleep 1
   done
   kill -CONT "${cluster_pids[vault]}"
   until_true 20 admin vault token lookup
@@ -388,7 +397,7 @@ no_secrets() {
   echo "tokens in the private folder: $kept; plaintext found: $(plaintext_kept)"
   ((kept == 5)) || { echo "five pods have volumes"; return 1; }
   (($(plaintext_kept) > 0)) || { echo "the search finds nothing, even now"; return 1; }
-  ! log_of_driver | grep -q 'eyJ' || { echo "a token is in the log"; return 1; }
+  ! log_of_driver | grep 'eyJ' >/dev/null || { echo "a token is in the log"; return 1; }
   ! tr '\0' '\n' <"/proc/$(driver_pid)/environ" | grep -E 'eyJ|storage-password' || return 1
   ! grep -rqE 'eyJ|storage-password' "$work/driver-state" || { echo "a secret is in the state"; return 1; }
   ! grep -rlE 'eyJ' "$cluster_dir/kubelet/pods" --include=vol_data.json
@@ -396,7 +405,6 @@ no_secrets() {
 step "tokens lie in no log, environment, state or mount table" no_secrets
 
 # ---- The driver dies.
-restarts() { kc get pod -n chat "$1" -o jsonpath='{.status.containerStatuses[0].restartCount}'; }
 driver_restarted() { kc get pod -n modelfs modelfs-csi -o json | jq -e '.status.containerStatuses[0] | .restartCount >= 1 and .state.running != null'; }
 kill_driver() {
   local claims
@@ -407,7 +415,8 @@ kill_driver() {
   until_true 90 reads llama-claim llama /models/store || { log_of_driver --tail 20; return 1; }
   echo "the claim's container, restarted $(restarts llama-claim) times, reads again"
   [[ $(restarts llama-claim) == "$claims" ]] || { echo "it was restarted"; return 1; }
-  until_true 120 reads llama llama || { kc describe pod -n chat llama | tail -15; return 1; }
+  # Its container may be in the back-off of its restarts.
+  until_true 300 reads llama llama || { kc describe pod -n chat llama | tail -15; return 1; }
   echo "the probed container was restarted $(restarts llama) times and reads again"
   until_true 60 reads qwen qwen && until_true 60 reads shared-2 shared
 }

@@ -80,7 +80,7 @@ fails() {
   echo "$said"
   [[ $rc == "$status" ]] || { echo "exit status $rc, wanted $status"; return 1; }
   [[ $(tail -1 <<<"$said") == *"$words"* ]] || { echo "does not say at the end: $words"; return 1; }
-  ! ours | grep -qx /mnt/other || { echo "left a mount"; return 1; }
+  ! ours | grep -x /mnt/other >/dev/null || { echo "left a mount"; return 1; }
 }
 warns() { # WORDS COMMAND...: succeeds, and says so on standard error
   local words=$1 said
@@ -134,7 +134,7 @@ table() {
   for flag in ro nosuid nodev noexec; do [[ $flags == *,$flag,* ]] || { echo "not $flag: $flags"; return 1; }; done
   # What is looked for would be found: the words stand in the daemon's own arguments.
   local secret="llama.key|signing.pub|key="
-  tr '\0' ' ' <"/proc/$(daemons)/cmdline" | grep -qE "$secret" || return 1
+  tr '\0' ' ' <"/proc/$(daemons)/cmdline" | grep -E "$secret" >/dev/null || return 1
   ! grep -E "$secret" /proc/self/mountinfo /proc/self/mounts /run/mount/utab || return 1
 }
 step "the mount table shows the store and flags, and no option" table
@@ -205,7 +205,7 @@ s = socket.socket(); s.bind(("127.0.0.1", 0)); s.listen(); print(s.getsockname()
   timeout --signal="$1" 3 env AWS_ACCESS_KEY_ID=reader AWS_SECRET_ACCESS_KEY=change-me mount -t modelfs s3://models/prod /mnt/other \
     -o "ro,$access,s3-endpoint=http://127.0.0.1:$(cat "$work/silent.port")" || rc=$?
   [[ $rc == 124 ]] || { echo "exit status $rc"; return 1; }
-  until_true 3 nothing_runs || return 1
+  until_true 15 nothing_runs || return 1
   kill "$s3_pid"
   wait "$s3_pid" 2>/dev/null || true
   rm "$work/silent.port"
@@ -242,7 +242,8 @@ step "mount -N mounts in another namespace" elsewhere
 
 # ---- fstab.
 # A mount tells of memory in small pieces, and what ran before may have left it so.
-{ echo 1 >/proc/sys/vm/drop_caches && echo 1 >/proc/sys/vm/compact_memory; } 2>/dev/null || true
+in_one_piece() { { echo 1 >/proc/sys/vm/drop_caches && echo 1 >/proc/sys/vm/compact_memory; } 2>/dev/null || true; }
+in_one_piece
 page_block "$page" fstab local >/etc/fstab
 step "an fstab line" silent mount /mnt/models
 step "the model is read" reads
@@ -323,6 +324,7 @@ start_s3() {
 }
 s3_line() {
   page_block "$page" fstab s3 >/etc/fstab
+  in_one_piece
   silent mount /mnt/models && reads || return 1
   [[ $(findmnt -rn -o SOURCE /mnt/models) == s3://models/prod ]] || return 1
   ! grep -rq change-me /proc/self/mountinfo /run/mount || return 1

@@ -189,8 +189,9 @@ sysctl_is_valid() { [[ $(grep -cE '^[a-z._]+=.+$' "$SYSCTL_D/60-modelfs.conf") =
 step "hardening: the file has settings that exist" sysctl_is_valid
 
 # ---- A store that is away.
+free_port() { python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 KEY=$NEW_KEY
-port=$((20000 + SRANDOM % 20000))
+port=$(free_port)
 start_store() {
   ROOT_ACCESS_KEY=storage ROOT_SECRET_KEY=storage-password "$versitygw" --port 127.0.0.1:$port --quiet posix "$work/bucket" >>"$work/store.log" 2>&1 &
   store_pid=$!
@@ -222,7 +223,7 @@ else
 fi
 
 # ---- Vault.
-vault_port=$((41000 + SRANDOM % 10000))
+vault_port=$(free_port)
 export VAULT_ADDR=http://127.0.0.1:$vault_port
 start_vault() {
   VAULT_TOKEN="" vault server -dev -dev-root-token-id=root -dev-listen-address=127.0.0.1:$vault_port -dev-no-store-token >"$work/vault.log" 2>&1 &

@@ -112,20 +112,23 @@ async fn however_a_connection_is_stuck_another_one_answers() {
 /// The extra request may meet anything; the first one still has its turn.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_error_of_an_extra_request_is_never_the_answer() {
+    // Requests for the last range.
     static CALLS: AtomicUsize = AtomicUsize::new(0);
     let whole = whole();
     let served = whole.clone();
-    let server = Hostile::start(move |request, stream| match CALLS.fetch_add(1, Ordering::SeqCst) {
-        0..10 => serve_range(&served, request, stream),
-        10 => {
-            // Answers only when an extra request was refused.
-            while CALLS.load(Ordering::SeqCst) == 11 {
-                std::thread::sleep(Duration::from_millis(5));
-            }
-            std::thread::sleep(Duration::from_millis(50));
-            serve_range(&served, request, stream)
+    let server = Hostile::start(move |request, stream| {
+        if request.range().is_none_or(|(start, _)| start != (RANGE_BYTES * 10) as u64) {
+            return serve_range(&served, request, stream);
         }
-        _ => respond(stream, "404 Not Found", &[], b"<Code>NoSuchKey</Code>"),
+        if CALLS.fetch_add(1, Ordering::SeqCst) > 0 {
+            return respond(stream, "404 Not Found", &[], b"<Code>NoSuchKey</Code>");
+        }
+        // Answers only when an extra request was refused.
+        while CALLS.load(Ordering::SeqCst) == 1 {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        std::thread::sleep(Duration::from_millis(50));
+        serve_range(&served, request, stream)
     });
     let line = Line { latency: Duration::ZERO, bytes_per_s: 1_000_000_000, sick: |_| None };
     let line = SlowLine::to(server.address(), line);

@@ -163,7 +163,7 @@ bound() {
   in_it 'sed "s,/srv/llama,/srv/plain,; /VERSIONS/d" /etc/modelfs/llama.env >/etc/modelfs/plain.env; chmod 600 /etc/modelfs/plain.env
     mkdir -p /srv/plain; systemd-creds encrypt --name=key /root/llama.key /etc/credstore.encrypted/modelfs-plain.key 2>/dev/null; systemctl start modelfs@plain
     systemctl kill --signal HUP --kill-whom main modelfs@plain' || return 1
-  until_in 10 'journalctl -u modelfs@plain | grep -q "bound to the versions it began with"' || return 1
+  until_in 10 'journalctl -u modelfs@plain | grep "bound to the versions it began with" >/dev/null' || return 1
   in_it '! systemctl reload modelfs@plain 2>/dev/null; systemctl is-active --quiet modelfs@plain; cmp /root/v2/config.json /srv/plain/acme/llama/config.json
     systemctl stop modelfs@plain'
 }
@@ -197,10 +197,10 @@ foreign() { # A mount of another kind is left alone, and said.
 step "a mount of somebody else is not cleared" foreign
 hung() {
   local before
-  in_it 'mkdir -p /run/systemd/system/modelfs@llama.service.d; printf "[Service]\nWatchdogSec=2s\n" >/run/systemd/system/modelfs@llama.service.d/watchdog.conf
+  in_it 'mkdir -p /run/systemd/system/modelfs@llama.service.d; printf "[Service]\nWatchdogSec=6s\n" >/run/systemd/system/modelfs@llama.service.d/watchdog.conf
     systemctl daemon-reload; systemctl restart modelfs@llama' || return 1
   before=$(pid_of llama)
-  sleep 5
+  sleep 15
   [[ $(pid_of llama) == "$before" ]] || { echo "killed although it answers"; return 1; }
   nspawn_in kill -STOP "$before"
   restarted_after "$before" || return 1

@@ -267,6 +267,9 @@ mod tests {
 
     const MIB: u64 = 1 << 20;
 
+    /// What is counted is counted for the process: those who count, or fill huge pages, take turns.
+    static ALONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
+
     /// A tmpfs without huge pages stands for memory in pieces: what `allocate` gets from it is what it would get then.
     fn fallen_back(len: u64) -> Option<LockedFile> {
         let (small, _) = mount_tmpfs(c"never", 256 * MIB, false).ok()?;
@@ -285,6 +288,7 @@ mod tests {
             println!("not run: no CAP_SYS_ADMIN");
             return;
         }
+        let _alone = ALONE.lock().expect("the other test failed");
         let len = 33 * MIB + 5;
         let file = fallen_back(len).expect("a tmpfs");
         let before = huge_page_short_bytes();
@@ -305,6 +309,7 @@ mod tests {
         if !has_cap_sys_admin() {
             return;
         }
+        let _alone = ALONE.lock().expect("the other test failed");
         let (mounted, _) = mount_tmpfs(c"always", 64 * MIB, true).expect("a tmpfs with mpol=interleave");
         let fd = nameless_file(&mounted.fd).expect("a file");
         let file = LockedFile::new(fd, 4 * MIB, Pages::Huge, HUGE_PAGE_BYTES, Backing::Tmpfs, false).expect("mapped");

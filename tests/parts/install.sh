@@ -121,6 +121,8 @@ cargo_tool() {
 install_lintian() {
   if command -v lintian >/dev/null || [[ $EUID != 0 ]] || ! command -v apt-get >/dev/null; then return; fi
   say "cargo-deb: apt installs lintian"
+  # The lists may be as empty as an image leaves them; what fails here fails below.
+  apt-get update -qq >/dev/null || true
   DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends lintian >/dev/null ||
     lacking lintian "apt-get install lintian failed"
 }
