@@ -328,7 +328,6 @@ crash_while_running() {
   docker restart -t 0 "$holder" >/dev/null && docker exec "$holder" cat /models/acme/llama/config.json | cmp - "$work/source/config.json" || return 1
   docker rm -f "$holder" >/dev/null && until_true 20 nothing_mounted
 }
-over() { [[ ! -e /proc/$1 ]] || grep '^State:.Z' "/proc/$1/status" >/dev/null; } # PID: ended, waited for or not
 crash_engine_while_running() {
   local holder
   holder=$(docker run -d --network none -v llama:/models --user 1000 busybox sleep 600) || return 1
@@ -336,8 +335,8 @@ crash_engine_while_running() {
   sleep 11
   kill -9 "$engine_pid"
   wait "$engine_pid" 2>/dev/null || true
-  # Its containerd dies with it, and must be gone before another one looks.
-  until_true 20 over "$(cat "$work/exec/containerd/containerd.pid")" || return 1
+  # Its containerd dies with it, and must be gone, its zombie too, before another one looks.
+  until_true 60 bash -c "! kill -0 $(cat "$work/exec/containerd/containerd.pid")" || return 1
   rm -f "$work/docker.pid"
   start_engine || return 1
   run_page_block "$page" docker-run | same_hashes || return 1
