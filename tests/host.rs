@@ -255,6 +255,29 @@ fn a_mount_whose_files_are_held_is_detached_and_wiped_when_they_are_let_go() {
 }
 
 #[test]
+fn a_mount_that_is_abandoned_stays_in_the_tree_wiped_and_lets_nobody_read() {
+    let Some(scene) = scene("a_mount_that_is_abandoned_stays_in_the_tree_wiped_and_lets_nobody_read") else { return };
+    let one = scene.mount("mnt", "model.key", &[]).expect("mounted");
+    assert!(holds(&file(&one, "first.bin"), 1));
+    let open = fs::File::open(file(&one, "second.bin")).expect("open");
+    let (place, name) = (scene.root.join("mnt"), file(&one, "first.bin"));
+
+    // Who has a file open is not waited for.
+    let began = Instant::now();
+    let _ = one.abandon();
+    assert!(began.elapsed() < GRACE, "{:?}", began.elapsed());
+
+    assert!(is_mountpoint(&place) && !one.is_mounted() && scene.host.mounted().is_empty());
+    assert_eq!(fs::read(&name).expect_err("refused").kind(), ErrorKind::PermissionDenied);
+    drop(open);
+    scene.wait_until("the wipe", || scene.host.cache().budget().in_use() == 0);
+    let _ = one.unmount(GRACE);
+    scene.host.stop().expect("stopped");
+    assert!(is_mountpoint(&place), "it is dead when this process has ended");
+    run_ok(Command::new("umount").arg("-l").arg(&place));
+}
+
+#[test]
 fn a_locked_version_is_given_to_no_newcomer() {
     let Some(scene) = scene("a_locked_version_is_given_to_no_newcomer") else { return };
     let one = scene.mount("mnt", "model.key", &[]).expect("mounted");

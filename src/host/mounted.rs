@@ -2,11 +2,11 @@
 //!
 //! Promises: no partial mount; `umount`, `modelfs umount` and the end of the process all leave nothing readable that no
 //! other mount shows; when programs still hold files after the grace the mount is detached, everything that nobody holds is
-//! wiped, and the holders are named (`HELD`).
+//! wiped, and the holders are named (`HELD`). One that is abandoned ends the same way and stays in the tree, dead.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -534,7 +534,63 @@ impl Mounted {
         if !unmounted {
             self.attachment.detach()?;
         }
-        let ended = self.wipe(unmounted, &holders);
+        let held_bytes = self.wipe(unmounted);
+        let ended = match unmounted && held_bytes == 0 {
+            true => Ok(()),
+            false => Err(self.still_held("detached", &holders, held_bytes)),
+        };
+        self.end(&mut outcome, ended)
+    }
+
+    /// Ends it as [`Mounted::unmount`] does, and leaves it in the tree: it refuses its readers, and from the end of this process
+    /// on it answers ENOTCONN, to programs that start too. For a place where the bare folder would be taken for what was there
+    /// until another process mounts anew, and clears this one away. No program is waited for. Blocking, as `unmount` is.
+    ///
+    /// # Errors
+    /// `HELD` naming who still holds files past the daemon.
+    pub fn abandon(&self) -> Result<()> {
+        let mut outcome = self.outcome.lock().expect("a thread died ending the mount");
+        if let Some(known) = &*outcome {
+            return known.clone();
+        }
+        let held_bytes = self.wipe(false);
+        self.drop_pages_soon();
+        let ended = match held_bytes {
+            0 => Ok(()),
+            _ => Err(self.still_held("abandoned", &control::holders(self.mountpoint()), held_bytes)),
+        };
+        self.end(&mut outcome, ended)
+    }
+
+    /// What the kernel caches of files that were read through the daemon. A read that waits for a store that does not answer
+    /// keeps its page: it is not waited for longer than [`SESSION_GRACE`].
+    fn drop_pages_soon(&self) {
+        let fs = self.fs.clone();
+        let (tell, told) = mpsc::channel();
+        let dropping = std::thread::Builder::new().name("drop-pages".into()).spawn(move || {
+            fs.drop_all_pages();
+            // Nobody listens any more only after the grace.
+            let _ = tell.send(());
+        });
+        match dropping {
+            Ok(_) if told.recv_timeout(SESSION_GRACE).is_ok() => {}
+            Ok(_) => tracing::debug!("pages of {} stay with reads that are under way", self.mountpoint().display()),
+            Err(error) => tracing::debug!("pages of {} stay in the kernel: {error}", self.mountpoint().display()),
+        }
+    }
+
+    fn still_held(&self, how: &str, holders: &[control::Holder], held_bytes: u64) -> Error {
+        Error::new(
+            Code::Held,
+            format!(
+                "{} was {how} while in use: {}; {held_bytes} bytes stay in memory until they are let go, all else is wiped",
+                self.mountpoint().display(),
+                control::tell_holders(holders),
+            ),
+        )
+    }
+
+    fn end(&self, outcome: &mut Option<Result<()>>, ended: Result<()>) -> Result<()> {
         self.tell(match &ended {
             Ok(()) => Event::new(Kind::Unmount),
             Err(held) => Event::new(Kind::Unmount).severity(Severity::Medium).error(held),
@@ -544,8 +600,8 @@ impl Mounted {
         ended
     }
 
-    /// The mount is out of the tree: nothing of it goes on.
-    fn wipe(&self, unmounted: bool, holders: &[control::Holder]) -> Result<()> {
+    /// Nothing of the mount goes on, whether or not it is out of the tree. Returns the bytes that programs still hold.
+    fn wipe(&self, unmounted: bool) -> u64 {
         if let Some(profiling) = self.profiling.lock().expect("a thread died holding the profiling").take() {
             profiling.stop();
         }
@@ -579,18 +635,7 @@ impl Mounted {
             control.retire();
             self.host.retire_server();
         }
-        if unmounted && held_bytes == 0 {
-            return Ok(());
-        }
-        Err(Error::new(
-            Code::Held,
-            format!(
-                "{} was detached while in use: {}; {held_bytes} bytes stay in memory until they are let go, all else is \
-                 wiped",
-                self.mountpoint().display(),
-                control::tell_holders(holders),
-            ),
-        ))
+        held_bytes
     }
 
     /// Lets replies on the control socket finish and closes it. Not from one of its threads.
