@@ -422,6 +422,27 @@ kill_driver() {
 }
 step "the driver is killed: it comes back, and pods read again" kill_driver
 
+# ---- The driver is replaced, as at an update. It is asked to end, and what it leaves is dead: no folder that a container which
+# starts meanwhile could take for the model.
+replace_driver() {
+  local claims place inner said
+  claims=$(restarts llama-claim) place=$(target_of llama) inner=$(target_of llama-claim)
+  [[ -n $place && -n $inner ]] || { echo "mounted are: $place $inner"; return 1; }
+  kc delete pod -n modelfs modelfs-csi --timeout=60s >/dev/null || return 1
+  for place in "$place" "$inner"; do
+    said=$(ls "$place" 2>&1) && { echo "$place can be listed: '$said'"; return 1; }
+    [[ $said == *"not connected"* ]] || { echo "$said"; return 1; }
+  done
+  driver_pod | kc apply -f - >/dev/null || return 1
+  until_true 60 driver_ready || { kc describe pod -n modelfs modelfs-csi; log_of_driver; return 1; }
+  until_true 30 driver_says 'dead until the kubelet publishes them again' || { log_of_driver --tail 20; return 1; }
+  until_true 120 reads llama-claim llama /models/store || { log_of_driver --tail 20; return 1; }
+  [[ $(restarts llama-claim) == "$claims" ]] || { echo "the claim's container was restarted"; return 1; }
+  until_true 240 reads llama llama && until_true 120 reads qwen qwen && until_true 120 reads shared-2 shared
+}
+driver_says() { log_of_driver | grep -F "$1" >/dev/null; }
+step "the driver is replaced: dead mounts in between, and pods read again" replace_driver
+
 # ---- Conformance of what is offered.
 conformance() {
   mkdir -p "$cluster_dir/kubelet/sanity"

@@ -11,8 +11,8 @@ use crate::host::{Host, Mounted};
 pub struct HostDoor(pub Arc<Host>);
 
 impl Door for HostDoor {
-    fn mount(&self, plan: MountPlan) -> Result<Arc<dyn Shown>> {
-        Ok(self.0.mount(plan)?)
+    fn mount(&self, plan: MountPlan, may_enter: &dyn Fn() -> Result<()>) -> Result<Arc<dyn Shown>> {
+        Ok(self.0.mount_if(plan, may_enter)?)
     }
 }
 
@@ -28,5 +28,8 @@ impl Shown for Mounted {
     }
     fn unmount(&self, grace: Duration) -> Result<()> {
         Mounted::unmount(self, grace)
+    }
+    fn abandon(&self) -> Result<()> {
+        Mounted::abandon(self)
     }
 }

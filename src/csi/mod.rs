@@ -133,7 +133,7 @@ impl CsiPlan {
     }
 }
 
-/// Serves the kubelet until SIGTERM or SIGINT, then unmounts everything and wipes. Blocking.
+/// Serves the kubelet until SIGTERM or SIGINT, then ends every mount and wipes. Blocking.
 ///
 /// # Errors
 /// Whatever keeps the driver from starting; `HELD` if programs still held files at the end.

@@ -4,7 +4,8 @@
 //! Promises: each volume is mounted with its own pod's token and no other right; the token lies in a private folder, is replaced
 //! at every republish and removed with the volume. A republish proves the right again, at most once a period: what Vault refuses
 //! is shut for new opens until it is allowed again; an outage changes nothing. One call a target at a time; all may be repeated.
-//! Keeps no state outside the process: after a restart the kubelet publishes anew.
+//! Keeps no state outside the process: after a restart the kubelet publishes anew. Until that succeeds, a volume that was there
+//! before is a dead mount, never an empty folder, and every refusal is one after which the kubelet tries again.
 //! Held by: the tests in node_tests.rs, tests/kubernetes.sh.
 
 use std::collections::HashMap;
@@ -18,19 +19,25 @@ use tonic::Code as GrpcCode;
 use super::asked::{Asked, Rules, Token};
 use super::proto::{NodePublishVolumeRequest, NodeUnpublishVolumeRequest};
 use super::service::Refusal;
-use super::targets;
+use super::targets::{self, Place};
 use crate::config::{Layers, MountPlan};
 use crate::error::{Class, Code, Error, Result};
 use crate::mem::PrivateFolder;
+use crate::refuse;
 
 /// How long an unpublish waits for programs: the kubelet has ended the pod's before.
 const HOLD_GRACE: Duration = Duration::from_secs(5);
+/// How long the end of the driver waits for calls that are under way: what they publish is to be let go too.
+const BUSY_GRACE: Duration = Duration::from_secs(10);
+/// How often it looks meanwhile.
+const BUSY_POLL: Duration = Duration::from_millis(50);
 /// Room for the tokens of the most volumes: each takes a page or two.
 const TOKEN_BYTES: u64 = 16 << 20;
 
 /// Where models are mounted; `Host` outside tests.
 pub trait Door: Send + Sync {
-    fn mount(&self, plan: MountPlan) -> Result<Arc<dyn Shown>>;
+    /// `may_enter` is asked last, when the model is open and nothing of it is in the tree yet; what it refuses is not mounted.
+    fn mount(&self, plan: MountPlan, may_enter: &dyn Fn() -> Result<()>) -> Result<Arc<dyn Shown>>;
 }
 
 /// One mount of the door.
@@ -39,6 +46,8 @@ pub trait Shown: Send + Sync {
     fn refuse(&self, why: Option<&str>);
     fn recheck(&self) -> Result<()>;
     fn unmount(&self, grace: Duration) -> Result<()>;
+    /// Ends as by `unmount`, but the mount stays in the tree, and is dead with the end of this process.
+    fn abandon(&self) -> Result<()>;
 }
 
 /// What the operator decided.
@@ -107,6 +116,20 @@ impl Node {
     pub fn publish(&self, request: &NodePublishVolumeRequest) -> Result<(), Refusal> {
         need("volume id", &request.volume_id)?;
         need("target path", &request.target_path)?;
+        let target = Path::new(&request.target_path);
+        let was_there = targets::is_there(target);
+        self.publish_at(request).map_err(|mut refusal| {
+            // The pod had this volume, from a driver that is gone, and whatever is wrong now (a store, a role or a key that the
+            // operator took out of the configuration too) may be mended. After a final refusal the kubelet would throw away what
+            // it needs to unpublish.
+            if was_there && is_final(refusal.code) && !self.stands(target) {
+                refusal.code = GrpcCode::Unavailable;
+            }
+            refusal
+        })
+    }
+
+    fn publish_at(&self, request: &NodePublishVolumeRequest) -> Result<(), Refusal> {
         let target = targets::check(&self.settings.kubelet_dir, &request.target_path)?;
         let (asked, token) = Asked::read(request, &self.settings.rules)?;
         let claim = self.claim(&target, Some(self.settings.volumes_max))?;
@@ -129,7 +152,7 @@ impl Node {
                 return Err(error.into());
             }
         }
-        let (place, before) = targets::prepare(&claim.target, asked.below.as_deref())?;
+        let place = targets::prepare(&claim.target, asked.below.as_deref())?;
         match self.mount(&claim.target, &place, &asked, token) {
             Ok(shown) => {
                 tracing::info!(models = asked.models(), who = %asked.who, pod = asked.who.pod, "published");
@@ -139,12 +162,12 @@ impl Node {
             }
             Err(error) => {
                 tracing::warn!(models = asked.models(), who = %asked.who, "not published: {}", error.chain());
-                let mut refusal = self.tell(&asked, &error);
+                let refusal = self.tell(&asked, &error);
                 self.forget(&claim.target);
-                if before {
-                    // The pod had this volume, from a driver that is gone. After a final refusal the kubelet would throw away
-                    // what it needs to unpublish.
-                    refusal.code = GrpcCode::Unavailable;
+                if place.before {
+                    if let Err(error) = targets::hold(&place.folder) {
+                        tracing::error!("a container may find an empty folder: {}", error.chain());
+                    }
                 } else {
                     targets::clear(&claim.target)?;
                     targets::remove(&claim.target)?;
@@ -154,7 +177,7 @@ impl Node {
         }
     }
 
-    fn mount(&self, target: &Path, place: &Path, asked: &Asked, token: Option<Token>) -> Result<Arc<dyn Shown>> {
+    fn mount(&self, target: &Path, place: &Place, asked: &Asked, token: Option<Token>) -> Result<Arc<dyn Shown>> {
         let mut layers = self.settings.layers.clone();
         let mut words = asked.words.clone();
         if let Some(token) = token {
@@ -171,9 +194,15 @@ impl Node {
             None => words.push("umask=0222".into()),
         }
         layers.mount_options(&words, false)?;
-        let mut plan = MountPlan::from_layers(&layers, &asked.store, place, true)?;
+        let mut plan = MountPlan::from_layers(&layers, &asked.store, &place.folder, true)?;
         plan.service_account = Some(format!("{}/{}", asked.who.namespace, asked.who.service_account));
-        self.door.mount(plan)
+        self.door.mount(plan, &|| {
+            if self.stopping.load(Ordering::Acquire) {
+                refuse!(Stopping, "the driver is stopping; the kubelet tries again");
+            }
+            // Only now: where Vault or the store is away, a container that starts meets the dead mount and not an empty folder.
+            targets::clear(&place.folder)
+        })
     }
 
     /// The kubelet comes by every minute or so with a fresh token.
@@ -226,24 +255,51 @@ impl Node {
         Ok(targets::remove(&target)?)
     }
 
-    /// Lets every volume go at once, as at the driver's end: pods that run lose what they do not hold. Blocking.
+    /// Lets every volume go at once, as at the driver's end: pods that run lose what they do not hold. What the kubelet means to
+    /// publish again stays in the tree as a dead mount. Blocking.
     pub fn stop(&self) {
-        let volumes = {
-            let mut volumes = lock(&self.volumes);
-            self.stopping.store(true, Ordering::Release);
-            std::mem::take(&mut *volumes)
-        };
-        std::thread::scope(|all| {
-            for (target, slot) in volumes {
-                all.spawn(move || {
-                    if let Slot::Published(volume) = slot
-                        && let Err(error) = self.let_go(&target, &volume)
-                    {
-                        tracing::error!("{}", error.chain());
-                    }
-                });
+        let until = Instant::now() + BUSY_GRACE;
+        loop {
+            let (published, any_busy) = {
+                let mut volumes = lock(&self.volumes);
+                self.stopping.store(true, Ordering::Release);
+                let published: Vec<_> = volumes.extract_if(|_, slot| matches!(slot, Slot::Published(_))).collect();
+                (published, !volumes.is_empty())
+            };
+            std::thread::scope(|all| {
+                for (target, slot) in published {
+                    all.spawn(move || {
+                        if let Slot::Published(volume) = slot
+                            && let Err(error) = self.leave(&target, &volume)
+                        {
+                            tracing::error!("{}", error.chain());
+                        }
+                    });
+                }
+            });
+            if !any_busy || Instant::now() >= until {
+                return;
             }
-        });
+            std::thread::sleep(BUSY_POLL);
+        }
+    }
+
+    fn leave(&self, target: &Path, volume: &Volume) -> Result<()> {
+        if !targets::is_wanted(target) || !volume.shown.is_mounted() {
+            return self.let_go(target, volume);
+        }
+        let left = volume.shown.abandon();
+        self.forget(target);
+        left
+    }
+
+    /// Whether a volume of this driver is mounted at `target`.
+    fn stands(&self, target: &Path) -> bool {
+        let shown = match lock(&self.volumes).get(target) {
+            Some(Slot::Published(volume)) => volume.shown.clone(),
+            Some(Slot::Busy) | None => return false,
+        };
+        shown.is_mounted()
     }
 
     /// # Errors
@@ -314,6 +370,18 @@ impl Node {
 /// Vault said no, to this pod. Everything else is an outage or a fault: it takes from nobody what he has.
 fn takes_the_right(error: &Error) -> bool {
     error.class() == Class::Denied && error.code() != Code::StoreDenied || error.code() == Code::VaultNotFound
+}
+
+/// Whether the kubelet takes the answer for its last word, and the volume for one that is not there.
+fn is_final(code: GrpcCode) -> bool {
+    !matches!(
+        code,
+        GrpcCode::Aborted
+            | GrpcCode::Cancelled
+            | GrpcCode::DeadlineExceeded
+            | GrpcCode::ResourceExhausted
+            | GrpcCode::Unavailable
+    )
 }
 
 /// The file of a target's token; a digest, since a path is no file name.

@@ -15,6 +15,7 @@ const GOOD: &[(&str, &str)] = &[
 #[derive(Default)]
 struct Stage {
     mounted: AtomicBool,
+    abandoned: AtomicBool,
     refused: AtomicBool,
     rechecks: AtomicUsize,
     mounts: AtomicUsize,
@@ -36,7 +37,7 @@ struct FakeDoor(Arc<Stage>);
 struct FakeMount(Arc<Stage>);
 
 impl Door for FakeDoor {
-    fn mount(&self, plan: MountPlan) -> Result<Arc<dyn Shown>> {
+    fn mount(&self, plan: MountPlan, may_enter: &dyn Fn() -> Result<()>) -> Result<Arc<dyn Shown>> {
         let crate::vault::AuthMethod::Kubernetes { jwt_file, role, .. } =
             &plan.access.vault.as_ref().expect("a vault").auth
         else {
@@ -47,6 +48,7 @@ impl Door for FakeDoor {
         assert!(plan.service_account.as_deref().is_some_and(|account| account.contains('/')));
         self.0.tokens.lock().expect("alone").push(std::fs::read(jwt_file).expect("the pod's token"));
         self.0.meet()?;
+        may_enter()?;
         self.0.mounts.fetch_add(1, Ordering::Relaxed);
         self.0.mounted.store(true, Ordering::Relaxed);
         Ok(Arc::new(FakeMount(self.0.clone())))
@@ -68,6 +70,10 @@ impl Shown for FakeMount {
         self.0.mounted.store(false, Ordering::Relaxed);
         Ok(())
     }
+    fn abandon(&self) -> Result<()> {
+        self.0.abandoned.store(true, Ordering::Relaxed);
+        Ok(())
+    }
 }
 
 struct Bench {
@@ -76,9 +82,16 @@ struct Bench {
     folder: tempfile::TempDir,
 }
 
-/// `None` where the machine does not let us make a private folder.
+impl Drop for Bench {
+    fn drop(&mut self) {
+        // A folder with a mount in it would outlive the test.
+        let _ = targets::clear(&self.folder.path().canonicalize().expect("real"));
+    }
+}
+
+/// `None` where the machine does not let us make a private folder, or a FUSE mount.
 fn bench(recheck: Duration) -> Option<Bench> {
-    if !crate::mem::has_cap_sys_admin() {
+    if !crate::mem::has_cap_sys_admin() || !Path::new("/dev/fuse").exists() {
         return None;
     }
     let folder = tempfile::tempdir().expect("a temporary folder");
@@ -116,6 +129,14 @@ impl Bench {
     }
     fn trouble(&self, code: Option<Code>) {
         *self.stage.trouble.lock().expect("alone") = code;
+    }
+    /// As the kubelet does as long as it has the volume.
+    fn wanted(&self) {
+        std::fs::write(self.folder.path().join("pod/vol_data.json"), "{}").expect("written");
+    }
+    /// What a program meets that starts now.
+    fn is_dead(&self) -> bool {
+        std::fs::read_dir(self.target("mount")).is_err_and(|e| e.raw_os_error() == Some(libc::ENOTCONN))
     }
     fn refused(&self) -> bool {
         self.stage.refused.load(Ordering::Relaxed)
@@ -164,10 +185,101 @@ fn what_vault_refuses_is_told_in_words_and_leaves_no_folder_and_no_token() {
 #[test]
 fn a_volume_that_was_there_before_is_not_refused_for_good() {
     let Some(bench) = bench(Duration::ZERO) else { return };
-    std::fs::create_dir(bench.target("mount")).expect("as an earlier driver left it");
+    std::fs::create_dir(bench.target("mount")).expect("as the machine's last start left it");
     bench.trouble(Some(Code::VaultDenied));
     assert_eq!(bench.publish().expect_err("refused").code, GrpcCode::Unavailable);
-    assert!(Path::new(&bench.target("mount")).exists());
+    assert!(bench.is_dead(), "an empty folder is no model");
+    bench.trouble(None);
+    bench.publish().expect("published");
+    assert!(!bench.is_dead(), "nothing lies under the new mount");
+    bench.unpublish().expect("unpublished");
+    assert!(!Path::new(&bench.target("mount")).exists());
+}
+
+#[test]
+fn a_dead_mount_stays_until_the_next_one_is_ready() {
+    let Some(bench) = bench(Duration::ZERO) else { return };
+    for below in [None, Some("store")] {
+        let mut asking = bench.asking();
+        asking.volume_context.extend(below.map(|folder| ("below".to_owned(), folder.to_owned())));
+        let place = targets::prepare(Path::new(&bench.target("mount")), below).expect("made");
+        targets::hold(&place.folder).expect("as a killed driver left it");
+        let dead = || crate::mounts::at(&place.folder).expect("read").map(|mount| mount.device);
+        let before = dead();
+        for code in [Code::VaultUnreachable, Code::Unreachable, Code::VaultDenied] {
+            bench.trouble(Some(code));
+            assert_eq!(bench.node.publish(&asking).expect_err("refused").code, GrpcCode::Unavailable);
+            assert_eq!(dead(), before, "{code}");
+        }
+        bench.trouble(None);
+        bench.node.publish(&asking).expect("published");
+        assert_eq!(dead(), None);
+        bench.unpublish().expect("unpublished");
+        assert!(!Path::new(&bench.target("mount")).exists());
+    }
+}
+
+/// The operator may take a store, a role or a key out of the configuration while pods have it.
+#[test]
+fn a_volume_that_was_there_is_told_to_wait_whatever_is_wrong_with_the_request_now() {
+    let Some(bench) = bench(Duration::ZERO) else { return };
+    let mut wrong = bench.asking();
+    wrong.volume_context.insert("store".into(), "/srv/no-more".into());
+    assert_eq!(bench.node.publish(&wrong).expect_err("refused").code, GrpcCode::InvalidArgument);
+    let elsewhere = tempfile::tempdir().expect("a temporary folder");
+    let elsewhere = elsewhere.path().to_str().expect("UTF-8").to_owned();
+    let outside = NodePublishVolumeRequest { target_path: format!("{elsewhere}/mount"), ..bench.asking() };
+    assert_eq!(bench.node.publish(&outside).expect_err("refused").code, GrpcCode::InvalidArgument);
+
+    std::fs::create_dir(bench.target("mount")).expect("published once");
+    assert_eq!(bench.node.publish(&wrong).expect_err("refused").code, GrpcCode::Unavailable);
+    // The kubelet's folder is another one now.
+    let outside = NodePublishVolumeRequest { target_path: elsewhere, ..bench.asking() };
+    assert_eq!(bench.node.publish(&outside).expect_err("refused").code, GrpcCode::Unavailable);
+    // What this driver has mounted is refused in plain words.
+    bench.publish().expect("published");
+    assert_eq!(bench.node.publish(&wrong).expect_err("refused").code, GrpcCode::InvalidArgument);
+}
+
+#[test]
+fn what_lies_at_a_target_is_no_fault_of_the_request() {
+    let Some(bench) = bench(Duration::ZERO) else { return };
+    std::fs::create_dir(bench.target("mount")).expect("made");
+    std::fs::write(Path::new(&bench.target("mount")).join("file"), "x").expect("written");
+    assert_eq!(bench.unpublish().expect_err("not empty").code, GrpcCode::FailedPrecondition);
+}
+
+#[test]
+fn at_the_end_what_the_kubelet_still_wants_stays_in_the_tree_and_the_rest_goes() {
+    for wanted in [true, false] {
+        let Some(bench) = bench(Duration::ZERO) else { return };
+        bench.publish().expect("published");
+        if wanted {
+            bench.wanted();
+        }
+        bench.node.stop();
+        assert_eq!(bench.stage.abandoned.load(Ordering::Relaxed), wanted);
+        assert_eq!(bench.stage.mounted.load(Ordering::Relaxed), wanted);
+        assert_eq!(bench.node.tokens(), 0);
+    }
+}
+
+#[test]
+fn the_end_waits_for_a_call_that_has_a_volume() {
+    let Some(bench) = bench(Duration::ZERO) else { return };
+    bench.publish().expect("published");
+    bench.wanted();
+    let claim = bench.node.claim(Path::new(&bench.target("mount")), None).expect("claimed");
+    std::thread::scope(|all| {
+        let stopping = all.spawn(|| bench.node.stop());
+        while !bench.node.stopping.load(Ordering::Acquire) {
+            std::thread::yield_now();
+        }
+        drop(claim);
+        stopping.join().expect("stopped");
+    });
+    assert!(bench.stage.abandoned.load(Ordering::Relaxed));
+    assert_eq!(bench.node.tokens(), 0);
 }
 
 #[test]

@@ -162,6 +162,8 @@ impl From<Refusal> for Status {
 /// may be there half.
 fn grpc_code(error: &Error) -> GrpcCode {
     match error.class() {
+        // The request is fine; what lies at its target has to go first.
+        Class::Usage if error.code() == Code::MountPoint => GrpcCode::FailedPrecondition,
         Class::Usage => GrpcCode::InvalidArgument,
         Class::Denied => GrpcCode::PermissionDenied,
         Class::NotFound => GrpcCode::NotFound,
@@ -200,8 +202,9 @@ impl<Q: Send + 'static, A: Send + 'static> UnaryService<Q> for Call<Q, A> {
         Box::pin(async move {
             let question = request.into_inner();
             let answered = tokio::task::spawn_blocking(move || work(question)).await;
+            // Nobody knows how far it came: the kubelet is not to take the volume for one that is not there.
             let answer =
-                answered.map_err(|_| Status::internal("the driver met a fault of its own; its log says where"))?;
+                answered.map_err(|_| Status::unavailable("the driver met a fault of its own; its log says where"))?;
             Ok(tonic::Response::new(answer?))
         })
     }
@@ -218,6 +221,7 @@ mod tests {
             (Code::NoKey, GrpcCode::PermissionDenied),
             (Code::VaultSealed, GrpcCode::Unavailable),
             (Code::Usage, GrpcCode::InvalidArgument),
+            (Code::MountPoint, GrpcCode::FailedPrecondition),
             (Code::NotFound, GrpcCode::NotFound),
             (Code::ChunkHash, GrpcCode::DataLoss),
         ] {

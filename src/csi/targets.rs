@@ -1,16 +1,19 @@
 //! The places below the kubelet's folder where volumes appear: checked, made, cleared.
 //!
-//! In: target paths from the kubelet. Out: an empty folder to mount on, or a target that is gone.
+//! In: target paths from the kubelet. Out: a folder to mount on, or a target that is gone.
 //! Promises: nothing outside the kubelet's folder is touched, and nothing that is not modelfs's is unmounted. What a driver that
-//! died left mounted stays until the kubelet publishes or unpublishes it: a program that starts meanwhile fails, instead of
-//! finding an empty folder.
+//! died or ended left mounted stays until the kubelet has it published anew or unpublished: a program that starts meanwhile
+//! fails, instead of finding an empty folder.
 //! Held by: the tests below, tests/kubernetes.sh.
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Component, Path, PathBuf};
+use std::sync::mpsc;
+use std::time::Duration;
 
 use crate::error::{Code, Error, Result};
 use crate::{mounts, refuse};
@@ -19,6 +22,9 @@ use crate::{mounts, refuse};
 const CARRIER: &str = "modelfs-volume";
 /// Mounts on one target: drivers that died one after the other.
 const LAYERS_MAX: usize = 64;
+const NOTHING_RUNS: libc::c_ulong = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
+/// How long a living daemon has to answer one question. A closed connection is told at once.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// What the kubelet writes beside a target as long as it means to publish or unpublish it.
 const VOLUME_DATA: &str = "vol_data.json";
 
@@ -37,13 +43,35 @@ pub fn check(kubelet_dir: &Path, target: &str) -> Result<PathBuf> {
     Ok(path.components().collect())
 }
 
-/// The empty folder to mount on, and whether the target was there before: then this volume was published once already.
+/// Whether anything is at `target`, a dead mount too. The kubelet makes only the folder above it, and a first publication that
+/// fails leaves nothing there: so what is there was published before. Looked up in the mount table first, since a daemon that
+/// hangs answers nothing.
+pub fn is_there(target: &Path) -> bool {
+    mounts::at(target).map_or(true, |mount| mount.is_some()) || std::fs::symlink_metadata(target).is_ok()
+}
+
+/// Whether the kubelet means to publish `target` again, or to unpublish it.
+pub fn is_wanted(target: &Path) -> bool {
+    target.parent().is_some_and(|folder| folder.join(VOLUME_DATA).exists())
+}
+
+/// Where a volume goes.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The folder to mount on: the target, or one in a carrier on it.
+    pub folder: PathBuf,
+    /// The target was there: this volume was published once already.
+    pub before: bool,
+}
+
+/// The place of a volume, made where it is not there. What an earlier driver left mounted on its folder stays, to be cleared away
+/// when the next mount is ready to take its place.
 ///
-/// With `below`, that folder lies in a carrier on the target. A carrier that is there stays: it is what running containers see.
+/// With `below`, the folder lies in a carrier on the target. A carrier that is there stays: it is what running containers see.
 ///
 /// # Errors
 /// `MOUNT_POINT` if something else is mounted or lies there.
-pub fn prepare(target: &Path, below: Option<&str>) -> Result<(PathBuf, bool)> {
+pub fn prepare(target: &Path, below: Option<&str>) -> Result<Place> {
     let parent = target.parent().expect("a checked target lies below a folder");
     let real = parent.canonicalize().map_err(|e| {
         let what = format!("the folder {} of the volume cannot be walked", parent.display());
@@ -57,29 +85,45 @@ pub fn prepare(target: &Path, below: Option<&str>) -> Result<(PathBuf, bool)> {
             real.display()
         );
     }
-    let inner = below.map(|folder| target.join(folder));
-    if let Some(inner) = &inner {
-        clear(inner)?;
-    }
-    let carried = mounts::at(target)?.is_some_and(|mount| mount.source == CARRIER)
-        && inner.as_ref().is_some_and(|it| it.is_dir());
-    if !carried {
-        clear(target)?;
-    }
     let before = match std::fs::DirBuilder::new().mode(0o750).create(target) {
         Ok(()) => false,
         Err(e) if e.kind() == io::ErrorKind::AlreadyExists => true,
         Err(e) => return Err(Error::new(Code::MountPoint, format!("cannot make {}", target.display())).with_source(e)),
     };
-    match inner {
-        Some(inner) => {
-            if !carried {
-                carry(target, &inner)?;
-            }
-            Ok((inner, before))
-        }
-        None => Ok((target.to_owned(), before)),
+    let Some(below) = below else {
+        leave_only_the_dead(target)?;
+        return Ok(Place { folder: target.to_owned(), before });
+    };
+    let folder = target.join(below);
+    leave_only_the_dead(&folder)?;
+    // A dead mount on the folder answers nothing to whoever asks what it is.
+    let carried = mounts::at(target)?.is_some_and(|mount| mount.source == CARRIER)
+        && (mounts::at(&folder)?.is_some() || folder.is_dir());
+    if !carried {
+        clear(target)?;
+        carry(target, &folder)?;
     }
+    Ok(Place { folder, before })
+}
+
+/// A mount whose daemon hangs would hang whoever looks at the folder next.
+fn leave_only_the_dead(folder: &Path) -> Result<()> {
+    match mounts::at(folder)? {
+        Some(mount) if mount.is_ours() && !is_dead(folder) => clear(folder),
+        Some(_) | None => Ok(()),
+    }
+}
+
+/// A dead mount on `folder`, as a driver that is gone leaves it, where nothing is mounted: a FUSE mount whose only descriptor is
+/// closed answers ENOTCONN to everyone.
+pub fn hold(folder: &Path) -> Result<()> {
+    if mounts::at(folder)?.is_some() {
+        return Ok(());
+    }
+    let fault = |e| Error::new(Code::Host, format!("cannot put a dead mount on {}", folder.display())).with_source(e);
+    let device = std::fs::File::options().read(true).write(true).open("/dev/fuse").map_err(fault)?;
+    let options = format!("fd={},rootmode=40000,user_id=0,group_id=0,allow_other", device.as_raw_fd());
+    mount(folder, c"fuse.modelfs", NOTHING_RUNS | libc::MS_RDONLY, &options).map_err(fault)
 }
 
 /// Takes every modelfs mount and carrier off `target`, dead ones too. The folder stays.
@@ -101,10 +145,11 @@ pub fn clear(target: &Path) -> Result<()> {
 /// that run already, where they asked for HostToContainer.
 fn carry(target: &Path, inner: &Path) -> Result<()> {
     let fault = |what: &str, e| Error::new(Code::Host, format!("cannot {what} {}", target.display())).with_source(e);
-    let flags = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
-    mount(target, flags, "size=64k,nr_inodes=8,mode=0755").map_err(|e| fault("mount a tmpfs on", e))?;
+    let options = "size=64k,nr_inodes=8,mode=0755";
+    mount(target, c"tmpfs", NOTHING_RUNS, options).map_err(|e| fault("mount a tmpfs on", e))?;
     std::fs::DirBuilder::new().mode(0o750).create(inner).map_err(|e| fault("make a folder in", e))?;
-    mount(target, flags | libc::MS_REMOUNT | libc::MS_RDONLY, "").map_err(|e| fault("make read-only", e))
+    let flags = NOTHING_RUNS | libc::MS_REMOUNT | libc::MS_RDONLY;
+    mount(target, c"tmpfs", flags, "").map_err(|e| fault("make read-only", e))
 }
 
 /// Removes the empty folder of a volume; one that is not there is no error.
@@ -134,9 +179,15 @@ pub fn inherit(kubelet_dir: &Path) -> Result<usize> {
     Ok(waiting)
 }
 
-/// A FUSE mount whose daemon is gone answers nothing but that.
+/// A FUSE mount whose daemon is gone answers nothing but that, and at once. Asked in a thread: one that hangs answers never.
 fn is_dead(place: &Path) -> bool {
-    std::fs::metadata(place).is_err_and(|e| e.raw_os_error() == Some(libc::ENOTCONN))
+    let (tell, told) = mpsc::channel();
+    let place = place.to_owned();
+    let asking = std::thread::Builder::new().name("dead-volume".into()).spawn(move || {
+        // Nobody listens any more only after the timeout.
+        let _ = tell.send(std::fs::metadata(place).is_err_and(|e| e.raw_os_error() == Some(libc::ENOTCONN)));
+    });
+    asking.is_ok() && told.recv_timeout(ANSWER_TIMEOUT).unwrap_or(false)
 }
 
 fn c_path(path: &Path) -> CString {
@@ -152,8 +203,8 @@ fn detach(place: &Path) -> Result<()> {
     }
 }
 
-fn mount(target: &Path, flags: libc::c_ulong, options: &str) -> io::Result<()> {
-    let (source, kind) = (CString::new(CARRIER).expect("our own word"), c"tmpfs");
+fn mount(target: &Path, kind: &CStr, flags: libc::c_ulong, options: &str) -> io::Result<()> {
+    let source = CString::new(CARRIER).expect("our own word");
     let options = CString::new(options).expect("our own words hold no NUL");
     // SAFETY: NUL-terminated strings that live through the call.
     let ret =
@@ -189,8 +240,10 @@ mod tests {
         let root = folder.path().canonicalize().expect("real");
         std::fs::create_dir(root.join("pod")).expect("made");
         let target = root.join("pod/mount");
-        assert!(!prepare(&target, None).expect("made").1);
-        assert_eq!(prepare(&target, None).expect("there"), (target.clone(), true));
+        assert!(!is_there(&target));
+        assert!(!prepare(&target, None).expect("made").before);
+        assert!(is_there(&target));
+        assert_eq!(prepare(&target, None).expect("there"), Place { folder: target.clone(), before: true });
         remove(&target).expect("removed");
         remove(&target).expect("gone already");
         std::os::unix::fs::symlink("/tmp", root.join("link")).expect("a link");
@@ -207,15 +260,50 @@ mod tests {
         }
         let folder = tempfile::tempdir().expect("a temporary folder");
         let target = folder.path().canonicalize().expect("real").join("mount");
-        let (place, before) = prepare(&target, Some("store")).expect("carried");
-        assert_eq!((place.as_path(), before), (target.join("store").as_path(), false));
+        let place = prepare(&target, Some("store")).expect("carried");
+        assert_eq!(place, Place { folder: target.join("store"), before: false });
         let carrier = mounts::at(&target).expect("read").expect("mounted").device;
         std::fs::create_dir(target.join("other")).expect_err("read-only");
-        assert_eq!(prepare(&target, Some("store")).expect("again"), (place, true));
+        let again = Place { before: true, ..place };
+        assert_eq!(prepare(&target, Some("store")).expect("again"), again);
+        // As a driver leaves it that was killed.
+        hold(&again.folder).expect("dead");
+        assert_eq!(prepare(&target, Some("store")).expect("once more"), again);
+        assert!(is_dead(&again.folder), "it stays until the next mount is ready");
         assert_eq!(mounts::at(&target).expect("read").expect("mounted").device, carrier, "it is the same one");
+        clear(&again.folder).expect("cleared");
+        assert!(again.folder.is_dir());
         clear(&target).expect("cleared");
         assert_eq!(mounts::at(&target).expect("read"), None);
         remove(&target).expect("removed");
+    }
+
+    #[test]
+    fn what_is_held_is_dead_to_everyone_and_known_as_ours() {
+        if !crate::mem::has_cap_sys_admin() || !Path::new("/dev/fuse").exists() {
+            return;
+        }
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let root = folder.path().canonicalize().expect("real");
+        let (wanted, forgotten) = (root.join("wanted/mount"), root.join("forgotten/mount"));
+        for target in [&wanted, &forgotten] {
+            std::fs::create_dir(target.parent().expect("a folder")).expect("made");
+            std::fs::create_dir(target).expect("made");
+            hold(target).expect("held");
+            assert!(is_there(target));
+            let device = mounts::at(target).expect("read").expect("mounted").device;
+            hold(target).expect("is held already");
+            assert_eq!(mounts::at(target).expect("read").expect("mounted").device, device);
+            let told = std::fs::read_dir(target).expect_err("dead");
+            assert_eq!(told.raw_os_error(), Some(libc::ENOTCONN));
+        }
+        std::fs::write(root.join("wanted").join(VOLUME_DATA), "{}").expect("written");
+        assert!(is_wanted(&wanted) && !is_wanted(&forgotten));
+        assert_eq!(inherit(&root).expect("looked"), 1);
+        assert_eq!(mounts::at(&forgotten).expect("read"), None);
+        assert!(is_dead(&wanted));
+        clear(&root).expect("cleared");
+        remove(&wanted).expect("bare again");
     }
 
     #[test]
