@@ -73,13 +73,17 @@ pub async fn serve(listening: &Listening, plugin: Arc<Plugin>, stop: impl Future
         }
     });
     loop {
-        let permit = room.clone().acquire_owned().await.expect("never closed");
-        let accepted = tokio::select! {
+        // Both at once: with every place taken by mounts of a store that hangs, the plugin still hears that it is to stop.
+        let next = async {
+            let permit = room.clone().acquire_owned().await.expect("never closed");
+            (permit, socket.accept().await)
+        };
+        let (permit, accepted) = tokio::select! {
             () = &mut stop => {
                 sweeping.abort();
                 return Ok(());
             }
-            accepted = socket.accept() => accepted,
+            next = next => next,
         };
         let stream = match accepted {
             Ok((stream, _)) => stream,
@@ -256,6 +260,19 @@ mod tests {
         let _ = slow.read_to_string(&mut late);
         assert!(late.starts_with("HTTP/1.1 408"), "{late}");
         assert!(began.elapsed() < Duration::from_secs(25), "{:?}", began.elapsed());
+    }
+
+    #[test]
+    fn a_plugin_with_every_place_taken_hears_that_it_is_to_stop() {
+        let served = Served::start();
+        let silent: Vec<_> = (0..=CONNECTIONS_MAX).map(|_| served.connect()).collect();
+        // Until all but one are taken.
+        std::thread::sleep(Duration::from_millis(500));
+        let began = Instant::now();
+        drop(served);
+        // A silent caller is let go after twice that.
+        assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+        drop(silent);
     }
 
     #[test]

@@ -10,8 +10,8 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -36,6 +36,11 @@ const FILE_BYTES_MAX: u64 = 16 << 20;
 
 /// How long the last container's files may be held after it ended, before the mount is detached.
 const UNMOUNT_GRACE: Duration = Duration::from_secs(5);
+
+/// How long the end of the plugin waits for a volume whose mount is being made or taken away: a store that hangs is not waited
+/// for, and whoever stops us has this much patience thrice.
+const STOP_GRACE: Duration = Duration::from_secs(20);
+const STOP_POLL: Duration = Duration::from_millis(20);
 
 /// How often engines that are gone are looked for.
 pub const SWEEP_PERIOD: Duration = Duration::from_secs(5);
@@ -98,6 +103,18 @@ pub struct Volumes {
 /// A thread that died holding one of these left nothing half changed: every change is one assignment.
 fn held<T>(lock: &Mutex<T>) -> MutexGuard<'_, T> {
     lock.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The same, or `None` if another thread holds it for longer than `until`.
+fn held_by<T>(lock: &Mutex<T>, until: Instant) -> Option<MutexGuard<'_, T>> {
+    loop {
+        match lock.try_lock() {
+            Ok(guard) => return Some(guard),
+            Err(TryLockError::Poisoned(lost)) => return Some(lost.into_inner()),
+            Err(TryLockError::WouldBlock) if Instant::now() >= until => return None,
+            Err(TryLockError::WouldBlock) => std::thread::sleep(STOP_POLL),
+        }
+    }
 }
 
 impl Volumes {
@@ -204,6 +221,12 @@ impl Volumes {
         let standing = self.mounter.mount(&volume.options, &volume.mountpoint);
         let standing = standing.inspect_err(|_| remove_mountpoint(&volume.mountpoint))?;
         let mut usage = held(&volume.usage);
+        if usage.removed {
+            // The plugin ended meanwhile, and did not wait for us.
+            drop(usage);
+            let_go(&volume, &*standing);
+            return Err(unknown(name));
+        }
         usage.holders.insert(holder.to_owned(), Holder { asker, stays: false });
         usage.standing = Some(standing);
         tracing::info!(volume = name, "mounted");
@@ -237,19 +260,28 @@ impl Volumes {
         volumes.iter().map(|volume| volume.look()).collect()
     }
 
-    /// Unmounts everything, whoever holds it: the plugin ends.
+    /// Unmounts everything, whoever holds it: the plugin ends. A mount that is being made does not outlive its making.
     pub fn stop(&self) {
+        self.stop_within(STOP_GRACE);
+    }
+
+    fn stop_within(&self, grace: Duration) {
         let volumes: Vec<_> = held(&self.table).values().cloned().collect();
+        let until = Instant::now() + grace;
         // All at once: each that is in use takes seconds, and whoever stops us waits for so many, not for each.
         std::thread::scope(|all| {
             for volume in volumes {
                 all.spawn(move || {
-                    let _work = held(&volume.work);
-                    let standing = {
-                        let mut usage = held(&volume.usage);
-                        usage.removed = true;
-                        usage.standing.take()
+                    // First, for whoever is at work: nothing is to be mounted any more.
+                    held(&volume.usage).removed = true;
+                    let Some(_work) = held_by(&volume.work, until) else {
+                        tracing::warn!(
+                            volume = volume.name,
+                            "not waited for: its mount is still being made or taken away"
+                        );
+                        return;
                     };
+                    let standing = held(&volume.usage).standing.take();
                     if let Some(standing) = standing {
                         let_go(&volume, &*standing);
                     }
@@ -629,5 +661,25 @@ mod tests {
         volumes.stop();
         assert_eq!(fake.standing.load(Ordering::SeqCst), 0);
         assert_eq!(volumes.mount("v", "two", None).unwrap_err().code(), Code::NotFound);
+    }
+
+    #[test]
+    fn the_end_does_not_wait_for_a_store_that_hangs_and_its_mount_does_not_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        let (volumes, fake) = volumes(dir.path());
+        volumes.create("slow", store()).unwrap();
+        let gate = held(&fake.gate);
+        std::thread::scope(|scope| {
+            let mounting = scope.spawn(|| volumes.mount("slow", "one", None));
+            // It made its folder, and waits at the gate.
+            while !dir.path().join("volumes/slow").exists() {
+                std::thread::yield_now();
+            }
+            volumes.stop_within(Duration::from_millis(50));
+            drop(gate);
+            assert_eq!(mounting.join().unwrap().unwrap_err().code(), Code::NotFound);
+        });
+        assert_eq!((fake.made.load(Ordering::SeqCst), fake.standing.load(Ordering::SeqCst)), (1, 0));
+        assert!(!dir.path().join("volumes/slow").exists());
     }
 }
