@@ -233,6 +233,14 @@ held() {
   in_it 'rm -r /run/systemd/system/modelfs@llama.service.d; systemctl daemon-reload; systemctl reset-failed modelfs@llama'
 }
 step "programs that hold files have their time, then the mount is detached" held
+ended_by_hand() { # `modelfs umount`, not systemd, ends it while a file is held: it stays down, longer than RestartSec
+  in_it 'systemctl start modelfs@llama; exec 7</srv/llama/acme/llama/current/config.json
+    rc=0; modelfs umount /srv/llama || rc=$?; [[ $rc == 24 ]]; sleep 8
+    [[ $(systemctl show --property ActiveState --value modelfs@llama) == failed ]]; ! mountpoint -q /srv/llama' || return 1
+  [[ $(nspawn_in systemctl show --property ExecMainStatus --value modelfs@llama) == 24 ]] || return 1
+  nspawn_in systemctl reset-failed modelfs@llama
+}
+step "one that is ended by hand while files are held does not come back" ended_by_hand
 
 # ---- What must not start.
 
