@@ -365,6 +365,8 @@ units_are_sound() {
   (cd "$work/units" && systemd-analyze verify --recursive-errors=no ./modelfs-volume-plugin.service ./modelfs-volume-plugin.socket) || return 1
   # A start limit would end the socket too, and the engine find no plugin after the configuration was mended.
   sed -n '/^\[Unit\]/,/^\[Service\]/p' systemd/modelfs-volume-plugin.service | grep -x 'StartLimitIntervalSec=0' || return 1
+  # What docs/DEPLOY.md says of limits holds for its mounts too.
+  grep -x 'Slice=modelfs.slice' systemd/modelfs-volume-plugin.service || return 1
   # A mount namespace of its own would hide its mounts from the engine.
   ! grep -nE '^(PrivateTmp|PrivateMounts|PrivateDevices|Protect|ReadOnly|ReadWrite|Inaccessible|Temporary|Bind|Mount)' systemd/modelfs-volume-plugin.service
 }
