@@ -102,6 +102,9 @@ give_keys() {
   install -m 600 "$work/llama.key" "$root/etc/credstore.encrypted/modelfs-llama.key"
   mkdir -p "$root/etc/systemd/system/modelfs@llama.service.d"
   printf '[Service]\nLimitMEMLOCK=8G\n' >"$root/etc/systemd/system/modelfs@llama.service.d/memlock.conf"
+  # As the page has all of them limited.
+  nspawn_in systemctl set-property modelfs.slice MemoryMax=96G
+  [[ -n $(ls "$root/etc/systemd/system.control/modelfs.slice.d") ]]
 }
 # The page's lines: one for the first access; one that mounts; one whose store does not answer; one whose store takes the
 # connection and says nothing.
@@ -194,7 +197,12 @@ remove() {
   ! nspawn_in systemctl is-active modelfs@models.service && ! nspawn_in mountpoint -q /mnt/unit
 }
 purge() {
-  nspawn_in umount /mnt/models && until_true 15 no_daemon && nspawn_in dpkg -P modelfs
+  nspawn_in umount /mnt/models && until_true 15 no_daemon || return 1
+  # As a volume plugin leaves it that was killed: what nobody serves any more.
+  nspawn_in sh -ec 'mkdir -p /var/lib/modelfs/volumes/dead; exec 9<>/dev/fuse
+    mount -i -t fuse.modelfs -o fd=9,rootmode=40000,user_id=0,group_id=0 none /var/lib/modelfs/volumes/dead'
+  ! nspawn_in ls /var/lib/modelfs/volumes/dead 2>/dev/null || { echo "it is not dead"; return 1; }
+  nspawn_in dpkg -P modelfs
 }
 no_daemon() { ! nspawn_in pgrep -f mount.modelfs; }
 no_trace() {
