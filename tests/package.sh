@@ -47,6 +47,8 @@ holds() { # what the system looks for
     usr/share/bash-completion/completions/modelfs usr/share/zsh/vendor-completions/_modelfs \
     usr/share/fish/vendor_completions.d/modelfs.fish usr/lib/systemd/system/modelfs@.service \
     usr/lib/systemd/system/modelfs.slice etc/modelfs/example.env usr/share/doc/modelfs/copyright usr/share/doc/modelfs/DEPLOY.md \
+    usr/share/doc/modelfs/kubernetes/driver.yaml usr/share/doc/modelfs/kubernetes/examples/pod.yaml usr/share/doc/modelfs/container/Dockerfile \
+    usr/share/doc/modelfs/compose/compose.yaml usr/share/doc/modelfs/docker-plugin/config.json \
     'usr/sbin/mount.modelfs -> ../bin/modelfs' 'usr/sbin/mount.fuse.modelfs -> ../bin/modelfs'; do
     grep -q " \./$path$" "$work/files" || { echo "lacks $path"; missing=1; }
   done
