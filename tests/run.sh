@@ -84,6 +84,7 @@ script systemd.sh
 script run_command.sh
 script doctor.sh
 script scan.sh $quick
+script csi.sh
 script kubernetes.sh
 script observe.sh
 script runbook.sh

@@ -6,7 +6,7 @@
 //! is shut for new opens until it is allowed again; an outage changes nothing. One call a target at a time; all may be repeated.
 //! Keeps no state outside the process: after a restart the kubelet publishes anew. Until that succeeds, a volume that was there
 //! before is a dead mount, never an empty folder, and every refusal is one after which the kubelet tries again.
-//! Held by: the tests in node_tests.rs, tests/kubernetes.sh.
+//! Held by: the tests in node_tests.rs, tests/csi.sh, tests/kubernetes.sh.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};

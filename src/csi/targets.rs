@@ -4,7 +4,7 @@
 //! Promises: nothing outside the kubelet's folder is touched, and nothing that is not modelfs's is unmounted. What a driver that
 //! died or ended left mounted stays until the kubelet has it published anew or unpublished: a program that starts meanwhile
 //! fails, instead of finding an empty folder.
-//! Held by: the tests below, tests/kubernetes.sh.
+//! Held by: the tests below, tests/csi.sh, tests/kubernetes.sh.
 
 use std::ffi::{CStr, CString};
 use std::io;
