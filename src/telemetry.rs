@@ -14,7 +14,7 @@ pub mod tally;
 use std::borrow::Cow;
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use serde::Serialize;
 
@@ -197,6 +197,8 @@ metrics! {
     audit_failures: Counter => u64;
     /// Records taken and not yet written.
     audit_waiting: Gauge => u64;
+    /// Since when the oldest checkpoint waits that is not on the disk, or not elsewhere, in Unix seconds; 0: none does.
+    audit_pending_since: Gauge => u64;
     /// Alerts that a webhook took; that it did not take after all attempts; that were told with another one; that found no
     /// room to wait in.
     alerts_sent: Counter => u64;
@@ -209,6 +211,14 @@ metrics! {
     /// The same of the control socket.
     control_requests: Counter => u64;
     control_refused: Counter => u64;
+}
+
+impl Snapshot {
+    /// How long the oldest checkpoint of the audit log has been on its way to the disk and elsewhere, in seconds.
+    pub fn audit_checkpoint_age(&self) -> u64 {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |now| now.as_secs());
+        if self.audit_pending_since == 0 { 0 } else { now.saturating_sub(self.audit_pending_since) }
+    }
 }
 
 /// How log lines look.

@@ -6,8 +6,11 @@ mod fixture;
 #[path = "common/program.rs"]
 mod program;
 
+use std::ffi::CString;
 use std::fs;
 use std::io::Write;
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -752,6 +755,117 @@ fn a_checkpoint_that_cannot_be_told_elsewhere_refuses_too() {
         assert!(Instant::now() < deadline, "still refused");
         std::thread::sleep(Duration::from_millis(20));
     }
+    audit.close();
+    genuine(&scene.verify());
+}
+
+/// A share whose server has gone away: whoever asks it waits, until it is taken off.
+struct Gone {
+    at: PathBuf,
+    server: Option<fs::File>,
+}
+
+impl Gone {
+    fn over(folder: &Path) -> Option<Gone> {
+        if !can_mount() {
+            return None;
+        }
+        // Nobody ever reads what is asked here.
+        let server = fs::File::options().read(true).write(true).open("/dev/fuse").expect("a server");
+        let path = |path: &Path| CString::new(path.as_os_str().as_bytes()).expect("no NUL");
+        let options = format!("fd={},rootmode=40000,user_id=0,group_id=0", server.as_raw_fd());
+        let (at, options) = (path(folder), CString::new(options).expect("no NUL"));
+        // SAFETY: NUL-terminated strings that outlive the call.
+        let mounted = unsafe {
+            libc::mount(c"gone".as_ptr(), at.as_ptr(), c"fuse".as_ptr(), libc::MS_NOSUID, options.as_ptr().cast())
+        };
+        assert_eq!(mounted, 0, "{}", std::io::Error::last_os_error());
+        Some(Gone { at: folder.to_owned(), server: Some(server) })
+    }
+}
+
+impl Drop for Gone {
+    fn drop(&mut self) {
+        let at = CString::new(self.at.as_os_str().as_bytes()).expect("no NUL");
+        // SAFETY: a NUL-terminated string that outlives the call.
+        unsafe { libc::umount2(at.as_ptr(), libc::MNT_DETACH) };
+        // Whoever waits is told that it is gone for good.
+        drop(self.server.take());
+    }
+}
+
+fn until(what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !done() {
+        assert!(Instant::now() < deadline, "{what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// A log whose checkpoints go to a folder of their own, which nobody has asked for anything yet.
+fn with_share(mode: AuditMode) -> (Scene, PathBuf) {
+    let mut scene = Scene::new();
+    let share = scene.dir.path().join("share");
+    fs::create_dir(&share).expect("mkdir");
+    scene.plan.checkpoint_file = Some(share.join("checkpoints"));
+    (scene.plan.mode, scene.plan.checkpoint_records) = (mode, 5);
+    scene.plan.stuck_after = Duration::from_millis(500);
+    (scene, share)
+}
+
+#[test]
+fn a_share_that_hangs_refuses_too_and_holds_up_no_end() {
+    let (scene, share) = with_share(AuditMode::Required);
+    let telemetry = Arc::new(Telemetry::default());
+    let audit = audit::start(&scene.plan, &telemetry).expect("opened").expect("a log");
+    let Some(gone) = Gone::over(&share) else { return };
+    for number in 0..10 {
+        telemetry.events.emit(&open_event(number)).expect("no share is waited for");
+    }
+    assert_ne!(telemetry.snapshot().audit_pending_since, 0, "a checkpoint is on its way");
+    let mut error = None;
+    until("nothing is refused", || {
+        error = telemetry.events.emit(&open_event(0)).err();
+        error.is_some()
+    });
+    let error = error.expect("refused");
+    assert_eq!(error.code(), Code::Audit, "{error:?}");
+    assert!(error.chain().contains("on its way") && error.chain().contains("share/checkpoints"), "{error:?}");
+    assert!(telemetry.audit_failures.get() > 0);
+
+    // It answers again: the place below is a disk like any other.
+    drop(gone);
+    until("still refused", || telemetry.events.emit(&open_event(1)).is_ok());
+    until("a checkpoint is on its way for ever", || telemetry.snapshot().audit_pending_since == 0);
+    audit.close();
+    assert!(scene.lines().iter().any(|line| text(line, "kind") == "gap"));
+    genuine(&scene.verify());
+
+    let (scene, share) = with_share(AuditMode::Required);
+    let audit = scene.open();
+    let gone = Gone::over(&share).expect("as before");
+    for number in 0..7 {
+        audit.take(&open_event(number)).expect("recorded");
+    }
+    let began = Instant::now();
+    audit.close();
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    assert_eq!(text(&scene.lines().pop().expect("lines"), "kind"), "checkpoint", "the log itself has its end");
+    genuine(&scene.verify_alone());
+    drop(gone);
+}
+
+#[test]
+fn a_share_that_hangs_is_counted_where_the_log_is_not_required() {
+    let (scene, share) = with_share(AuditMode::On);
+    let telemetry = Arc::new(Telemetry::default());
+    let audit = audit::start(&scene.plan, &telemetry).expect("opened").expect("a log");
+    let Some(gone) = Gone::over(&share) else { return };
+    until("nothing is counted", || {
+        telemetry.events.emit(&open_event(0)).expect("readers go on");
+        telemetry.audit_failures.get() > 0
+    });
+    drop(gone);
     audit.close();
     genuine(&scene.verify());
 }

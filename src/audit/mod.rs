@@ -8,7 +8,7 @@
 //! ```
 //! In: events of `telemetry::events`, an [`AuditPlan`]. Out: JSON lines; each holds the hash of the one before it.
 //! Promises: a record is written when [`Sink::take`] returns Ok, and with `audit=required` an Err says that it is not, so
-//! that what it tells of does not happen; what could not be recorded is counted, told, and stands in the log as a gap once it
+//! that what it tells of does not happen; nor does it where a checkpoint hangs on its way; what could not be recorded is counted, told, and stands in the log as a gap once it
 //! can be written again; a checkpoint that is elsewhere names what is on the disk.
 //! `record`: one line. `file`: the files. `verify`: what is wrong with a log, and where. `index`, `show`: finding records.
 //! Not here: what is an event (whoever emits it), who may read the log (the modes of its files).
@@ -25,7 +25,7 @@ use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -95,9 +95,40 @@ struct Work {
     closed: Vec<(PathBuf, Sync)>,
     /// When the next checkpoint is due.
     due: Option<Instant>,
+    /// Since when the oldest of the above waits, and the oldest that the thread has taken and not brought to its end.
+    handed: Option<Instant>,
+    taken: Option<Instant>,
     /// Why the last checkpoint is not on the disk, or not elsewhere.
     failed: Option<Error>,
     stop: bool,
+    /// The thread is gone.
+    ended: bool,
+}
+
+impl Work {
+    /// Since when the oldest checkpoint is on its way.
+    fn since(&self) -> Option<Instant> {
+        self.taken.or(self.handed)
+    }
+
+    /// How long the oldest checkpoint has been on its way, or has been due with nobody making it: the thread hangs in a disk
+    /// or a share that answers neither yes nor no.
+    fn waits(&self) -> Duration {
+        if self.ended {
+            return Duration::ZERO;
+        }
+        self.since().into_iter().chain(self.due).min().map_or(Duration::ZERO, |since| since.elapsed())
+    }
+}
+
+/// Says that the thread is gone, however it went.
+struct Ending<'s>(&'s Shared);
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        self.0.work.lock().unwrap_or_else(PoisonError::into_inner).ended = true;
+        self.0.wake.notify_all();
+    }
 }
 
 /// A checkpoint whose records are to be on the disk before it is told elsewhere.
@@ -197,22 +228,31 @@ impl Audit {
         Ok((Audit { shared, worker: Mutex::new(Some(worker)) }, found))
     }
 
-    /// The end: a last checkpoint, on the disk and elsewhere. Records that come later are written all the same.
+    /// The end: a last checkpoint, on the disk and elsewhere. Records that come later are written all the same. A disk or a
+    /// share that hangs holds the end up for [`AuditPlan::stuck_after`] and no longer.
     pub fn close(&self) {
         let Some(worker) = self.worker.lock().expect("a thread died ending the audit log").take() else { return };
-        {
-            let mut writer = self.shared.writer();
-            if writer.since > 0 || writer.owed {
-                writer.owed = true;
-                if let Err(error) = self.shared.pay(&mut writer) {
-                    tracing::error!("the audit log has no last checkpoint: {}", error.chain());
-                }
-            }
+        let shared = self.shared.clone();
+        if let Err(error) = std::thread::Builder::new().name("audit-end".into()).spawn(move || shared.end()) {
+            tracing::debug!("no thread for the end of the audit log: {error}");
+            self.shared.end();
         }
-        self.shared.work.lock().expect("a thread died holding the audit work").stop = true;
-        self.shared.wake.notify_all();
         // The last to let go of a sink may be its own thread.
-        if worker.thread().id() != std::thread::current().id() && worker.join().is_err() {
+        if worker.thread().id() == std::thread::current().id() {
+            return;
+        }
+        let most = self.shared.plan.stuck_after;
+        let work = self.shared.work.lock().expect("a thread died holding the audit work");
+        let (work, _) = (self.shared.wake.wait_timeout_while(work, most, |work| !work.ended))
+            .expect("a thread died holding the audit work");
+        let ended = work.ended;
+        drop(work);
+        if !ended {
+            tracing::error!(
+                "the end of the audit log is left to itself: a disk or share of it has not answered for {} s",
+                most.as_secs()
+            );
+        } else if worker.join().is_err() {
             tracing::error!("the thread of the audit log died");
         }
     }
@@ -272,9 +312,16 @@ impl Shared {
 
     fn take(&self, event: &Event) -> Result<()> {
         let mut writer = self.writer();
-        let recorded = match self.not_synced() {
-            Some(error) if self.required() => Err(error),
-            Some(_) | None => self.pay(&mut writer).and_then(|()| self.put(&mut writer, &mut Record::of(event))),
+        let (failed, stuck) = self.not_synced();
+        let recorded = match (failed.or_else(|| stuck.clone()), stuck) {
+            (Some(error), _) if self.required() => Err(error),
+            (_, stuck) => {
+                // What fails, the thread tells; what hangs, nobody else can.
+                if let Some(error) = stuck.filter(|_| writer.told.is_none_or(|told| told.elapsed() > TELL_AGAIN)) {
+                    self.tell(&mut writer, &error);
+                }
+                self.pay(&mut writer).and_then(|()| self.put(&mut writer, &mut Record::of(event)))
+            }
         };
         let Err(error) = recorded else {
             if let Some(telemetry) = self.telemetry.upgrade() {
@@ -307,8 +354,56 @@ impl Shared {
         Ok(())
     }
 
-    fn not_synced(&self) -> Option<Error> {
-        self.work.lock().expect("a thread died holding the audit work").failed.clone()
+    /// Why the last checkpoint is not where it belongs, and, where nobody says why, that one has been on its way for too long.
+    fn not_synced(&self) -> (Option<Error>, Option<Error>) {
+        let work = self.work.lock().expect("a thread died holding the audit work");
+        let waits = work.waits();
+        let stuck = (waits > self.plan.stuck_after).then(|| {
+            let places = [&self.plan.file, &self.plan.checkpoint_file];
+            let places: Vec<String> = places.into_iter().flatten().map(|path| path.display().to_string()).collect();
+            let (seconds, places) = (waits.as_secs(), places.join(" and "));
+            Error::new(
+                Code::Audit,
+                format!("a checkpoint has been on its way for {seconds} s; look whether the disk of {places} answers"),
+            )
+        });
+        (work.failed.clone(), stuck)
+    }
+
+    /// Gives the thread something to bring to the disk.
+    fn hand_over(&self, give: impl FnOnce(&mut Work)) {
+        let since = {
+            let mut work = self.work.lock().expect("a thread died holding the audit work");
+            give(&mut work);
+            work.due = None;
+            work.handed.get_or_insert_with(Instant::now);
+            work.since()
+        };
+        self.wake.notify_all();
+        self.show(since);
+    }
+
+    /// Shows since when a checkpoint is on its way. With nothing locked: ours may be the last hold on our own sink.
+    fn show(&self, since: Option<Instant>) {
+        let unix = |since: Instant| (record::now() / 1_000_000).saturating_sub(since.elapsed().as_secs()).max(1);
+        if let Some(telemetry) = self.telemetry.upgrade() {
+            telemetry.audit_pending_since.set(since.map_or(0, unix));
+        }
+    }
+
+    /// A last checkpoint, then the thread may go.
+    fn end(&self) {
+        {
+            let mut writer = self.writer();
+            if writer.since > 0 || writer.owed {
+                writer.owed = true;
+                if let Err(error) = self.pay(&mut writer) {
+                    tracing::error!("the audit log has no last checkpoint: {}", error.chain());
+                }
+            }
+        }
+        self.work.lock().expect("a thread died holding the audit work").stop = true;
+        self.wake.notify_all();
     }
 
     fn tell(&self, writer: &mut Writer, error: &Error) {
@@ -347,9 +442,7 @@ impl Shared {
         }
         if writer.owed {
             let sync = self.checkpoint(writer)?;
-            let mut work = self.work.lock().expect("a thread died holding the audit work");
-            (work.sync, work.due) = (Some(sync), None);
-            self.wake.notify_all();
+            self.hand_over(|work| work.sync = Some(sync));
         }
         Ok(())
     }
@@ -364,10 +457,10 @@ impl Shared {
             match files.close() {
                 Ok((path, file)) => {
                     let sync = Sync { file: Some(file), ..sync };
-                    let mut work = self.work.lock().expect("a thread died holding the audit work");
-                    (work.sync, work.due) = (None, None);
-                    work.closed.push((path, sync));
-                    self.wake.notify_all();
+                    self.hand_over(|work| {
+                        work.sync = None;
+                        work.closed.push((path, sync));
+                    });
                 }
                 // Better one long file than none.
                 Err(error) => {
@@ -435,6 +528,7 @@ impl Shared {
 
     /// The thread: what nobody waits for.
     fn work(&self) {
+        let _ending = Ending(self);
         let mut elsewhere = self.plan.checkpoint_file.clone().map(Elsewhere::new);
         let mut look = Instant::now();
         let mut pending: Vec<(Option<PathBuf>, Sync)> = Vec::new();
@@ -459,6 +553,8 @@ impl Shared {
                     pending.retain(|(path, _)| path.is_some());
                     pending.push((None, sync));
                 }
+                let handed = work.handed.take();
+                work.taken = work.taken.or(handed);
                 let due = work.due.is_some_and(|due| due <= Instant::now());
                 if due {
                     work.due = None;
@@ -477,7 +573,15 @@ impl Shared {
                 let mut writer = self.writer();
                 self.tell(&mut writer, error);
             }
-            self.work.lock().expect("a thread died holding the audit work").failed = failed;
+            let since = {
+                let mut work = self.work.lock().expect("a thread died holding the audit work");
+                work.failed = failed;
+                if pending.is_empty() {
+                    work.taken = None;
+                }
+                work.since()
+            };
+            self.show(since);
             if due {
                 let mut writer = self.writer();
                 if writer.since > 0 {

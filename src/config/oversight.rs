@@ -62,6 +62,9 @@ pub struct AuditPlan {
     pub file_bytes_max: u64,
     /// Closed files older than this are removed; `None`: never.
     pub keep: Option<Duration>,
+    /// A checkpoint that is neither on the disk and elsewhere nor refused after this is taken for one that will not be. No
+    /// option: long enough for a disk that is only busy, and short for what goes unrecorded meanwhile.
+    pub stuck_after: Duration,
 }
 
 impl Default for AuditPlan {
@@ -76,6 +79,7 @@ impl Default for AuditPlan {
             checkpoint_every: Duration::from_secs(60),
             file_bytes_max: 256 << 20,
             keep: None,
+            stuck_after: Duration::from_secs(30),
         }
     }
 }
@@ -191,6 +195,7 @@ pub fn audit(layers: &Layers) -> Result<AuditPlan> {
             .unwrap_or(usual.checkpoint_every),
         file_bytes_max: layers.parse("audit-file-bytes", units::parse_size)?.unwrap_or(usual.file_bytes_max),
         keep: layers.parse("audit-keep", units::parse_duration)?,
+        stuck_after: usual.stuck_after,
     };
     if plan.mode != AuditMode::Off && !asked {
         let by = layers.get("audit").map_or(String::new(), |setting| format!("{setting}: "));

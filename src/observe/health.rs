@@ -9,7 +9,8 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::facts::{Facts, MountFacts};
-use crate::telemetry::events::Kind;
+use crate::config::oversight::AuditPlan;
+use crate::telemetry::events::{Kind, Severity};
 use crate::vault::VaultState;
 
 /// What one question is answered with.
@@ -130,15 +131,16 @@ pub fn security(facts: &Facts) -> Told {
     let policy = facts.mounts.iter().all(|mount| mount.policy);
     item("policy", or_warn(policy), if policy { "on" } else { "a mount has no policy: modes and owner decide" }.into());
     let numbers = &facts.numbers;
+    let (age, usual) = (numbers.audit_checkpoint_age(), AuditPlan::default());
     item(
         "audit",
-        match (facts.audit, numbers.audit_failures) {
-            ("off", _) => Warn,
-            (_, 0) => Pass,
+        match (facts.audit, numbers.audit_failures, age <= usual.stuck_after.as_secs()) {
+            ("off", ..) => Warn,
+            (_, 0, true) => Pass,
             _ => Fail,
         },
         format!(
-            "{}; {} records, {} waiting, {} failed",
+            "{}; {} records, {} waiting, {} failed, a checkpoint on its way for {age} s",
             facts.audit, numbers.audit_records, numbers.audit_waiting, numbers.audit_failures
         ),
     );

@@ -151,6 +151,7 @@ fn process(scrape: &mut Scrape, facts: &Facts) {
 
 /// Every field of a snapshot under its name in the table: a new one does not compile until it has one.
 fn numbers(scrape: &mut Scrape, numbers: &Snapshot) {
+    scrape.whole("modelfs_audit_checkpoint_age_seconds", &[], numbers.audit_checkpoint_age());
     let Snapshot {
         fetch_bytes,
         fetch_requests,
@@ -199,6 +200,7 @@ fn numbers(scrape: &mut Scrape, numbers: &Snapshot) {
         audit_records,
         audit_failures,
         audit_waiting,
+        audit_pending_since: _,
         alerts_sent,
         alerts_failed,
         alerts_merged,

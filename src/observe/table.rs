@@ -182,6 +182,11 @@ pub const METRICS: &[Metric] = &[
         NONE,
         "Records of the audit log since its last checkpoint, which nothing signed vouches for yet.",
     ),
+    gauge(
+        "modelfs_audit_checkpoint_age_seconds",
+        NONE,
+        "How long the oldest checkpoint has been on its way to the disk and elsewhere; 0 if none is.",
+    ),
     counter(
         "modelfs_alerts_total",
         &["result"],
