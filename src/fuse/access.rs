@@ -22,7 +22,9 @@ use lru::LruCache;
 
 use super::{Handle, Inner, ModelFs, Opener, Session, told};
 use crate::error::{Code, Error, Result};
-use crate::policy::{Asker, Block, Blocked, Buckets, Denials, Limiter, May, Policy, Verdict, Wait, Where, types};
+use crate::policy::{
+    Asker, Block, Blocked, Buckets, Counted, Denials, Limiter, May, Policy, Verdict, Wait, Where, types,
+};
 use crate::processes;
 use crate::telemetry::events::{Actor, Event, Kind, Outcome, Severity};
 use crate::vfs::NodeId;
@@ -372,18 +374,18 @@ impl Inner {
             None => self.vfs.folder_path(node).unwrap_or_default(),
         };
         let told_max = if kind == Kind::Open { OPENS_TOLD } else { 1 };
-        let (notice, begun) = {
+        let (notice, Counted { begun, forgotten }) = {
             let mut denials = self.denials();
             let now = Instant::now();
             let notice = denials.note(&culprit, &model, told_max, now);
             let cgroup = asker.seen.as_ref().and_then(|seen| seen.cgroup.as_deref());
-            let begun = if counts && notice.counts {
+            let counted = if counts && notice.counts {
                 denials.count(&active.policy.denials, &culprit, cgroup, now)
             } else {
-                Vec::new()
+                Counted::default()
             };
             self.access.has_blocks.store(denials.has_blocks(), Ordering::SeqCst);
-            (notice, begun)
+            (notice, counted)
         };
         let mut events = Vec::new();
         if let Some(missed) = notice.tell
@@ -403,6 +405,8 @@ impl Inner {
                 events.push(event);
             }
         }
+        let why = "there is no room for more blocks, and it was asked about longest ago";
+        events.extend(forgotten.iter().map(|block| self.unblock_event(block, why).severity(Severity::Medium)));
         events
     }
 
@@ -413,16 +417,21 @@ impl Inner {
         let has_blocks = self.denials().has_blocks();
         self.access.has_blocks.store(has_blocks, Ordering::SeqCst);
         for block in blocks {
-            tracing::warn!("{} is no longer refused: {why}", block.who);
-            let place = self.place();
-            let mut event = Event::new(Kind::Unblock).detail(format!("{} is no longer refused: {why}", block.who));
-            if let Blocked::User(who) = &block.who {
-                event.actor.uid = Some(who.uid);
-            }
-            event.subject.mountpoint = Some(place.mountpoint.clone());
-            event.subject.store = Some(place.store.clone());
-            self.tell(event);
+            self.tell(self.unblock_event(block, why));
         }
+    }
+
+    fn unblock_event(&self, block: &Block, why: &str) -> Event {
+        let detail = format!("{} is no longer refused: {why}", block.who);
+        tracing::warn!("{detail}");
+        let place = self.place();
+        let mut event = Event::new(Kind::Unblock).detail(detail);
+        if let Blocked::User(who) = &block.who {
+            event.actor.uid = Some(who.uid);
+        }
+        event.subject.mountpoint = Some(place.mountpoint.clone());
+        event.subject.store = Some(place.store.clone());
+        event
     }
 
     /// Waits for the user's turn, `most` at most.

@@ -83,6 +83,13 @@ pub struct Block {
     pub why: String,
 }
 
+/// The blocks that begin with a denial, and those that end before their time since there is no room for more.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Counted {
+    pub begun: Vec<Block>,
+    pub forgotten: Vec<Block>,
+}
+
 /// What becomes of one denial.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Notice {
@@ -155,14 +162,14 @@ impl Denials {
         self.refused.get_or_insert_mut(who.clone(), || Last::at(now)).note(told_max, now).tell
     }
 
-    /// Counts one denial. The blocks that begin with it.
-    pub fn count(&mut self, rules: &DenialRules, who: &Culprit, cgroup: Option<&str>, now: Instant) -> Vec<Block> {
-        let mut begun = Vec::new();
+    /// Counts one denial. The blocks that begin with it, and those that are forgotten for it.
+    pub fn count(&mut self, rules: &DenialRules, who: &Culprit, cgroup: Option<&str>, now: Instant) -> Counted {
+        let mut counted = Counted::default();
         let left = cgroup.and_then(|path| self.stands(&Blocked::Cgroup(path.to_owned()), now));
         if let Some(left) = left {
             let why = format!("denied in a control group that is blocked ({})", cgroup.unwrap_or_default());
-            self.begin(Blocked::User(who.clone()), now + left, why, &mut begun, now);
-            return begun;
+            self.begin(Blocked::User(who.clone()), now + left, why, &mut counted, now);
+            return counted;
         }
         let many = rules.count as usize;
         let times = self.users.get_or_insert_mut(who.clone(), VecDeque::new);
@@ -170,7 +177,7 @@ impl Denials {
         if times.len() >= many {
             times.clear();
             let why = format!("denied {} times within {} s", rules.count, rules.within.as_secs());
-            self.begin(Blocked::User(who.clone()), now + rules.block, why, &mut begun, now);
+            self.begin(Blocked::User(who.clone()), now + rules.block, why, &mut counted, now);
         }
         if let Some(path) = cgroup {
             let group = self.groups.get_or_insert_mut(path.to_owned(), Group::default);
@@ -189,31 +196,35 @@ impl Denials {
                 let users = members.len();
                 let why =
                     format!("{users} users of it denied {} times within {} s", rules.count, rules.within.as_secs());
-                self.begin(Blocked::Cgroup(path.to_owned()), now + rules.block, why.clone(), &mut begun, now);
+                self.begin(Blocked::Cgroup(path.to_owned()), now + rules.block, why.clone(), &mut counted, now);
                 for (member, _) in members {
                     let why = format!("denied in control group {path}: {why}");
-                    self.begin(Blocked::User(member), now + rules.block, why, &mut begun, now);
+                    self.begin(Blocked::User(member), now + rules.block, why, &mut counted, now);
                 }
             }
         }
-        begun
+        counted
     }
 
-    fn begin(&mut self, who: Blocked, until: Instant, why: String, begun: &mut Vec<Block>, now: Instant) {
+    fn begin(&mut self, who: Blocked, until: Instant, why: String, counted: &mut Counted, now: Instant) {
         if self.stands(&who, now).is_some() {
             return;
         }
         let block = Block { who: who.clone(), until, why };
-        begun.push(block.clone());
-        self.blocks.put(who, block);
+        counted.begun.push(block.clone());
+        // Whoever comes last takes the place of whoever was asked about longest ago, if there is none left.
+        counted
+            .forgotten
+            .extend(self.blocks.push(who, block).map(|(_, block)| block).filter(|block| block.until > now));
     }
 
-    fn stands(&self, who: &Blocked, now: Instant) -> Option<Duration> {
-        self.blocks.peek(who)?.until.checked_duration_since(now).filter(|left| !left.is_zero())
+    /// To be asked about keeps a block from being forgotten: that of a group above all, which each of its users asks about.
+    fn stands(&mut self, who: &Blocked, now: Instant) -> Option<Duration> {
+        self.blocks.get(who)?.until.checked_duration_since(now).filter(|left| !left.is_zero())
     }
 
     /// How much longer this user is refused everything.
-    pub fn blocked(&self, who: &Culprit, now: Instant) -> Option<Duration> {
+    pub fn blocked(&mut self, who: &Culprit, now: Instant) -> Option<Duration> {
         if self.blocks.is_empty() {
             return None;
         }
@@ -281,12 +292,12 @@ mod tests {
     fn five_denials_within_five_minutes_block_for_an_hour_and_four_do_not() {
         let (mut denials, start) = (Denials::default(), Instant::now());
         for number in 0..4 {
-            assert!(denials.count(&RULES, &host(1000), None, start + s(number)).is_empty());
+            assert!(denials.count(&RULES, &host(1000), None, start + s(number)).begun.is_empty());
         }
         assert_eq!(denials.blocked(&host(1000), start + s(4)), None);
         // The first has been forgotten by then.
-        assert!(denials.count(&RULES, &host(1000), None, start + s(301)).is_empty());
-        let begun = denials.count(&RULES, &host(1000), None, start + s(301));
+        assert!(denials.count(&RULES, &host(1000), None, start + s(301)).begun.is_empty());
+        let begun = denials.count(&RULES, &host(1000), None, start + s(301)).begun;
         assert_eq!(begun.len(), 1, "{begun:?}");
         assert_eq!(begun[0].who.to_string(), "uid=1000");
         assert_eq!(denials.blocked(&host(1000), start + s(302)), Some(s(3599)));
@@ -301,7 +312,7 @@ mod tests {
     fn root_of_a_container_is_not_root_of_the_host() {
         let (mut denials, now) = (Denials::default(), Instant::now());
         let inside = Culprit { uid: 0, place: Where::Container("3f2a".repeat(16)) };
-        let begun: Vec<Block> = (0..5).flat_map(|_| denials.count(&RULES, &inside, None, now)).collect();
+        let begun: Vec<Block> = (0..5).flat_map(|_| denials.count(&RULES, &inside, None, now).begun).collect();
         assert_eq!(begun[0].who.to_string(), "uid=0 in container 3f2a3f2a3f2a");
         assert!(denials.blocked(&inside, now).is_some());
         for other in [Where::Host, Where::Unseen, Where::Container("b".repeat(64))] {
@@ -313,23 +324,23 @@ mod tests {
     fn a_program_that_goes_through_users_is_stopped_and_its_innocent_neighbours_are_not() {
         let (mut denials, now) = (Denials::default(), Instant::now());
         let begun: Vec<Block> =
-            (2000..2005).flat_map(|uid| denials.count(&RULES, &host(uid), Some("/s"), now)).collect();
+            (2000..2005).flat_map(|uid| denials.count(&RULES, &host(uid), Some("/s"), now).begun).collect();
         let told: Vec<String> = begun.iter().map(|block| block.who.to_string()).collect();
         assert_eq!(told, ["cgroup=/s", "uid=2000", "uid=2001", "uid=2002", "uid=2003", "uid=2004"]);
         assert_eq!(denials.blocked(&host(3000), now), None, "never denied anything");
         // The next one it tries is blocked by his first denial.
-        let next = denials.count(&RULES, &host(2005), Some("/s"), now + s(1000));
+        let next = denials.count(&RULES, &host(2005), Some("/s"), now + s(1000)).begun;
         assert_eq!(next.len(), 1);
         assert_eq!(denials.blocked(&host(2005), now + s(1000)), Some(s(2600)), "for as long as the group");
-        assert!(denials.count(&RULES, &host(2006), Some("/other"), now + s(1000)).is_empty());
+        assert!(denials.count(&RULES, &host(2006), Some("/other"), now + s(1000)).begun.is_empty());
     }
 
     #[test]
     fn one_user_alone_blocks_no_group() {
         let (mut denials, now) = (Denials::default(), Instant::now());
-        let begun: Vec<Block> = (0..20).flat_map(|_| denials.count(&RULES, &host(1), Some("/s"), now)).collect();
+        let begun: Vec<Block> = (0..20).flat_map(|_| denials.count(&RULES, &host(1), Some("/s"), now).begun).collect();
         assert!(begun.iter().all(|block| block.who == Blocked::User(host(1))), "{begun:?}");
-        assert!(denials.count(&RULES, &host(2), Some("/other"), now).is_empty());
+        assert!(denials.count(&RULES, &host(2), Some("/other"), now).begun.is_empty());
         assert_eq!(denials.blocked(&host(2), now), None);
     }
 
@@ -370,8 +381,29 @@ mod tests {
         assert_eq!(denials.lift(|who| *who == Blocked::User(host(1))).len(), 1);
         assert_eq!(denials.blocked(&host(1), now), None);
         for _ in 0..4 {
-            assert!(denials.count(&RULES, &host(1), None, now).is_empty());
+            assert!(denials.count(&RULES, &host(1), None, now).begun.is_empty());
         }
+    }
+
+    /// Root of a container with many users under him.
+    #[test]
+    fn a_block_that_is_forgotten_for_want_of_room_is_told_and_a_groups_own_is_not_forgotten() {
+        let (mut denials, now) = (Denials::default(), Instant::now());
+        for uid in 1..6 {
+            denials.count(&RULES, &host(uid), Some("/s"), now);
+        }
+        let innocent = host(1_000_000);
+        let forgotten: Vec<Blocked> = (10..2 * TABLE_MAX.get() as u32)
+            .flat_map(|uid| denials.count(&RULES, &host(uid), Some("/s"), now).forgotten)
+            .map(|block| block.who)
+            .collect();
+        assert!(forgotten.contains(&Blocked::User(host(1))) && forgotten.contains(&Blocked::User(host(10))));
+        assert!(!forgotten.contains(&Blocked::Cgroup("/s".into())), "its own users kept it in mind");
+        for who in &forgotten {
+            assert!(!denials.standing(now).iter().any(|block| block.who == *who), "{who}");
+        }
+        assert_eq!(denials.blocked(&innocent, now), None);
+        assert_eq!(denials.count(&RULES, &innocent, Some("/s"), now).begun.len(), 1, "the group is blocked still");
     }
 
     #[test]

@@ -17,7 +17,7 @@ mod limits;
 mod rules;
 pub mod types;
 
-pub use denials::{Block, Blocked, Culprit, DenialRules, Denials, Notice, Where};
+pub use denials::{Block, Blocked, Counted, Culprit, DenialRules, Denials, Notice, Where};
 pub use limits::{Buckets, Limiter, Limits, Rate, WAIT_MAX, Wait};
 pub use rules::{Asker, May, Rule, Verdict, Who};
 
