@@ -1112,6 +1112,64 @@ fn a_full_disk_refuses_opens_of_a_mount_until_there_is_room_again() {
     run_ok(&mut program.command(&["audit", "verify", log]));
 }
 
+/// `audit=required` on a disk that is full: orders that may give are not begun, a policy stays, and a lock locks.
+#[test]
+fn what_gives_is_not_done_unless_it_is_on_record_and_what_takes_away_is() {
+    let Some(small) = Small::new() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let program = Program::in_folder(folder.path());
+    let source = folder.path().join("source");
+    fs::create_dir(&source).expect("mkdir");
+    fs::write(source.join("a.bin"), vec![1; 1 << 20]).expect("write");
+    program.seal(&source, "acme/m");
+    let policy = folder.path().join("policy.toml");
+    let may = |may: &str| {
+        let rule = format!("[[rule]]\neverybody = true\nmodels = [\"*\"]\nmay = \"{may}\"\n");
+        fs::write(&policy, rule).expect("written");
+    };
+    may("read");
+    let log = small.0.path().join("audit.log");
+    let (log, rules) = (log.to_str().expect("text"), policy.to_str().expect("text"));
+    let mount = program.mount(&["--audit", "required", "--audit-file", log, "--policy", rules]);
+    let file = program.mountpoint().join("acme/m/a.bin");
+    let fill = || {
+        small.fill();
+        (0..1000).find_map(|_| fs::File::open(&file).err()).expect("refused");
+    };
+    let order = |words: &[&str]| program.command(words).arg(program.mountpoint()).output().expect("runs");
+    let not_begun = |words: &[&str]| {
+        let ended = order(words);
+        let said = String::from_utf8_lossy(&ended.stderr).into_owned();
+        assert!(!ended.status.success() && said.contains("is not begun"), "{words:?}: {said}");
+    };
+    assert_eq!(fs::read(&file).expect("read").len(), 1 << 20);
+    fill();
+    may("none");
+    not_begun(&["reload"]);
+    not_begun(&["unlock"]);
+    not_begun(&["sessions", "--let-in", "uid=1"]);
+    // Nor by a signal.
+    mount.signal(libc::SIGHUP);
+    until("no word of the policy", || program.log().contains("the policy stays as it was"));
+    small.clear();
+    assert_eq!(fs::read(&file).expect("by the policy of before").len(), 1 << 20);
+    mount.signal(libc::SIGHUP);
+    until("the policy is not in force", || fs::File::open(&file).is_err());
+    may("read");
+    assert!(order(&["reload"]).status.success());
+
+    fill();
+    let locked = order(&["lock"]);
+    assert!(locked.status.success(), "{}", String::from_utf8_lossy(&locked.stderr));
+    not_begun(&["unlock"]);
+    small.clear();
+    assert!(fs::File::open(&file).is_err(), "it is locked");
+    assert!(order(&["unlock"]).status.success());
+    assert_eq!(fs::read(&file).expect("read").len(), 1 << 20);
+    mount.unmount();
+    run_ok(&mut program.command(&["audit", "verify", log]));
+}
+
 /// `audit=required` on a disk that is full: nothing is mounted.
 #[test]
 fn a_mount_that_cannot_be_recorded_is_not_made() {

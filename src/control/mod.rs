@@ -68,6 +68,20 @@ impl Request {
         }
     }
 
+    /// Whether somebody may get what he could not get before. Such an order is on record before it is begun; one that only
+    /// takes away waits for no record.
+    const fn gives(&self) -> bool {
+        match self {
+            Request::Reload { .. } | Request::Access(AccessRequest::Unlock { .. } | AccessRequest::LetIn { .. }) => {
+                true
+            }
+            Request::Status | Request::Map(_) | Request::Stop => false,
+            Request::Access(AccessRequest::Lock { .. } | AccessRequest::Sessions | AccessRequest::ShutOut { .. }) => {
+                false
+            }
+        }
+    }
+
     /// As an event names it: what, and of what.
     fn told(&self) -> String {
         let of = |what: &str, model: &Option<String>| match model {

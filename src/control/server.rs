@@ -277,6 +277,11 @@ impl Admitted {
                 ),
             ));
         }
+        if request.gives() {
+            let what = request.told();
+            let recorded = self.door.rules.telemetry.events.emit(&self.event().detail(what.as_str()));
+            recorded.map_err(|error| error.context(format!("`{what}` is not begun")))?;
+        }
         let target = &self.door.target;
         match request {
             Request::Status => Ok(target.status()),
@@ -287,11 +292,14 @@ impl Admitted {
         }
     }
 
+    fn event(&self) -> Event {
+        let subject = Subject { mountpoint: Some(self.door.mountpoint.clone()), ..Subject::default() };
+        Event::new(Kind::Admin).actor(self.peer.actor()).subject(subject)
+    }
+
     /// What a peer did or was not let do is told of; that somebody looked is not.
     fn tell(&self, what: &str, done: &Result<serde_json::Value>) {
-        let event = Event::new(Kind::Admin)
-            .actor(self.peer.actor())
-            .subject(Subject { mountpoint: Some(self.door.mountpoint.clone()), ..Subject::default() });
+        let event = self.event();
         let event = match done {
             Ok(_) => event.detail(what),
             Err(error) => {
@@ -327,10 +335,11 @@ fn answer(stream: &UnixStream, admitted: &Admitted) {
                 .map_err(|e| Error::new(Code::Usage, "the control socket got an unknown request").with_source(e))
         });
     let result = asked.and_then(|line| {
-        let looks = line.request.needs() == Role::Viewer;
+        let (looks, gives) = (line.request.needs() == Role::Viewer, line.request.gives());
         let what = line.request.told();
         let done = admitted.perform(line.request);
-        if !looks {
+        // What gives is on record since before it was begun; if it then came to nothing, that is told too.
+        if !looks && !(gives && done.is_ok()) {
             admitted.tell(&what, &done);
         }
         done
@@ -456,11 +465,69 @@ mod tests {
         ask(Request::Status).expect("an answer");
         ask(Request::Access(AccessRequest::Lock { model: Some("acme/llama".into()) })).expect("done");
         ask(Request::Stop).expect_err("held");
+        ask(Request::Reload { model: None }).expect("done");
         let told = notes.0.lock().expect("a test");
         let words: Vec<_> = told.iter().map(|event| event.detail.clone().unwrap_or_default()).collect();
-        assert!(words.len() == 2 && words[0] == "lock acme/llama" && words[1].starts_with("stop: pid 12"), "{words:?}");
+        assert!(words[0] == "lock acme/llama" && words[1].starts_with("stop: pid 12"), "{words:?}");
+        assert_eq!(words[2..], ["reload"], "once, and not again when it is done");
         assert!(told.iter().all(|event| event.kind == Kind::Admin && event.actor.pid == Some(std::process::id())));
-        assert_eq!(telemetry.control_requests.get(), 3);
+        assert_eq!(telemetry.control_requests.get(), 4);
+    }
+
+    /// With `audit=required` and a log that cannot be written.
+    #[test]
+    fn an_order_that_gives_is_not_begun_unless_it_is_on_record_and_one_that_takes_away_is() {
+        struct Full;
+        impl crate::telemetry::events::Sink for Full {
+            fn take(&self, _event: &Event) -> Result<()> {
+                Err(Error::new(Code::Audit, "the disk is full"))
+            }
+        }
+        struct Done(std::sync::Mutex<Vec<String>>);
+        impl ControlTarget for Done {
+            fn status(&self) -> serde_json::Value {
+                serde_json::json!({})
+            }
+            fn map(&self, _asked: &MapRequest) -> Result<serde_json::Value> {
+                Ok(serde_json::json!({}))
+            }
+            fn reload(&self, _model: Option<&str>) -> Result<serde_json::Value> {
+                self.0.lock().expect("a test").push("reload".into());
+                Ok(serde_json::json!({}))
+            }
+            fn stop(&self) -> Result<serde_json::Value> {
+                self.0.lock().expect("a test").push("stop".into());
+                Ok(serde_json::json!({}))
+            }
+            fn access(&self, request: AccessRequest) -> Result<serde_json::Value> {
+                self.0.lock().expect("a test").push(Request::Access(request).told());
+                Ok(serde_json::json!({}))
+            }
+        }
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let (telemetry, done) = (Arc::new(Telemetry::default()), Arc::new(Done(std::sync::Mutex::default())));
+        telemetry.events.add(Arc::new(Full));
+        let rules = Rules { telemetry, ..Rules::default() };
+        let server = serve_at(dir.path().join("run/a.sock"), Path::new("/mnt/x"), done.clone(), rules).expect("served");
+        let ask = |request| ask_at(server.path(), request, Duration::from_secs(5));
+        let session = || "uid=1".to_owned();
+        for gives in [
+            Request::Reload { model: None },
+            Request::Access(AccessRequest::Unlock { model: None }),
+            Request::Access(AccessRequest::LetIn { session: session() }),
+        ] {
+            let error = ask(gives.clone()).expect_err("cannot be recorded");
+            assert!(error.chain().contains("is not begun") && error.chain().contains("the disk is full"), "{error:?}");
+        }
+        assert!(done.0.lock().expect("a test").is_empty());
+        for takes in [
+            Request::Access(AccessRequest::Lock { model: None }),
+            Request::Access(AccessRequest::ShutOut { session: session(), seconds: None, hard: true }),
+            Request::Stop,
+        ] {
+            ask(takes).expect("done all the same");
+        }
+        assert_eq!(*done.0.lock().expect("a test"), ["lock", "shut out uid=1", "stop"]);
     }
 
     #[test]

@@ -83,9 +83,12 @@ impl Revoker {
         }
     }
 
+    fn of(&self, model: &Model, event: Event) -> Event {
+        event.subject(Subject { store: Some(self.store.to_string()), ..model.subject() })
+    }
+
     fn tell(&self, model: &Model, event: Event) {
-        let subject = Subject { store: Some(self.store.to_string()), ..model.subject() };
-        self.access.store.telemetry.events.tell(&event.subject(subject));
+        self.access.store.telemetry.events.tell(&self.of(model, event));
     }
 
     /// Locks one model or all. Blocking for as long as wiping takes; from its first moments on nothing is served.
@@ -178,7 +181,7 @@ impl Revoker {
     /// empty cache. All that are asked for, or none.
     ///
     /// # Errors
-    /// What refused the keys; with nothing locked, what refused the login.
+    /// What refused the keys; with nothing locked, what refused the login; `AUDIT` if it must be recorded and cannot be.
     fn unlock(&self, name: Option<&str>) -> Result<Value> {
         let counted = |model: Arc<Model>| (model.locks(), model);
         let locked: Vec<_> = self.named(name)?.into_iter().filter(|model| model.is_locked()).map(counted).collect();
@@ -204,6 +207,12 @@ impl Revoker {
                 opened.push((model, keys, locks));
             }
         }
+        // On record before anything is served by them.
+        for (model, ..) in &opened {
+            let read = self.of(model, Event::new(Kind::Rotation).detail("its keys were read anew"));
+            let recorded = self.access.store.telemetry.events.emit(&read);
+            recorded.map_err(|error| error.context(format!("model {} stays locked", model.name)))?;
+        }
         let _change = self.change.lock().expect("a thread died holding the change of locks");
         let mut unlocked: Vec<Arc<Model>> = Vec::with_capacity(opened.len());
         for (model, keys, locks) in opened {
@@ -220,7 +229,6 @@ impl Revoker {
         }
         let names: Vec<&str> = unlocked.iter().map(|model| model.name.as_str()).collect();
         for model in &unlocked {
-            self.tell(model, Event::new(Kind::Rotation).detail("its keys were read anew"));
             self.tell(model, Event::new(Kind::Unlock));
         }
         if !names.is_empty() {

@@ -421,7 +421,8 @@ impl Mounted {
     /// that is refused changes nothing; one that is good is in force whatever becomes of the versions.
     ///
     /// # Errors
-    /// `USAGE` for a policy with a mistake in it; `LOCKED`; what [`Versions::reload`] refuses.
+    /// `USAGE` for a policy with a mistake in it; `LOCKED`; `AUDIT` if it must be recorded and cannot be; what
+    /// [`Versions::reload`] refuses.
     pub fn reload(&self, model: Option<&str>) -> Result<Value> {
         let policy = match (&self.plan.policy, model) {
             (Some(path), None) => Some(self.reload_policy(path)?),
@@ -460,11 +461,13 @@ impl Mounted {
             }
         };
         let rules = policy.rules.len();
-        self.fs.set_policy(Some(policy));
-        tracing::warn!(rules, "policy {} is in force", path.display());
         let event =
             event.severity(Severity::Medium).detail(format!("policy {} is in force, {rules} rules", path.display()));
-        self.host.telemetry.events.tell(&event);
+        // First: it may give, and what gives is on record before it is done.
+        let recorded = self.host.telemetry.events.emit(&event);
+        recorded.map_err(|error| error.context("the policy stays as it was"))?;
+        self.fs.set_policy(Some(policy));
+        tracing::warn!(rules, "policy {} is in force", path.display());
         Ok(json!({ "path": path, "rules": rules }))
     }
 
@@ -475,7 +478,13 @@ impl Mounted {
             refuse!(Locked, "the mount is locked, and shows no new version either; `modelfs unlock` first");
         }
         notify::service().reloading();
-        let may_show = || self.revoker.if_unlocked_since(locks);
+        let may_show = || {
+            // Before the leave is taken: a lock is not to wait for a disk.
+            let event =
+                Event::new(Kind::Reload).subject(subject(&self.plan)).detail("what is newer is shown from now on");
+            self.host.telemetry.events.emit(&event).map_err(|error| error.context("no new version is shown"))?;
+            self.revoker.if_unlocked_since(locks)
+        };
         let outcome = self.versions.reload(model, &self.fs, &self.host.handle, may_show);
         notify::service().ready(&match &outcome {
             Ok(_) => self.told(),
