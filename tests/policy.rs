@@ -684,6 +684,22 @@ fn a_new_policy_holds_for_new_opens_and_for_reads_of_open_files() {
     assert_eq!(File::open(&path).expect_err("refused").raw_os_error(), Some(libc::ENOENT));
     mount.set_policy(all);
     held.read_exact_at(&mut [0; 4096], 2 << 20).expect("let again");
+
+    // Its limits too: of a second's bytes that are owed for the first read, the next one pays.
+    let took = || {
+        mount.fs.drop_all_pages();
+        let began = Instant::now();
+        for at in [0, 1 << 20] {
+            held.read_exact_at(&mut vec![0; 128 << 10], at).expect("let");
+        }
+        began.elapsed()
+    };
+    mount.set_policy(&format!("{all}[limits]\nbytes_per_s = \"128KiB\"\nbytes_burst = \"4KiB\"\n"));
+    let limited = took();
+    assert!(limited >= Duration::from_millis(700), "{limited:?} for what takes a second");
+    mount.set_policy(all);
+    let free = took();
+    assert!(free < limited, "{free:?} without limits, {limited:?} with them");
 }
 
 // ---- How often, and for how long not --------------------------------------------------------------------------------

@@ -44,6 +44,17 @@ pub(super) struct Active {
     epoch: u64,
 }
 
+impl Active {
+    /// What a verdict of this policy means for whoever has a file open.
+    fn last(&self, uid: u32, verdict: Verdict) -> Last {
+        let buckets = match verdict.may {
+            May::Read => self.limiter.buckets(uid, verdict.rule, self.policy.limits_of(verdict.rule)),
+            May::See | May::None => None,
+        };
+        Last { epoch: self.epoch, may: verdict.may, buckets }
+    }
+}
+
 #[derive(Default)]
 pub(super) struct Access {
     on: AtomicBool,
@@ -71,7 +82,14 @@ impl Default for Inside {
 #[derive(Debug)]
 pub(super) struct Judged {
     asker: Asker,
-    last: Mutex<(u64, Verdict)>,
+    last: Mutex<Last>,
+}
+
+#[derive(Debug)]
+struct Last {
+    /// Of the policy that judged.
+    epoch: u64,
+    may: May,
     buckets: Option<Arc<Buckets>>,
 }
 
@@ -87,8 +105,9 @@ impl Opener {
         Opener { thread: request.pid(), uid: request.uid(), gid: request.gid(), since, judged: None }
     }
 
-    pub(super) fn buckets(&self) -> Option<&Arc<Buckets>> {
-        self.judged.as_ref()?.buckets.as_ref()
+    /// What holds him back, as the policy says that judged him last.
+    pub(super) fn buckets(&self) -> Option<Arc<Buckets>> {
+        self.judged.as_ref()?.last.lock().expect("a thread died judging").buckets.clone()
     }
 }
 
@@ -304,10 +323,8 @@ impl Inner {
         let verdict = active.policy.judge(&asker, &model.name);
         let (what, errno) = match verdict.may {
             May::Read => {
-                let limits = active.policy.limits_of(verdict.rule);
-                let buckets = active.limiter.buckets(asker.uid, verdict.rule, limits);
-                let last = Mutex::new((active.epoch, verdict));
-                opener.judged = Some(Arc::new(Judged { asker, last, buckets }));
+                let last = Mutex::new(active.last(asker.uid, verdict));
+                opener.judged = Some(Arc::new(Judged { asker, last }));
                 return Ok(());
             }
             May::See => ("lets it be seen and not read", Errno::EACCES),
@@ -331,10 +348,10 @@ impl Inner {
         let may = match &opener.judged {
             Some(judged) => {
                 let mut last = judged.last.lock().expect("a thread died judging");
-                if last.0 != active.epoch {
-                    *last = (active.epoch, active.policy.judge(&judged.asker, &model.name));
+                if last.epoch != active.epoch {
+                    *last = active.last(judged.asker.uid, active.policy.judge(&judged.asker, &model.name));
                 }
-                last.1.may
+                last.may
             }
             // It was open before there was a policy.
             None => active.policy.judge(&self.whole_asker(opener), &model.name).may,

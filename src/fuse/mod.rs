@@ -628,7 +628,7 @@ impl Filesystem for ModelFs {
         inner.runtime.clone().spawn(async move {
             if let Some(buckets) = opener.buckets()
                 && let Err(error) =
-                    inner.turn(&opener, node, buckets, buckets.wait(), |buckets| buckets.may_open(is_hot)).await
+                    inner.turn(&opener, node, &buckets, buckets.wait(), |buckets| buckets.may_open(is_hot)).await
             {
                 return reply.error(errno(&error));
             }
@@ -668,7 +668,7 @@ impl Filesystem for ModelFs {
             && inner.access().is_some()
             && buckets.may_read().is_err()
         {
-            let (inner, buckets) = (inner.clone(), buckets.clone());
+            let inner = inner.clone();
             inner.runtime.clone().spawn(async move {
                 let most = Inner::read_wait();
                 match inner.turn(&handle.opener, handle.node, &buckets, most, Buckets::may_read).await {
