@@ -1,7 +1,7 @@
 //! One asker, one model, the first rule that fits.
 //!
 //! A rule may turn on what only a visible process tells (supplementary groups, cgroup, container, pod). Where that cannot be
-//! seen, whether the rule fits is unknown: then it grants nothing, and what it takes away it takes away. So the answer is the
+//! seen, or only a piece of it, whether the rule fits is unknown: then it grants nothing, and what it takes away it takes away. So the answer is the
 //! least that any process behind the request could get.
 
 use super::denials::{Culprit, Where};
@@ -101,8 +101,9 @@ impl Who {
         } else {
             if_seen(asker, |seen| known(seen.groups.iter().any(|gid| *gid != NO_GROUP && self.gids.contains(gid))))
         };
-        let of_cgroup = when(&self.cgroups, asker, |seen| {
-            known(seen.cgroup.as_deref().is_some_and(|path| self.cgroups.iter().any(|above| is_below(path, above))))
+        let of_cgroup = when(&self.cgroups, asker, |seen| match seen.cgroup.as_deref() {
+            Some(path) if !is_cut_short(path) => known(self.cgroups.iter().any(|above| is_below(path, above))),
+            Some(_) | None => Fits::Unknown,
         });
         // A user who is given a part of the control groups names groups in it as he likes: there an id is worth no more
         // than his own word, unless the rule names him. So it is with whatever a container names below itself, always.
@@ -150,6 +151,12 @@ fn when(named: &[String], asker: &Asker, look: impl Fn(&Seen) -> Fits) -> Fits {
 fn is_below(path: &str, above: &str) -> bool {
     let above = above.trim_end_matches('/');
     path.strip_prefix(above).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+}
+
+/// In a cgroup namespace of our own the kernel tells of a group outside only how it lies to ours: `/../x.service` may be
+/// `/system.slice/x.service` or any other `x.service`.
+fn is_cut_short(path: &str) -> bool {
+    path.split('/').any(|part| part == "..")
 }
 
 /// Below `user@UID.service` systemd lets a user make control groups of any name; root of a machine of systemd-nspawn or LXC,
@@ -359,6 +366,26 @@ mod tests {
             asker.seen.as_mut().expect("seen").cgroup = Some(path.into());
             assert_eq!(may(&policy, &asker, "m"), wanted, "{path}");
         }
+    }
+
+    /// A daemon with the host's pid namespace and a cgroup namespace of its own.
+    #[test]
+    fn a_control_group_that_is_told_from_inside_another_is_not_known() {
+        let rule = |may: &str| {
+            format!("[[rule]]\ncgroups = [\"/system.slice/x.service\"]\nmodels = [\"*\"]\nmay = \"{may}\"\n")
+        };
+        let everybody = "[[rule]]\neverybody = true\nmodels = [\"*\"]\nmay = \"read\"\n";
+        for path in ["/../x.service", "/../../system.slice/x.service", "/.."] {
+            let asker = in_group(0, path);
+            assert_eq!(may(&policy(&rule("read")), &asker, "m"), May::None, "{path}: grants nothing");
+            assert_eq!(may(&policy(&format!("{}{everybody}", rule("none"))), &asker, "m"), May::None, "{path}: takes");
+            assert_eq!(may(&policy(everybody), &asker, "m"), May::Read, "{path}");
+        }
+        // What an engine names is told by its name all the same.
+        let id = "3f2a".repeat(16);
+        let beside = in_group(0, &format!("/../docker-{id}.scope"));
+        let by_id = format!("[[rule]]\ncontainers = [\"{id}\"]\nmodels = [\"*\"]\nmay = \"read\"\n");
+        assert_eq!(may(&policy(&by_id), &beside, "m"), May::Read);
     }
 
     /// As [`crate::processes::seen`] would make it of a process in this control group.
