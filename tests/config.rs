@@ -322,6 +322,8 @@ const BREAKS: &[(&str, &[&str], &str)] = &[
     ("alert-nobody", &["--alert-severity", "low"], "without alert-webhook"),
     ("audit-nowhere", &["--audit", "required"], "add audit-file"),
     ("audit-off-and-on", &["--audit", "off", "--audit-file", "%/a"], "drop one"),
+    ("audit-of-nothing", &["--audit-key", "%/k", "--audit-checkpoint-file", "%/c"], "nothing is audited"),
+    ("audit-files-of-none", &["--audit-journal", "--audit-keep", "90d"], "the journal alone"),
     ("checkpoints-unsigned", &["--audit-file", "%/a", "--audit-checkpoint-file", "%/c"], "audit-key"),
     ("http-in-clear", &["--http", "127.0.0.1:9464"], "TLS and a token"),
     ("http-keys-for-nothing", &["--http-cert", "%/t.pub"], "drop them"),

@@ -172,6 +172,10 @@ pub(super) fn parse_severity(text: &str) -> Result<Severity> {
     }
 }
 
+/// What says something of the audit log that is written; of its files alone.
+const OF_AUDIT: &[&str] = &["audit-key", "audit-checkpoint-file", "audit-checkpoint-records", "audit-checkpoint-every"];
+const OF_AUDIT_FILES: &[&str] = &["audit-file-bytes", "audit-keep"];
+
 /// Where and how it is recorded, of a mount or of a command that changes a store.
 ///
 /// # Errors
@@ -181,6 +185,9 @@ pub fn audit(layers: &Layers) -> Result<AuditPlan> {
     let file = layers.parse("audit-file", parse_path)?;
     let journal = layers.switch("audit-journal")?;
     let asked = file.is_some() || journal;
+    let set =
+        |names: &[&'static str]| names.iter().copied().filter(|name| layers.get(name).is_some()).collect::<Vec<_>>();
+    let (of_files, of_any) = (set(OF_AUDIT_FILES), set(OF_AUDIT));
     let plan = AuditPlan {
         mode: layers.parse("audit", str::parse)?.unwrap_or(if asked { AuditMode::On } else { AuditMode::Off }),
         file,
@@ -203,6 +210,18 @@ pub fn audit(layers: &Layers) -> Result<AuditPlan> {
     }
     if plan.mode == AuditMode::Off && asked {
         refuse!(Usage, "audit=off contradicts audit-file and audit-journal; drop one of them");
+    }
+    // Who asks for a key or a second place of checkpoints takes it that there is a log.
+    if !asked && !(of_any.is_empty() && of_files.is_empty()) {
+        let names = [of_any, of_files].concat().join(", ");
+        refuse!(
+            Usage,
+            "nothing is audited, and {names} is for the audit log; add audit-file=PATH or audit-journal, or drop it"
+        );
+    }
+    if plan.file.is_none() && !of_files.is_empty() {
+        let names = of_files.join(", ");
+        refuse!(Usage, "{names} is for files, and the journal alone is the log; add audit-file=PATH, or drop it");
     }
     if plan.checkpoint_file.is_some() && plan.key.is_none() {
         refuse!(
@@ -279,6 +298,13 @@ mod tests {
             ("audit=off,audit_file=/a", "drop one"),
             ("audit=maybe", "off, on, required"),
             ("audit_file=/a,audit_checkpoint_file=/b", "audit-key"),
+            ("audit_key=/k", "add audit-file"),
+            ("audit_checkpoint_file=/b,audit_key=/k", "audit-key, audit-checkpoint-file is for the audit log"),
+            ("audit_checkpoint_records=5", "add audit-file"),
+            ("audit_checkpoint_every=5s,audit=off", "or drop it"),
+            ("audit_keep=90d", "nothing is audited"),
+            ("audit_journal,audit_keep=90d", "the journal alone"),
+            ("audit_journal,audit_file_bytes=1MiB", "the journal alone"),
             ("audit_file=/a,audit_checkpoint_records=0", "1 or more"),
             ("http=127.0.0.1:9464", "TLS and a token"),
             ("http=127.0.0.1:9464,http_cert=/c,http_key=/k", "http-token-file"),

@@ -526,6 +526,16 @@ pub const OF_PARSERS: &[(&str, &str, &str)] = &[
     ("audit-nowhere", "`audit` on or required without `audit-file` or `audit-journal`", "There is nowhere to write."),
     ("audit-off-and-on", "`audit` off with `audit-file` or `audit-journal`", "One of the two is a mistake."),
     (
+        "audit-of-nothing",
+        "another `audit-...` option without `audit-file` or `audit-journal`",
+        "Nothing would be recorded, and whoever set it believes that it is.",
+    ),
+    (
+        "audit-files-of-none",
+        "`audit-keep` or `audit-file-bytes` with `audit-journal` alone",
+        "The journal keeps its records as it is told itself.",
+    ),
+    (
         "checkpoints-unsigned",
         "`audit-checkpoint-file` without `audit-key`",
         "A checkpoint that is not signed proves nothing on another machine.",
