@@ -625,6 +625,28 @@ fn old_files_are_removed_with_a_record_of_it() {
     assert!(report.notes.iter().any(|note| note.contains("older than they were to be kept")), "{report:?}");
 }
 
+/// The record of a removal comes first: a disk that says no, or a death between the two, leaves the file.
+#[test]
+fn a_file_that_stayed_although_its_removal_is_on_record_is_no_fault() {
+    let mut scene = Scene::new();
+    scene.plan.file_bytes_max = 4000;
+    scene.write(40);
+    let closed = audit::closed(scene.path()).expect("files");
+    let (_, last) = closed.last().expect("closed files").clone();
+    let kept = fs::read(&last).expect("bytes");
+    (scene.plan.file_bytes_max, scene.plan.keep) = (1 << 20, Some(Duration::from_micros(1)));
+    let audit = scene.open();
+    until("old files stay", || files_of(scene.path()).expect("files").len() == 1);
+    audit.close();
+    assert!(closed.len() > 1, "{closed:?}");
+    genuine(&scene.verify());
+
+    fs::write(&last, &kept).expect("written");
+
+    genuine(&scene.verify());
+    genuine(&scene.verify_alone());
+}
+
 #[test]
 fn a_checkpoint_comes_by_time_too() {
     let mut scene = Scene::new();

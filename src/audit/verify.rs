@@ -195,8 +195,9 @@ struct Verifier<'v> {
     /// Events since the last signed checkpoint, and when the next was due.
     since: u64,
     due: Option<u64>,
-    /// Files that the log says it removed: the number and hash of the last record of the newest, and where it says so.
-    removed: Option<(u64, String, u64)>,
+    /// Files that the log says it removed: the number and hash of the last record of each, and where it says so. All of
+    /// them: such a record comes before the file goes, which may stay all the same.
+    removed: Vec<(u64, String, u64)>,
     /// The last record that is a signed checkpoint, or one that was kept elsewhere.
     vouched: Option<u64>,
     part: bool,
@@ -231,7 +232,7 @@ fn verified(files: &[PathBuf], trust: &[PublicKey], elsewhere: Option<&Path>, pa
         report: Report { files: files.clone(), ..Report::default() },
         since: 0,
         due: None,
-        removed: None,
+        removed: Vec::new(),
     };
     let bad = verifier.run(elsewhere)?;
     verifier.report.bad = bad;
@@ -323,17 +324,18 @@ impl Verifier<'_> {
         let vouched = |at: u64| self.vouched.is_some_and(|vouched| vouched > at);
         // Anybody can append that something was removed; what comes before a checkpoint, only who wrote the log.
         let asked = elsewhere || !self.trust.is_empty();
-        match &self.removed {
-            Some((was, hash, at)) if *was == last && hash == prev && (!asked || vouched(*at)) => {
+        let fits = |(was, hash, at): &(u64, String, u64)| *was == last && hash == prev && (!asked || vouched(*at));
+        match self.removed.iter().any(fits) {
+            true => {
                 let note = format!("records 0 to {last} were removed when they were older than they were to be kept");
                 self.report.notes.push(note);
                 None
             }
-            _ if self.part => {
+            false if self.part => {
                 self.report.notes.push(format!("records 0 to {last} are not in the files given"));
                 None
             }
-            _ => self.bad_at(
+            false => self.bad_at(
                 Fault::Deleted,
                 (0, 1),
                 format!(
@@ -424,7 +426,7 @@ impl Verifier<'_> {
             }
             own::REMOVED => {
                 let named = link.last.zip(link.sha256);
-                self.removed = named.map(|(last, hash)| (last, hash.to_owned(), link.seq)).or(self.removed.take());
+                self.removed.extend(named.map(|(last, hash)| (last, hash.to_owned(), link.seq)));
             }
             own::GAP => self.note(&line, "events could not be recorded before it"),
             own::HEAD | own::TORN => {}
