@@ -95,6 +95,7 @@ tampered() {
   until_true 10 bash -c 'modelfs audit show "$LOG" --kind tamper | grep . >/dev/null'
 }
 step "runbook: a byte of the store is flipped, and a reader refused" tampered
+step "runbook: ModelfsRefetched, look" says "$runbook" refetched-look high modelfs_fetch_refetches_total "exit status 20"
 step "runbook: ModelfsTamper, look" says "$runbook" tamper-look "$MODEL" "exit status 20"
 step "runbook: ModelfsReadErrors, look" says "$runbook" errors-look modelfs_read_errors_total
 mended() { says "$runbook" tamper-do && until_true 20 whole && cmp "$work/source/weights.bin" "$MNT/$MODEL/weights.bin"; }

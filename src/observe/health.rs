@@ -144,15 +144,24 @@ pub fn security(facts: &Facts) -> Told {
             facts.audit, numbers.audit_records, numbers.audit_waiting, numbers.audit_failures
         ),
     );
-    let events = |wanted: Kind| -> u64 {
-        facts.events.iter().filter(|(kind, ..)| *kind == wanted).map(|(.., count)| count).sum()
+    let events = |wanted: Kind, is_refused: bool| -> u64 {
+        let of_kind = facts.events.iter().filter(|(kind, ..)| *kind == wanted);
+        of_kind
+            .filter(|(_, severity, ..)| (*severity == Severity::Critical) == is_refused)
+            .map(|(.., count)| count)
+            .sum()
     };
-    let chunks = numbers.hash_failures + numbers.tag_failures + numbers.length_failures;
-    let (tampered, rolled_back) = (chunks.max(events(Kind::Tamper)), events(Kind::Rollback));
+    // What was right when it was asked for once more was given to nobody before, and says that something is not well.
+    let (tampered, refetched) = (events(Kind::Tamper, true), events(Kind::Tamper, false));
+    let rolled_back = events(Kind::Rollback, true) + events(Kind::Rollback, false);
     item(
         "tamper",
-        if tampered + rolled_back == 0 { Pass } else { Fail },
-        format!("{tampered} tampered, {rolled_back} rolled back since the start"),
+        match (tampered + rolled_back, refetched) {
+            (0, 0) => Pass,
+            (0, _) => Warn,
+            _ => Fail,
+        },
+        format!("{tampered} tampered, {refetched} asked for once more, {rolled_back} rolled back since the start"),
     );
     let blocked = numbers.blocked;
     item("blocks", or_warn(blocked == 0), format!("{blocked} blocked now, {} refused so far", numbers.access_denied));
@@ -246,6 +255,10 @@ mod tests {
             assert_eq!(verdict(&told, name), "warn", "{name}");
         }
         assert_eq!(verdict(&told, "vault"), "fail");
+        telemetry.events.tell(&Event::new(Kind::Tamper).severity(Severity::High));
+        assert_eq!(verdict(&security(&facts(&telemetry)), "tamper"), "warn", "a healed one was given to nobody");
+        telemetry.audit_pending_since.set(1);
+        assert_eq!(verdict(&security(&facts(&telemetry)), "audit"), "fail", "a checkpoint hangs");
         telemetry.audit_failures.inc();
         telemetry.unwiped_bytes.add(4096);
         telemetry.blocked.set(1);
