@@ -27,7 +27,7 @@ export PATH=$work/bin:$PATH LC_ALL=C HOME=$work/home XDG_CONFIG_HOME=$work/home/
 export STORE=$work/store MODEL=acme/llama MNT=$work/mnt KEY=$work/llama.key NEW_KEY=$work/new.key TRUST=$work/home/config/modelfs/signing.key.pub
 export LOG=$work/logs/audit.log COPY=$work/copy EVIDENCE=$work/evidence SOMEBODY=54321 OPTIONS="" SINCE=1h
 export AUDIT_KEY=$work/audit.key.pub CHECKPOINTS=$work/elsewhere/checkpoints SIGNING_KEY=$work/home/config/modelfs/signing.key
-export SYSCTL_D=$work/sysctl.d
+export SYSCTL_D=$work/sysctl.d ARCHIVE=$work/archive
 mkdir "$SYSCTL_D"
 store_pid="" vault_pid=""
 cleanup() {
@@ -163,8 +163,10 @@ step "runbook: the newer one is put back, and believed" put_back
 full_disk() {
   mkdir "$work/small" && mount -t tmpfs -o size=256k none "$work/small"
   LOG=$work/small/audit.log CHECKPOINTS=$work/elsewhere/checkpoints-2
-  OPTIONS="--audit required --audit-key $work/audit.key --audit-checkpoint-file $CHECKPOINTS"
-  mounted && whole || return 1
+  OPTIONS="--audit required --audit-key $work/audit.key --audit-checkpoint-file $CHECKPOINTS --audit-file-bytes 8KiB"
+  mounted || return 1
+  for _ in $(seq 40); do whole || return 1; done
+  [[ -e $LOG.000001 ]] || { ls "$work/small"; return 1; }
   dd if=/dev/zero of="$work/small/filler" bs=1k status=none 2>/dev/null || true
   # What is left of the last page of the log takes some records more.
   until_true 30 bash -c '! cat "$MNT/$MODEL/second" >/dev/null 2>&1'
@@ -172,7 +174,11 @@ full_disk() {
 export LOG CHECKPOINTS
 step "runbook: the disk of the log is full, and opens are refused" full_disk
 step "runbook: ModelfsAuditFailing, look" says "$runbook" audit-look "100%"
-room() { rm "$work/small/filler" && until_true 20 cat "$MNT/$MODEL/second" && says "$runbook" audit-do gap; }
+room() {
+  rm "$work/small/filler" && until_true 20 cat "$MNT/$MODEL/second" && says "$runbook" audit-do gap || return 1
+  # Both places together are the log; what stayed alone is not.
+  [[ ! -e $LOG.000001 && -e $ARCHIVE/audit.log.000001 ]] && ! modelfs audit verify "$LOG" >/dev/null 2>&1
+}
 step "runbook: ModelfsAuditFailing, do: there is room, the log is whole and tells of the gap" room
 step "runbook: unmount this one" ended
 LOG=$work/logs/audit.log
