@@ -49,6 +49,7 @@ impl Host {
             cache_peak_bytes: self.cache.budget().peak(),
             models: one_of_each(models.into_values()),
             mounts: mounted.iter().map(|mounted| mounted.seen(&self.probe)).collect(),
+            is_for_one_mount: self.alone,
             audit: match self.oversight.audit.mode {
                 AuditMode::Off => "off",
                 AuditMode::On => "on",

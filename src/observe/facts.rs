@@ -91,6 +91,8 @@ pub struct Facts {
     pub cache_peak_bytes: u64,
     pub models: Vec<ModelFacts>,
     pub mounts: Vec<MountFacts>,
+    /// The process is there for one mount: without it, it is of no use. One that serves volumes waits for the first.
+    pub is_for_one_mount: bool,
     pub audit: &'static str,
     pub keep: Keep,
     /// Folders whose disk may fill up, and what they are for.
@@ -107,6 +109,7 @@ impl Facts {
             cache_peak_bytes: 0,
             models: Vec::new(),
             mounts: Vec::new(),
+            is_for_one_mount: true,
             audit: "off",
             keep: Keep {
                 memory: "none",
@@ -121,7 +124,7 @@ impl Facts {
     }
 
     pub fn is_ready(&self) -> bool {
-        !self.mounts.is_empty() && self.mounts.iter().all(|mount| mount.trouble().is_none())
+        (!self.is_for_one_mount || !self.mounts.is_empty()) && self.mounts.iter().all(|mount| mount.trouble().is_none())
     }
 
     /// Each store once, and whether it is silent.
@@ -243,6 +246,7 @@ mod tests {
         let telemetry = Telemetry::default();
         let mut facts = Facts::empty(&telemetry);
         assert!(!facts.is_ready(), "nothing is mounted");
+        assert!(Facts { is_for_one_mount: false, ..facts.clone() }.is_ready(), "no volume is asked for yet");
         let well = MountFacts::still("/m".into());
         facts.mounts.push(well.clone());
         assert!(facts.is_ready());

@@ -63,7 +63,11 @@ pub const METRICS: &[Metric] = &[
     // The process.
     gauge("modelfs_build_info", &["version"], "1; which version of modelfs this is."),
     gauge("modelfs_start_time_seconds", NONE, "When the process started, as a Unix time."),
-    gauge("modelfs_ready", NONE, "1 if /ready answers 200: there is a mount, and every mount serves."),
+    gauge(
+        "modelfs_ready",
+        NONE,
+        "1 if /ready answers 200: every mount serves, and there is one, or the process waits for volumes.",
+    ),
     counter("modelfs_process_cpu_seconds_total", &["mode"], "CPU time of the process, user and system."),
     gauge("modelfs_process_resident_memory_bytes", NONE, "Memory of the process in RAM."),
     gauge("modelfs_process_locked_memory_bytes", NONE, "Memory of the process that the kernel counts as locked."),
