@@ -319,7 +319,6 @@ const BREAKS: &[(&str, &[&str], &str)] = &[
     ("policy-for-one-user", &["--policy", "%/t.pub"], "add allow-other"),
     ("open-to-all", &["--allow-other"], "every user of this machine"),
     ("retire-nothing", &["--retire-after", "5m"], "without versions"),
-    ("alert-nobody", &["--alert-severity", "low"], "without alert-webhook"),
     ("audit-nowhere", &["--audit", "required"], "add audit-file"),
     ("audit-off-and-on", &["--audit", "off", "--audit-file", "%/a"], "drop one"),
     ("audit-of-nothing", &["--audit-key", "%/k", "--audit-checkpoint-file", "%/c"], "nothing is audited"),

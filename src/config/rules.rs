@@ -505,19 +505,6 @@ pub const RULES: &[Rule] = &[
                 .then(|| "retire-after has no effect without versions; add versions, or drop it".into())
         },
     },
-    Rule {
-        id: "alert-nobody",
-        level: Level::Warned,
-        together: "`alert-severity` without `alert-webhook` or `alert-webhook-file`",
-        why: "Nobody is told.",
-        of: takes::MOUNT | takes::PLUGIN | takes::CSI,
-        broken: |said| {
-            let told = said.is_set("alert-webhook") || said.is_set("alert-webhook-file");
-            (said.is_set("alert-severity") && !told).then(|| {
-                "alert-severity has no effect without alert-webhook or alert-webhook-file; add one, or drop it".into()
-            })
-        },
-    },
 ];
 
 /// Contradictions that the parser of an option finds, and what is lacking, by what `modelfs config check` prints; for
