@@ -153,6 +153,9 @@ fn a_scrape_follows_what_readers_do_and_names_only_what_the_table_names() {
     assert!(value(&text, "modelfs_fetch_bytes_total") >= BYTES as f64);
     assert!(value(&text, "modelfs_cache_misses_total") > 0.0 && value(&text, "modelfs_ready") == 1.0);
     assert!(value(&text, "modelfs_process_locked_memory_bytes") > 0.0);
+    assert!(value(&text, "modelfs_fetch_seconds_total") > 0.0 && value(&text, "modelfs_decrypt_seconds_total") > 0.0);
+    let disk = |name: &str| value(&text, &format!("modelfs_disk_{name}_bytes{{folder=\"state\"}}"));
+    assert!(disk("size") > 0.0 && disk("free") <= disk("size"));
     let mountpoint = scene.program.mountpoint().display();
     assert_eq!(value(&text, &format!("modelfs_mount_up{{mountpoint=\"{mountpoint}\"}}")), 1.0);
     assert_eq!(value(&text, &format!("modelfs_store_up{{store=\"file://{}\"}}", scene.program.store())), 1.0);

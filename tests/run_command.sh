@@ -480,6 +480,12 @@ no_models() { docker save -o "$work/image.tar" modelfs:latest && modelfs scan "$
 step "no model is in the image, by modelfs scan of what docker save writes" no_models
 as_ordinary_user() { [[ $(docker image inspect -f '{{.Config.User}}' modelfs:latest) == "$image_user:$image_user" ]]; }
 step "the image's user is an ordinary one" as_ordinary_user
+# No shell between the engine and the program, and nothing below it that somebody else made.
+starts_itself() {
+  [[ $(docker image inspect -f '{{json .Config.Entrypoint}} {{json .Config.Cmd}}' modelfs:latest) =~ ^'["/usr/bin/modelfs","run"] '(null|\[\])$ ]] &&
+    [[ $(grep -i '^FROM ' docs/container/Dockerfile) == "FROM scratch" ]]
+}
+step "the image has no base, and starts the program itself" starts_itself
 # A container for a program: its own files and modelfs, here busybox.
 mkdir "$work/app" && cp /bin/busybox "$work/app/"
 build_app() {

@@ -32,6 +32,7 @@ const OTHERS: &str = "(others)";
 pub const CONTENT_TYPE: &str = prometheus::TEXT_FORMAT;
 
 /// A scrape as it is filled in, in the order of the table.
+#[derive(Default)]
 struct Scrape(BTreeMap<usize, Vec<Sample>>);
 
 impl Scrape {
@@ -72,6 +73,12 @@ impl Scrape {
         self.put(name, labels, f64::from(u8::from(value)));
     }
 
+    fn text(self) -> String {
+        let mut out = Vec::new();
+        TextEncoder::new().encode(&self.families(), &mut out).expect("families with samples are written to memory");
+        String::from_utf8(out).expect("labels are text, and the rest is ours")
+    }
+
     fn families(self) -> Vec<MetricFamily> {
         let family = |(at, samples): (usize, Vec<Sample>)| {
             let metric: &Metric = &METRICS[at];
@@ -91,7 +98,7 @@ impl Scrape {
 
 /// Everything, as it is now. Blocking, as long as the kernel takes to tell of the process.
 pub fn text(facts: &Facts) -> String {
-    let mut scrape = Scrape(BTreeMap::new());
+    let mut scrape = Scrape::default();
     process(&mut scrape, facts);
     numbers(&mut scrape, &facts.numbers);
     for (kind, severity, outcome, count) in &facts.events {
@@ -101,9 +108,7 @@ pub fn text(facts: &Facts) -> String {
     gpus(&mut scrape, &gpu::devices());
     models(&mut scrape, facts);
     mounts(&mut scrape, facts);
-    let mut out = Vec::new();
-    TextEncoder::new().encode(&scrape.families(), &mut out).expect("families with samples are written to memory");
-    String::from_utf8(out).expect("labels are text, and the rest is ours")
+    scrape.text()
 }
 
 /// The name that serde gives a unit variant.
@@ -397,6 +402,30 @@ mod tests {
         ] {
             assert!(text.lines().any(|seen| seen == line), "{line} is not in\n{text}");
         }
+    }
+
+    #[test]
+    fn a_gpu_is_told_as_its_driver_tells_it() {
+        let mut scrape = Scrape::default();
+        let gpu = |index, memory_used, utilisation_percent| Gpu {
+            index,
+            uuid: "GPU-aa".into(),
+            name: "H200".into(),
+            memory_total: Some(1 << 37),
+            memory_used,
+            utilisation_percent,
+        };
+        gpus(&mut scrape, &[gpu(0, Some(4096), Some(37)), gpu(1, None, None)]);
+        let text = scrape.text();
+        for line in [
+            "modelfs_gpu_memory_size_bytes{gpu=\"0\",name=\"H200\"} 137438953472",
+            "modelfs_gpu_memory_used_bytes{gpu=\"0\",name=\"H200\"} 4096",
+            "modelfs_gpu_utilisation_ratio{gpu=\"0\",name=\"H200\"} 0.37",
+            "modelfs_gpu_memory_size_bytes{gpu=\"1\",name=\"H200\"} 137438953472",
+        ] {
+            assert!(text.lines().any(|seen| seen == line), "{line} is not in\n{text}");
+        }
+        assert_eq!(text.lines().filter(|line| line.contains("gpu=\"1\"")).count(), 1, "nothing is made up: {text}");
     }
 
     #[test]
