@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use common::hostile::{Hostile, Request, head, respond};
-use modelfs::error::{Code, Error};
+use modelfs::error::{Class, Code, Error};
 use modelfs::mem::Secret;
 use modelfs::store::LeasedCredentials;
 use modelfs::telemetry::Telemetry;
@@ -131,11 +131,37 @@ fn a_refusal_is_named_with_its_cause_and_what_to_do() {
         ("429 x", r#"{"errors":["too many"]}"#, Code::VaultUnreachable, &["429"]),
         ("473 x", r#"{"errors":[]}"#, Code::VaultUnreachable, &["473"]),
         ("500 x", r#"{"errors":["internal error"]}"#, Code::VaultUnreachable, &["500", "internal error"]),
-        ("502 x", "<html>bad gateway</html>", Code::VaultAnswer, &["is this address Vault's?"]),
+        ("502 x", "<html>bad gateway</html>", Code::VaultUnreachable, &["between us and Vault", "502"]),
+        ("503 x", "<html>no healthy upstream</html>", Code::VaultUnreachable, &["between us and Vault", "503"]),
+        ("504 x", "", Code::VaultUnreachable, &["between us and Vault", "504"]),
+        ("500 x", "<html>whose?</html>", Code::VaultAnswer, &["is this address Vault's?"]),
         ("403 x", "<html>proxy</html>", Code::VaultAnswer, &["not Vault's"]),
     ] {
         says(&Liar::saying(status, JSON, body).unwrap_key(), code, words);
     }
+}
+
+/// An outage, not an attack: it is asked again, and a state says so meanwhile.
+#[test]
+fn a_gateway_whose_vault_is_away_is_asked_again_and_told_as_an_outage() {
+    let left = AtomicU64::new(2);
+    let gateway = Liar::new(move |_, stream| {
+        match left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)) {
+            Ok(_) => respond(stream, "503 x", &[("Content-Type", "text/html")], b"<html>no healthy upstream</html>"),
+            Err(_) => {
+                let body = answer(json!({ "plaintext": STANDARD.encode([9; 32]) }));
+                respond(stream, "200 OK", JSON, body.as_bytes())
+            }
+        }
+    });
+    let mut states = gateway.vault.watch();
+    let key = gateway.vault.transit_unwrap(&at(), &[7; 32], "vault:v1:AAAA").expect("the third time");
+    assert!(key.ct_eq(&[9; 32]));
+    assert_eq!(states.borrow_and_update().name(), "live");
+
+    let down = Liar::saying("504 x", &[("Content-Type", "text/html")], "<html></html>");
+    assert_eq!(down.unwrap_key().class(), Class::Unreachable);
+    assert_eq!(down.vault.state().name(), "away");
 }
 
 #[test]

@@ -46,8 +46,14 @@ pub async fn health(settings: &VaultSettings) -> Result<Health> {
     let took = asked.elapsed().unwrap_or_default();
     let ahead_s =
         answer.headers().get(http::header::DATE).and_then(|date| ahead(date.to_str().ok()?, asked + took / 2));
-    if answer.status() != reqwest::StatusCode::OK {
-        return Err(other());
+    match answer.status().as_u16() {
+        200 => {}
+        // Whatever stands of Vault is asked for with 200: this is a gateway's word.
+        status @ 502..=504 => {
+            let why = format!("something between us and Vault at {place} answers {status}; is Vault behind it up?");
+            return Err(Error::new(Code::VaultUnreachable, why));
+        }
+        _ => return Err(other()),
     }
     let mut body = Vec::new();
     while let Some(piece) = answer.chunk().await.map_err(lost)? {

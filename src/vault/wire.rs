@@ -153,6 +153,11 @@ impl Wire {
                 Code::VaultAnswer,
                 format!("{place} redirects, which is not followed; name the active server's own address"),
             ),
+            // A gateway whose Vault is away says so with a page of its own: that is no answer of anybody's.
+            502..=504 if errors.is_none() => (
+                Code::VaultUnreachable,
+                format!("something between us and Vault at {place} answers {status}; is Vault behind it up?"),
+            ),
             _ if errors.is_none() && status != 404 => (
                 Code::VaultAnswer,
                 format!("{place} answers {status} with something that is not Vault's; is this address Vault's?"),
