@@ -1,8 +1,8 @@
 //! Writes the record of a version that was just published, or whose keys were just rotated.
 //!
 //! In: where the record is, and what was sealed or rewrapped. Out: the record's new version number, or why it was not written.
-//! Promises: check-and-set: a record that changed since the seal began is not overwritten; a record of another model never
-//! is; fields of other names stay as they were; a version that was published stays published, whatever happens here.
+//! Promises: check-and-set: a record that changed since the seal began is not overwritten, and one that says already what it
+//! should is taken as written, for the answer to our own write may be lost; a record of another model never is overwritten; fields of other names stay as they were; a version that was published stays published, whatever happens here.
 //! Held by: the tests below, tests/catalog.rs.
 
 use std::sync::Arc;
@@ -75,7 +75,7 @@ impl Registration {
     /// Blocks.
     ///
     /// # Errors
-    /// `EXISTS` if the record changed since [`Registration::prepare`]; what Vault answers. The version is published in any
+    /// `EXISTS` if the record changed since [`Registration::prepare`] and does not say the same; what Vault answers. The version is published in any
     /// case, and the error says so.
     pub fn write(&self, sealed: SealedRecord<'_>) -> Result<Registered> {
         self.try_write(sealed).map_err(|error| {
@@ -150,6 +150,29 @@ impl Registration {
     }
 
     fn try_write(&self, sealed: SealedRecord<'_>) -> Result<Registered> {
+        let version = self.write_once(sealed).or_else(|refused| {
+            if refused.code() != Code::Exists {
+                return Err(refused);
+            }
+            // A write whose answer was lost is sent again, and meets itself.
+            self.version_that_says(sealed).ok().flatten().ok_or(refused)
+        });
+        Ok(Registered { record: self.at.to_string(), version: version? })
+    }
+
+    /// The version of the record, if its five fields are what we would write.
+    fn version_that_says(&self, sealed: SealedRecord<'_>) -> Result<Option<u32>> {
+        let Some((mut data, version)) = self.records.read(&self.at.mount, &self.at.path)? else { return Ok(None) };
+        let mut wanted = Map::new();
+        let filled =
+            fill(&mut wanted, &self.store, self.model_id, sealed.manifest, sealed.size_bytes, sealed.encryption_key);
+        let same = wanted.iter().all(|(name, value)| data.get(name) == Some(value));
+        wipe(&mut wanted);
+        wipe(&mut data);
+        filled.map(|()| same.then_some(version))
+    }
+
+    fn write_once(&self, sealed: SealedRecord<'_>) -> Result<u32> {
         // Read again: what it holds beside the five fields is kept, and was not kept in memory meanwhile.
         let (mut data, seen) = self.records.read(&self.at.mount, &self.at.path)?.unwrap_or_default();
         let filled =
@@ -162,7 +185,7 @@ impl Registration {
             self.records.write(&self.at.mount, &self.at.path, &data, self.before)
         });
         wipe(&mut data);
-        Ok(Registered { record: self.at.to_string(), version: written? })
+        written
     }
 }
 
@@ -252,6 +275,19 @@ mod tests {
         assert!(text.contains("is published") && text.contains("version 1") && text.contains("again"), "{text}");
         let (data, version) = records.read("secret", "models/llama").expect("read").expect("there");
         assert_eq!(Record::parse("llama", data, version).expect("whole").manifest, ManifestDigest([2; 32]));
+    }
+
+    /// As Vault does behind a gateway that cuts the answer: the client sends the write again.
+    #[test]
+    fn a_write_that_meets_itself_is_done() {
+        let records = Arc::new(FakeRecords::default());
+        let (ours, lost) = (prepared(&records).expect("prepared"), prepared(&records).expect("prepared"));
+        lost.write(sealed(1)).expect("written, and nobody hears it");
+        assert_eq!(ours.write(sealed(1)).expect("there it is").version, 1);
+        let another_key = SealedRecord { encryption_key: "vault:v1:other", ..sealed(1) };
+        let refused = ours.write(another_key).expect_err("what opens it is another");
+        assert_eq!(refused.code(), Code::Exists);
+        assert_eq!(records.read("secret", "models/llama").expect("read").expect("there").1, 1);
     }
 
     #[test]
