@@ -306,24 +306,33 @@ fn read_secret_file(path: &Path) -> Result<LockedBuf> {
     trimmed(crate::mem::read_private_file(path, SECRET_BYTES_MAX).map_err(named)?, path)
 }
 
-/// Kubernetes projects tokens through symlinks, readable by the pod's group.
+/// Kubernetes projects tokens through symlinks, readable by the pod's group. Read on the client's one thread: nothing that
+/// waits.
 fn read_token_file(path: &Path) -> Result<LockedBuf> {
     use std::io::Read;
-    let fault = |err| {
-        Error::new(Code::Usage, format!("cannot read the token for Vault in {}", path.display())).with_source(err)
-    };
-    let file = std::fs::File::open(path).map_err(fault)?;
-    let mut buffer = LockedBuf::new(SECRET_BYTES_MAX)?;
+    use std::os::unix::fs::OpenOptionsExt;
+    let at = path.display();
+    let fault = |err| Error::new(Code::Usage, format!("cannot read the token for Vault in {at}")).with_source(err);
+    let flags = libc::O_NONBLOCK | libc::O_CLOEXEC;
+    let mut file = std::fs::OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(fault)?;
+    if !file.metadata().map_err(fault)?.is_file() {
+        refuse!(Usage, "{at} is not a regular file; it should hold the token for Vault");
+    }
+    // Room for one byte more than there may be: what is cut off is no token.
+    let mut buffer = LockedBuf::new(SECRET_BYTES_MAX + 1)?;
     let mut len = 0;
-    let mut file = file.take(SECRET_BYTES_MAX as u64);
-    loop {
-        match file.read(&mut buffer[len..]).map_err(fault)? {
-            0 => break,
-            more => len += more,
+    while len < buffer.len() {
+        match file.read(&mut buffer[len..]) {
+            Ok(0) => {
+                buffer.truncate(len);
+                return trimmed(buffer, path);
+            }
+            Ok(more) => len += more,
+            Err(err) if err.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(err) => return Err(fault(err)),
         }
     }
-    buffer.truncate(len);
-    trimmed(buffer, path)
+    refuse!(KeyFormat, "{at} is longer than {SECRET_BYTES_MAX} bytes; it should hold one token for Vault")
 }
 
 fn trimmed(mut text: LockedBuf, path: &Path) -> Result<LockedBuf> {
@@ -428,6 +437,22 @@ fn amz_date(unix: i64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_token_for_vault_is_a_whole_regular_file_and_nothing_is_waited_for() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let at = |name: &str| dir.path().join(name);
+        let put = |name: &str, len: usize| std::fs::write(at(name), vec![b'j'; len]).expect("written");
+        put("longest", SECRET_BYTES_MAX);
+        std::os::unix::fs::symlink("longest", at("projected")).expect("a link");
+        assert_eq!(read_token_file(&at("projected")).expect("whole").len(), SECRET_BYTES_MAX);
+        put("longer", SECRET_BYTES_MAX + 1);
+        assert_eq!(read_token_file(&at("longer")).err().expect("refused").code(), Code::KeyFormat);
+        assert!(std::process::Command::new("mkfifo").arg(at("fifo")).status().expect("coreutils").success());
+        for name in ["fifo", "."] {
+            assert_eq!(read_token_file(&at(name)).err().expect("refused").code(), Code::Usage, "{name}");
+        }
+    }
 
     #[test]
     fn dates_are_those_of_the_calendar() {
