@@ -1,5 +1,6 @@
 //! Answers that a healthy Vault never gives: each ends in the code and the message that name the cause, in bounded time and
-//! memory, and nothing that was told to the server comes back in a message. THREATS f 40 and 41.
+//! memory, and nothing that was told to the server comes back in a message. THREATS f 40 and 41. At the end, lives of tokens
+//! that a healthy Vault gives seldom.
 
 mod common;
 
@@ -384,6 +385,42 @@ fn nobody_listening_is_said_within_the_timeout() {
     says(&vault.login().expect_err("nobody"), Code::VaultUnreachable, &["Vault at http://127.0.0.1"]);
     assert!(start.elapsed() < BOUND);
     assert_eq!(vault.state().name(), "away");
+}
+
+fn until(what: &str, mut done: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !done() {
+        assert!(start.elapsed() < BOUND, "{what}: not within {BOUND:?}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// A token that was given to us and can only be looked at: late in its life too an outage ends when Vault answers again.
+#[test]
+fn an_outage_ends_for_a_token_that_is_near_its_end_and_cannot_be_renewed() {
+    for (status, body, state) in [("503 x", "<html>", "away"), ("503 x", r#"{"errors":["Vault is sealed"]}"#, "sealed")]
+    {
+        let down = Arc::new(AtomicBool::new(false));
+        let is_down = down.clone();
+        let server = Hostile::start(move |_: &Request, stream: &mut TcpStream| {
+            if is_down.load(Ordering::SeqCst) {
+                return respond(stream, status, JSON, body.as_bytes());
+            }
+            let data = json!({ "ttl": 1, "renewable": false, "expire_time": "2099-01-01T00:00:00Z" });
+            respond(stream, "200 OK", JSON, answer(data).as_bytes())
+        });
+        let dir = tempfile::tempdir().expect("a folder");
+        let often = VaultSettings { check: Duration::from_millis(50), ..settings(&server.endpoint(), &dir) };
+        let vault = Vault::open(&often).expect("usable");
+        vault.login().expect("a token");
+        let start = Instant::now();
+        until("it is near its end", || start.elapsed() > Duration::from_millis(1100));
+        down.store(true, Ordering::SeqCst);
+        until(state, || vault.state().name() == state);
+        down.store(false, Ordering::SeqCst);
+        // Nothing is asked here that would tell: the background has to.
+        until("it is live again", || vault.state().name() == "live");
+    }
 }
 
 #[test]

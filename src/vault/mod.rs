@@ -787,8 +787,9 @@ impl Inner {
                 Err(gone) if gone.code() == Code::VaultDenied => {
                     return match self.look(token).await {
                         Err(gone) if gone.code() == Code::VaultDenied => self.after_loss(token, gone).await.map(drop),
+                        Err(other) => Err(other),
                         // The policy does not let us renew: the token still holds.
-                        _ => self.log_in_anew(token).await,
+                        Ok(()) => self.log_in_anew(token).await,
                     };
                 }
                 Err(other) => return Err(other),
@@ -872,7 +873,8 @@ async fn tend(inner: Weak<Inner>) {
                 // A token that cannot be renewed, given to us so that we cannot log in, is watched until it ends.
                 let same = now.session.lock().await.as_ref().is_some_and(|held| Arc::ptr_eq(held, &token));
                 (away, pause) = (AWAY_FIRST, if renew && same { check } else { Duration::ZERO });
-                if !renew {
+                // Vault answered and knows it. Of one that took its place whoever put it there has told.
+                if same {
                     now.live(&token);
                 }
             }
