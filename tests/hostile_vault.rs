@@ -7,8 +7,8 @@ mod common;
 use std::io::Write;
 use std::net::TcpStream;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use base64::Engine;
@@ -421,6 +421,73 @@ fn an_outage_ends_for_a_token_that_is_near_its_end_and_cannot_be_renewed() {
         // Nothing is asked here that would tell: the background has to.
         until("it is live again", || vault.state().name() == "live");
     }
+}
+
+/// A Vault that ann logs in to. What a login and what a renewal last is told by a test, in seconds; `None`: not renewable.
+struct Lender {
+    vault: Vault,
+    /// Logins so far.
+    logins: Arc<AtomicU64>,
+    /// Tokens that were ended, by the number of their login.
+    ended: Arc<Mutex<Vec<u64>>>,
+    _server: Hostile,
+    _dir: tempfile::TempDir,
+}
+
+impl Lender {
+    fn new(lasts: fn(login: u64) -> u64, renewed: Option<u64>) -> Lender {
+        let (logins, ended) = (Arc::new(AtomicU64::new(0)), Arc::<Mutex<Vec<u64>>>::default());
+        let (counted, noted) = (logins.clone(), ended.clone());
+        let server = Hostile::start(move |request: &Request, stream: &mut TcpStream| {
+            let auth = |login: u64, lasts: u64| {
+                json!({
+                    "client_token": format!("canary-{login}"), "accessor": "a", "policies": [], "token_policies": [],
+                    "metadata": null, "lease_duration": lasts, "renewable": renewed.is_some(), "entity_id": "",
+                    "token_type": "service", "orphan": true,
+                })
+            };
+            let token = request.header("x-vault-token").and_then(|token| token.strip_prefix("canary-")?.parse().ok());
+            let answer_auth = |auth: Value| {
+                let mut whole: Value = serde_json::from_str(&answer(Value::Null)).expect("as made above");
+                whole["auth"] = auth;
+                whole.to_string()
+            };
+            let body = match (request.target.as_str(), token) {
+                ("/v1/auth/userpass/login/ann", _) => {
+                    let login = counted.fetch_add(1, Ordering::SeqCst) + 1;
+                    answer_auth(auth(login, lasts(login)))
+                }
+                ("/v1/auth/token/renew-self", Some(login)) => answer_auth(auth(login, renewed.unwrap_or(0))),
+                ("/v1/auth/token/revoke-self", Some(login)) => {
+                    noted.lock().expect("no panic under the lock").push(login);
+                    return respond(stream, "204 No Content", &[], b"");
+                }
+                _ => lookup(),
+            };
+            respond(stream, "200 OK", JSON, body.as_bytes())
+        });
+        let dir = tempfile::tempdir().expect("a folder");
+        let plain = settings(&server.endpoint(), &dir);
+        let AuthMethod::Token { file } = &plain.auth else { unreachable!("as made above") };
+        let auth =
+            AuthMethod::Userpass { mount: "userpass".into(), username: "ann".into(), password_file: file.clone() };
+        let often = VaultSettings { auth, check: Duration::from_millis(50), ..plain };
+        let vault = Vault::open(&often).expect("usable");
+        vault.login().expect("a token");
+        Lender { vault, logins, ended, _server: server, _dir: dir }
+    }
+
+    fn logins(&self) -> u64 {
+        self.logins.load(Ordering::SeqCst)
+    }
+}
+
+/// In a token's last second a renewal gives 0, which of a login says that it never ends.
+#[test]
+fn a_token_whose_renewal_gives_nothing_more_is_replaced_by_a_login() {
+    let lender = Lender::new(|_| 3, Some(0));
+    until("there is another token", || lender.logins() >= 2);
+    assert!(lender.vault.status()["token_seconds_left"].is_u64(), "{}", lender.vault.status());
 }
 
 #[test]

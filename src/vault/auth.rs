@@ -115,6 +115,21 @@ impl Token {
         self.ttl.and_then(|ttl| self.got.checked_add(ttl))
     }
 
+    /// Whether its time is not over yet.
+    pub fn holds(&self) -> bool {
+        self.expires().is_none_or(|at| at > Instant::now())
+    }
+
+    /// What a renewal of this token answered.
+    pub fn renewed(&self, answer: Answer<Value>) -> Result<Token> {
+        let mut fresh = Token::of(answer)?;
+        if self.ttl.is_some() && fresh.ttl.is_none() {
+            // What ends is not renewed to last for ever: this is its last second, of which less than one is left.
+            fresh.ttl = Some(Duration::from_secs(1));
+        }
+        Ok(fresh)
+    }
+
     pub fn of(answer: Answer<Value>) -> Result<Token> {
         let Some(mut auth) = answer.auth else { refuse!(VaultAnswer, "Vault's answer to the login holds no token") };
         let text = LockedBuf::copy_of(auth.client_token.as_bytes());

@@ -774,7 +774,7 @@ impl Inner {
             let answer = self.wire.send(request, Some(&token.text), "cannot renew our token").await;
             match answer {
                 Ok(answer) => {
-                    let fresh = Arc::new(Token::of(answer)?);
+                    let fresh = Arc::new(token.renewed(answer)?);
                     // Near the end of its longest life a renewal gives less and less: log in while the old one holds.
                     let worth = fresh.ttl.is_none_or(|ttl| token.ttl.is_none_or(|old| ttl * 2 >= old));
                     *self.session.lock().await = Some(fresh.clone());
