@@ -490,6 +490,19 @@ fn a_token_whose_renewal_gives_nothing_more_is_replaced_by_a_login() {
     assert!(lender.vault.status()["token_seconds_left"].is_u64(), "{}", lender.vault.status());
 }
 
+/// What was lent under a token lives as long as it does: what is left of one that a login has replaced ends with ours.
+#[test]
+fn a_token_that_was_replaced_and_still_holds_is_ended_with_its_successor() {
+    // The first is over when the second is replaced, at 60 % of ten seconds or a little later.
+    let lender = Lender::new(|login| [1, 10, 3600][login.min(3) as usize - 1], None);
+    until("the third token", || lender.logins() == 3);
+    // The client knows of it too.
+    until("it is ours", || lender.vault.status()["token_seconds_left"].as_u64() > Some(10));
+    assert!(lender.ended.lock().expect("a test").is_empty(), "what was lent under them may be in use");
+    assert!(lender.vault.revoke_self().expect("ended"));
+    assert_eq!(*lender.ended.lock().expect("a test"), [3, 2]);
+}
+
 #[test]
 fn an_answer_without_data_names_the_mount_that_may_be_of_another_kind() {
     let empty = Liar::saying("200 OK", JSON, answer(Value::Null));

@@ -67,6 +67,9 @@ const LOOK_LAST: Duration = Duration::from_secs(3600);
 /// The longest pause between attempts to log in after a loss: longer than the 15 minutes for which Vault counts failed logins
 /// before it locks a user out, so that ours lock nobody out.
 const LOST_LAST: Duration = Duration::from_secs(16 * 60);
+/// Tokens that were replaced, still hold and are ended with ours. A login follows at 60 % of a token's life, so of lives of
+/// one length one is left; more are left where an operator shortens them.
+const REPLACED_MAX: usize = 8;
 /// What an operator does about a loss.
 const CURE: &str = "once its login works again, `modelfs unlock` lets a mount in";
 
@@ -155,6 +158,9 @@ struct Inner {
     wire: Wire,
     secrets: EnvSecrets,
     session: Mutex<Option<Arc<Token>>>,
+    /// Tokens that a login replaced before their time was over. What was lent under them may be in use, so they are ended at
+    /// the end, not before.
+    replaced: std::sync::Mutex<Vec<Arc<Token>>>,
     /// Whether the task that keeps the token alive was started.
     tended: AtomicBool,
     state: watch::Sender<VaultState>,
@@ -197,6 +203,7 @@ impl Vault {
                 wire,
                 secrets,
                 session: Mutex::new(None),
+                replaced: std::sync::Mutex::default(),
                 tended: AtomicBool::new(false),
                 state: watch::Sender::new(VaultState::Idle),
                 telemetry: OnceLock::new(),
@@ -450,8 +457,11 @@ impl Vault {
         .map(drop)
     }
 
-    /// Ends our token and with it every lease that it took, at a clean end. A token that was given to us (`VAULT_TOKEN`, a
-    /// file) is not ours to end. Answers whether one was ended.
+    /// Ends our token and those that it replaced and that still hold, and with them every lease that they took, at a clean
+    /// end. A token that was given to us (`VAULT_TOKEN`, a file) is not ours to end. Answers whether one was ended.
+    ///
+    /// # Errors
+    /// What refused the first that could not be ended; the others are ended all the same, if Vault answers.
     pub fn revoke_self(&self) -> Result<bool> {
         if self.inner.given() {
             return Ok(false);
@@ -460,8 +470,19 @@ impl Vault {
         self.run(async move {
             let Some(token) = inner.session.lock().await.take() else { return Ok(false) };
             inner.state.send_replace(VaultState::Idle);
-            let request = Raw::new(Method::Post, "auth/token/revoke-self".into(), None);
-            inner.wire.send(request, Some(&token.text), "cannot revoke our token").await.map(|_| true)
+            let mut ended = Ok(true);
+            for token in std::iter::once(token).chain(inner.take_replaced()) {
+                let request = Raw::new(Method::Post, "auth/token/revoke-self".into(), None);
+                let Err(failed) = inner.wire.send(request, Some(&token.text), "cannot revoke our token").await else {
+                    continue;
+                };
+                let away = failed.class() == Class::Unreachable;
+                ended = ended.and(Err(failed));
+                if away {
+                    break;
+                }
+            }
+            ended
         })
     }
 
@@ -636,7 +657,7 @@ impl Inner {
             return Err(why.clone());
         }
         if let Some(token) = &*session
-            && token.expires().is_none_or(|at| at > Instant::now())
+            && token.holds()
         {
             return Ok(token.clone());
         }
@@ -769,6 +790,7 @@ impl Inner {
 
     /// Renews the token, or replaces it where it cannot be renewed (for long enough).
     async fn renew(self: &Arc<Self>, token: &Arc<Token>) -> Result<()> {
+        let mut held = token.clone();
         if token.renewable {
             let request = Raw::new(Method::Post, "auth/token/renew-self".into(), None);
             let answer = self.wire.send(request, Some(&token.text), "cannot renew our token").await;
@@ -783,6 +805,7 @@ impl Inner {
                     if worth || self.given() {
                         return Ok(());
                     }
+                    held = fresh;
                 }
                 Err(gone) if gone.code() == Code::VaultDenied => {
                     return match self.look(token).await {
@@ -795,16 +818,17 @@ impl Inner {
                 Err(other) => return Err(other),
             }
         }
-        self.log_in_anew(token).await
+        self.log_in_anew(&held).await
     }
 
-    async fn log_in_anew(self: &Arc<Self>, old: &Token) -> Result<()> {
+    async fn log_in_anew(self: &Arc<Self>, old: &Arc<Token>) -> Result<()> {
         if self.given() {
             return Ok(());
         }
         match self.log_in().await {
             Ok(token) => {
                 *self.session.lock().await = Some(token.clone());
+                self.keep_replaced(old.clone());
                 self.live(&token);
                 Ok(())
             }
@@ -812,6 +836,23 @@ impl Inner {
             // The old token still holds: there is time to try again.
             Err(refused) => Err(refused),
         }
+    }
+
+    fn keep_replaced(&self, old: Arc<Token>) {
+        let mut replaced = self.replaced.lock().expect("a thread died holding the replaced tokens");
+        replaced.push(old);
+        replaced.retain(|token| token.holds());
+        if replaced.len() > REPLACED_MAX {
+            // The first to end is the one that matters least. One that never ends is not replaced.
+            let soonest = (0..replaced.len()).min_by_key(|at| replaced[*at].expires());
+            replaced.remove(soonest.expect("there are more than none"));
+        }
+    }
+
+    /// Those that still hold.
+    fn take_replaced(&self) -> Vec<Arc<Token>> {
+        let mut replaced = self.replaced.lock().expect("a thread died holding the replaced tokens");
+        std::mem::take(&mut *replaced).into_iter().filter(|token| token.holds()).collect()
     }
 }
 
