@@ -121,7 +121,7 @@ credentials_of() { # ROLE: its role-id and a fresh secret-id
 }
 for role in publisher pruner server rewrap auditor registrar catalog; do credentials_of $role; done
 as() { # ROLE [STORAGE-ROLE]: the options with which that role reaches Vault and the bucket
-  local -A credentials=([publisher]=publish [registrar]=publish [pruner]=prune [rewrap]=prune [rewrap-registrar]=prune)
+  local -A credentials=([publisher]=publish [registrar]=publish [pruner]=prune [rewrap]=rewrap [rewrap-registrar]=rewrap)
   echo "--vault-addr http://127.0.0.1:$vault_port --vault-auth approle --vault-role-id $(cat "$work/$1.role-id")" \
     "--vault-secret-id-file $work/$1.secret-id --s3-endpoint http://127.0.0.1:$minio_port --s3-region us-east-1" \
     "--s3-credentials vault-aws:aws/${2:-${credentials[$1]:-models}}"
@@ -399,25 +399,31 @@ remove_phrase() {
 step "the passphrase slot is removed" remove_phrase
 step "the phrase opens nothing any more" refused_with NO_KEY mount_with_phrase
 # shellcheck disable=SC2046
-prune_twice() {
+prune_twice() { # [ROLE [STORAGE-ROLE]]
   for _ in 1 2; do
-    "$modelfs" prune $store --key $transit --trust "$trust" --grace 0s --second-look 0s --keep 1 --yes $(as "${1:-pruner}") || return 1
+    "$modelfs" prune $store --key $transit --trust "$trust" --grace 0s --second-look 0s --keep 1 --yes \
+      $(as "${1:-pruner}" "${2:-}") || return 1
   done
 }
 step "the publisher's credentials delete nothing" refused_with STORE_DENIED prune_twice publisher
 # shellcheck disable=SC2046
 seal_as_pruner() { "$modelfs" seal "$work/v2" $store $model --key $transit --sign $signer --floor $floor $(as pruner); }
 step "the pruner seals nothing" refused_with VAULT_DENIED seal_as_pruner
-# With a policy that lets the publisher ask for the readers' credentials: the bucket itself says no.
-readers_credentials() {
-  { cat "$work/policies/publisher.hcl"; echo 'path "aws/creds/models" { capabilities = ["read"] }'; } | admin policy write publisher - >/dev/null
-  # shellcheck disable=SC2046
-  refused_with STORE_DENIED "$modelfs" seal "$work/v2" $store $model --key $transit --sign $signer --floor $floor $(as publisher models)
-  local rc=$?
-  admin policy write publisher "$work/policies/publisher.hcl" >/dev/null
+# With a policy that lets a role ask for the credentials of another: the bucket itself says no.
+denied_with_credentials() { # ROLE STORAGE-ROLE COMMAND...
+  local role=$1 storage=$2 rc=0
+  shift 2
+  { cat "$work/policies/$role.hcl"; echo "path \"aws/creds/$storage\" { capabilities = [\"read\"] }"; } | admin policy write "$role" - >/dev/null
+  refused_with STORE_DENIED "$@" || rc=$?
+  admin policy write "$role" "$work/policies/$role.hcl" >/dev/null
   return $rc
 }
-step "a reader's credentials write nothing" readers_credentials
+# shellcheck disable=SC2046
+seal_with() { "$modelfs" seal "$work/v2" $store $model --key $transit --sign $signer --floor $floor $(as publisher "$1"); } # STORAGE-ROLE
+for storage in models prune rewrap; do
+  step "the credentials of $storage publish nothing" denied_with_credentials publisher $storage seal_with $storage
+done
+step "the rewrap job's credentials delete no weights" denied_with_credentials pruner rewrap prune_twice pruner rewrap
 step "prune" prune_twice
 step "what is left mounts" mount_as_server
 step "and loads" shows_version 1
@@ -518,7 +524,8 @@ auditor_works() {
   auditor_token=$(VAULT_ADDR=http://127.0.0.1:$vault_port "$vault" write -field=token auth/approle/login \
     role_id="$(cat "$work/auditor.role-id")" secret_id="$(cat "$work/auditor.secret-id")")
   as_auditor read transit/keys/models && as_auditor read transit/keys/release && as_auditor read sys/policies/acl/server &&
-    as_auditor list secret/metadata/floor && as_auditor read "secret/metadata/floor/$(admin list -format=json secret/metadata/floor | jq -r '.[0]')" || return 1
+    as_auditor list secret/metadata/floor && as_auditor read "secret/metadata/floor/$(admin list -format=json secret/metadata/floor | jq -r '.[0]')" &&
+    as_auditor list secret/metadata/models && as_auditor read "secret/metadata/models/$model" || return 1
   # shellcheck disable=SC2046
   "$modelfs" verify $store $model --trust "$trust" $(as auditor)
 }
@@ -528,9 +535,56 @@ auditor_opens_nothing() {
   refused_without_right as_auditor write transit/decrypt/models ciphertext=vault:v1:AAAA context=AAAA || return 1
   body=$(as_auditor list -format=json secret/metadata/floor | jq -r '.[0]')
   refused_without_right as_auditor kv get "secret/floor/$body"
+  # What another team keeps in the same mount.
+  admin kv put secret/others/plans of=theirs >/dev/null
+  refused_without_right as_auditor list secret/metadata
+  refused_without_right as_auditor read secret/metadata/others/plans
 }
 refused_without_right() { local said; ! said=$("$@" 2>&1) && [[ $said == *"permission denied"* ]] || { echo "$said"; return 1; }; }
 step "the auditor opens nothing" auditor_opens_nothing
+
+# ---- The storage roles: likewise, of each statement without one action, or without one of the places it is for.
+storage_role() { # NAME POLICY
+  admin write "aws/roles/$1" credential_type=assumed_role role_arns=arn:aws:iam::123456789012:role/models \
+    default_sts_ttl=3600s max_sts_ttl=3600s policy_document="$2" >/dev/null
+}
+without_one() { # POLICY: what is missing and the policy without it, a line each
+  jq -r '. as $whole | range(.Statement | length) as $of | ("Action", "Resource") as $part | range(.Statement[$of][$part] | length) as $one |
+    ($whole | del(.Statement[$of][$part][$one]) | .Statement |= map(select(.Action != [] and .Resource != []))) as $rest |
+    "\(.Statement[$of].Action | join(",")): \(.Statement[$of][$part][$one])\t\($rest | tojson)"' <<<"$1"
+}
+needs_every_storage_right() { # STORAGE-ROLE COMMAND...
+  local role=$1 whole missing rest
+  shift
+  whole=$(admin read -field=policy_document "aws/roles/$role")
+  without_one "$whole" >"$work/rights"
+  [[ $(wc -l <"$work/rights") -ge 4 ]]
+  while IFS=$'\t' read -r missing rest; do
+    storage_role "$role" "$rest"
+    if "$@" >"$work/without.log" 2>&1 </dev/null; then echo "works without: $missing"; return 1; fi
+    grep -qE '\[STORE_DENIED\]|left behind' "$work/without.log" || { cat "$work/without.log"; echo "another failure without: $missing"; return 1; }
+    echo "refused without: $missing"
+  done <"$work/rights"
+  storage_role "$role" "$whole"
+  "$@"
+}
+step "the readers' storage role has no right too many" needs_every_storage_right models server_works
+prunes_something() {
+  edition=$((edition + 1))
+  echo "$edition" >"$work/v2/edition"
+  publish 2 && prune_twice
+}
+step "the pruner's storage role has no right too many" needs_every_storage_right prune prunes_something
+stored() { (cd "$work/minio/models/prod" && find . -path "$1" -name xl.meta | sort); } # PATTERN
+rewraps_cleanly() {
+  local probes
+  probes=$(stored './probe/*')
+  rotate_and_rewrap || return 1
+  [[ $(stored './probe/*') == "$probes" ]] || { echo "a probe is left behind"; return 1; }
+  # ./MODEL/k/VERSION/GENERATION/xl.meta
+  [[ -z $(stored './*/k/*' | cut -d/ -f2-4 | uniq -d) ]] || { echo "slots of an older generation are left behind"; return 1; }
+}
+step "the rewrap job's storage role has no right too many" needs_every_storage_right rewrap rewraps_cleanly
 
 # ---- Vault's own record of what the server asked for.
 server_asked_only() {
