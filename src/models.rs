@@ -10,7 +10,7 @@
 
 mod pool;
 
-pub use pool::{Pool, Tenant};
+pub use pool::{Lost, Pool, Reopened, Tenant};
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, TryLockError};
@@ -404,6 +404,17 @@ impl Versions {
         let mut last = self.tenant.leave_all();
         last.extend(table.into_iter().flat_map(|table| table.leaving));
         last
+    }
+
+    /// [`Tenant::refuse`]
+    pub fn refuse(&self) {
+        self.tenant.refuse();
+    }
+
+    /// [`Tenant::regain`]
+    #[must_use = "it has no right yet if any are answered"]
+    pub fn regain(&self, opened: Vec<Reopened>) -> Vec<Lost> {
+        self.tenant.regain(opened)
     }
 
     /// How often [`Versions::sweep`] is to be called; `None`: never.

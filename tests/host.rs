@@ -88,7 +88,7 @@ impl Scene {
         let folder = self.root.join("of-vault");
         fs::create_dir(&folder).expect("mkdir");
         let (vault, program) = (FakeVault::start(&folder), Program::in_folder(&folder));
-        let mut words = vault.words();
+        let words = vault.words();
         let mut seal = program.command(&["seal"]);
         seal.arg(self.root.join("source")).args([program.store(), NAME]);
         for word in words.iter().filter(|word| !word.starts_with("floor=")) {
@@ -96,10 +96,21 @@ impl Scene {
             seal.args([&format!("--{name}"), value]);
         }
         run_ok(&mut seal);
-        words.push(format!("trust={}", program.trusted_key().display()));
-        words.extend(more.iter().map(|word| (*word).to_string()));
-        let mounted = self.mount_from(program.store(), "other", &words).expect("mounted");
+        let mounted = self.mount_again_by_vault(&vault, "other", more).expect("mounted");
         (vault, mounted)
+    }
+
+    /// What [`Scene::mount_by_vault`] sealed, once more, with a login of its own.
+    fn mount_again_by_vault(&self, vault: &FakeVault, place: &str, more: &[&str]) -> Result<Arc<Mounted>> {
+        let folder = self.root.join("of-vault");
+        let mut words = vault.words();
+        words.push(format!("trust={}", folder.join("home/.config/modelfs/signing.key.pub").display()));
+        words.extend(more.iter().map(|word| (*word).to_string()));
+        self.mount_from(folder.join("store").to_str().expect("utf-8"), place, &words)
+    }
+
+    fn in_memory(&self) -> u64 {
+        self.host.cache().budget().in_use()
     }
 
     /// Seals the same files once more, for a passphrase alone; the option that opens them.
@@ -186,7 +197,7 @@ fn one_mount_is_refused_and_served_again_while_the_other_goes_on() {
     let two = scene.mount("other", "model.key", &["open=lazy"]).expect("mounted");
     assert!(holds(&file(&two, "first.bin"), 1));
 
-    two.refuse(Some("its right was taken back"));
+    two.refuse(Some("its right was taken back")).expect("refused");
 
     for name in ["first.bin", "second.bin"] {
         let refused = fs::File::open(file(&two, name)).expect_err("refused");
@@ -194,7 +205,7 @@ fn one_mount_is_refused_and_served_again_while_the_other_goes_on() {
         assert!(fs::File::open(file(&one, name)).is_ok(), "{name}");
     }
     assert_eq!(two.status()["refused"], true);
-    two.refuse(None);
+    two.refuse(None).expect("let in");
     assert!(holds(&file(&two, "first.bin"), 1));
     scene.host.stop().expect("stopped");
 }
@@ -363,6 +374,153 @@ fn a_mount_whose_token_was_revoked_is_refused_until_vault_takes_it_again() {
     scene.host.stop().expect("stopped");
 }
 
+fn locked(mounted: &Mounted) -> bool {
+    let told = mounted.status();
+    told["models"].as_array().expect("models").iter().all(|model| model["locked"] == true)
+}
+
+/// A refusal leaves the plaintext where it is, for the others; where there are none it goes.
+#[test]
+fn a_version_that_no_mount_has_a_right_to_is_locked_and_wiped() {
+    let Some(scene) = scene("a_version_that_no_mount_has_a_right_to_is_locked_and_wiped") else { return };
+    let (vault, two) = scene.mount_by_vault(&["on-key-loss=lock", "open=whole"]);
+    assert!(holds(&file(&two, "first.bin"), 1));
+    let mut held = fs::File::open(file(&two, "first.bin")).expect("open");
+    assert!(scene.in_memory() > 0);
+
+    vault.revoke_all();
+
+    scene.wait_until("the lock", || locked(&two));
+    scene.wait_until("the wipe", || scene.in_memory() == 0);
+    assert!(is_refused(&two));
+    // A whole file that was read past the daemon ends early, another answers EACCES.
+    let mut rest = Vec::new();
+    assert!(std::io::Read::read_to_end(&mut held, &mut rest).is_err() || rest.is_empty());
+    drop(held);
+
+    // Its right is proved: the keys are read anew, and it is served again.
+    two.recheck().expect("its login is as good as ever");
+    assert!(!locked(&two));
+    assert!(holds(&file(&two, "second.bin"), 2));
+
+    // What an operator locked stays locked, whatever becomes of the right.
+    vault.revoke_all();
+    scene.wait_until("the second lock", || locked(&two));
+    two.access(AccessRequest::Lock { model: None }).expect("locked by somebody");
+    two.recheck().expect("its login is as good as ever");
+    assert_eq!(two.status()["refused"], false);
+    assert!(locked(&two) && is_refused(&two));
+    let newcomer = scene.mount_again_by_vault(&vault, "mnt", &["model=acme/m"]).err().expect("locked for him too");
+    assert_eq!(newcomer.code(), Code::Locked, "{newcomer:?}");
+    unlock(&two).expect("the operator's word");
+    assert!(holds(&file(&two, "second.bin"), 2));
+    scene.host.stop().expect("stopped");
+    assert_eq!(vault.tokens(), 0, "every token was given back");
+}
+
+#[test]
+fn a_version_is_kept_for_whoever_has_a_right_to_it_and_goes_with_the_last() {
+    let Some(scene) = scene("a_version_is_kept_for_whoever_has_a_right_to_it_and_goes_with_the_last") else { return };
+    fs::create_dir(scene.root.join("third")).expect("mkdir");
+    let (vault, two) = scene.mount_by_vault(&["on-key-loss=lock", "open=lazy"]);
+    let more = ["on-key-loss=lock", "open=lazy", "model=acme/m"];
+    let one = scene.mount_again_by_vault(&vault, "mnt", &more).expect("mounted");
+    assert!(holds(&file(&two, "first.bin"), 1));
+
+    two.refuse(Some("its right was not proved")).expect("refused");
+    assert!(is_refused(&two) && !locked(&two), "the other goes on");
+    let fetched = scene.fetched();
+    assert!(holds(&file(&one, "first.bin"), 1));
+    assert_eq!(scene.fetched(), fetched, "from memory");
+
+    // The last that has a right loses it: by a refusal, and by going.
+    one.refuse(Some("its right was not proved")).expect("refused");
+    assert!(locked(&two) && scene.in_memory() == 0);
+    one.refuse(None).expect("it has its right again, and keys");
+    assert!(holds(&file(&one, "first.bin"), 1) && is_refused(&two));
+    one.unmount(GRACE).expect("unmounted");
+    assert!(locked(&two) && scene.in_memory() == 0, "who is left has no right to it");
+
+    // A newcomer with keys of his own is served, and lets nobody else in; with him it goes again.
+    let third = scene.mount_again_by_vault(&vault, "third", &more).expect("mounted");
+    assert!(holds(&file(&third, "second.bin"), 2) && is_refused(&two));
+    third.unmount(GRACE).expect("unmounted");
+    assert!(locked(&two) && scene.in_memory() == 0);
+
+    two.refuse(None).expect("let in");
+    assert!(holds(&file(&two, "first.bin"), 1));
+    scene.host.stop().expect("stopped");
+}
+
+/// Rights come and go on all sides, while somebody reads: he gets the bytes or a refusal.
+#[test]
+fn rights_that_come_and_go_at_once_leave_every_mount_as_it_was_told_last() {
+    let Some(scene) = scene("rights_that_come_and_go_at_once_leave_every_mount_as_it_was_told_last") else { return };
+    fs::create_dir(scene.root.join("third")).expect("mkdir");
+    let more = ["on-key-loss=lock", "open=lazy", "no-passthrough", "model=acme/m"];
+    let (vault, two) = scene.mount_by_vault(&more);
+    let one = scene.mount_again_by_vault(&vault, "mnt", &more).expect("mounted");
+    let toggled = |mounted: &Arc<Mounted>, rounds: u64| {
+        for round in 0..rounds {
+            mounted.refuse(Some("its right was not proved")).expect("refused");
+            std::thread::sleep(Duration::from_millis(7 * round));
+            mounted.refuse(None).expect("let in");
+        }
+    };
+    std::thread::scope(|all| {
+        let ways = [all.spawn(|| toggled(&one, 9)), all.spawn(|| toggled(&two, 7))];
+        let comes = all.spawn(|| {
+            for _ in 0..4 {
+                let third = scene.mount_again_by_vault(&vault, "third", &more).expect("its right was never taken");
+                assert!(holds(&file(&third, "first.bin"), 1));
+                third.unmount(GRACE).expect("unmounted");
+            }
+        });
+        while !ways.iter().all(|way| way.is_finished()) || !comes.is_finished() {
+            for mounted in [&one, &two] {
+                if let Ok(bytes) = fs::read(file(mounted, "first.bin")) {
+                    assert!(bytes.len() == BYTES && bytes.iter().all(|byte| *byte == 1));
+                }
+            }
+        }
+    });
+    for mounted in [&one, &two] {
+        assert!(holds(&file(mounted, "second.bin"), 2) && !locked(mounted));
+    }
+    scene.host.stop().expect("stopped");
+}
+
+#[test]
+fn a_mount_whose_keys_cannot_be_read_again_stays_refused() {
+    let Some(scene) = scene("a_mount_whose_keys_cannot_be_read_again_stays_refused") else { return };
+    let (vault, two) = scene.mount_by_vault(&["on-key-loss=lock", "open=lazy"]);
+    two.refuse(Some("its right was not proved")).expect("refused");
+    let slots = scene.root.join("of-vault/store");
+    let aside = scene.root.join("of-vault/aside");
+    fs::rename(&slots, &aside).expect("the store is away");
+
+    two.refuse(None).expect_err("nothing to read the slots from");
+
+    assert!(is_refused(&two) && locked(&two));
+    assert_eq!(two.status()["refused"], true);
+    fs::rename(&aside, &slots).expect("the store is back");
+    two.refuse(None).expect("said again");
+    assert!(holds(&file(&two, "first.bin"), 1));
+    scene.host.stop().expect("stopped");
+    drop(vault);
+}
+
+/// A mount that keeps its keys has its right as long as it lasts, and nothing is wiped under it.
+#[test]
+fn a_refused_mount_that_keeps_its_keys_keeps_the_version() {
+    let Some(scene) = scene("a_refused_mount_that_keeps_its_keys_keeps_the_version") else { return };
+    let (_vault, two) = scene.mount_by_vault(&["open=lazy"]);
+    assert!(holds(&file(&two, "first.bin"), 1));
+    two.refuse(Some("its right was not proved")).expect("refused");
+    assert!(is_refused(&two) && !locked(&two) && scene.in_memory() > 0);
+    scene.host.stop().expect("stopped");
+}
+
 /// Else whoever tries again and again, as a kubelet does, leaves a living token each time.
 #[test]
 fn a_mount_that_is_refused_gives_its_token_back() {
@@ -382,19 +540,19 @@ fn who_refused_a_mount_alone_lets_its_readers_in_again() {
     let Some(scene) = scene("who_refused_a_mount_alone_lets_its_readers_in_again") else { return };
     let (vault, two) = scene.mount_by_vault(&["on-key-loss=lock", "open=lazy"]);
     // Vault takes the token and then us again, while the right is not proved: that stays.
-    two.refuse(Some("its right was not proved"));
+    two.refuse(Some("its right was not proved")).expect("refused");
     vault.revoke_all();
     scene.wait_until("the loss", || vault_of(&two) == "lost");
     unlock(&two).expect("in again");
     assert_eq!(vault_of(&two), "live");
     assert!(is_refused(&two));
-    two.refuse(None);
+    two.refuse(None).expect("let in");
     assert!(!is_refused(&two));
     // The right is proved, while Vault has taken the token: that stays.
     vault.revoke_all();
     scene.wait_until("the refusal", || two.status()["refused"] == true);
-    two.refuse(Some("its right was not proved"));
-    two.refuse(None);
+    two.refuse(Some("its right was not proved")).expect("refused");
+    two.refuse(None).expect("let in");
     assert!(is_refused(&two));
     unlock(&two).expect("in again");
     assert!(holds(&file(&two, "second.bin"), 2));

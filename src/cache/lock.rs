@@ -34,6 +34,20 @@ impl LockReport {
         self.unwiped_bytes += other.unwiped_bytes;
         self.kept_bytes += other.kept_bytes;
     }
+
+    /// Says in the log what did not end as zeros, and what to do about it.
+    pub fn tell_what_is_left(&self) {
+        if self.unwiped_bytes > 0 {
+            tracing::warn!(
+                "{} bytes were cut off from readers but went back to the kernel unwiped; give the daemon io_uring and \
+                 CAP_IPC_LOCK (or a RLIMIT_MEMLOCK as large as the cache), or boot with init_on_free=1",
+                self.unwiped_bytes
+            );
+        }
+        if self.kept_bytes > 0 {
+            tracing::error!("locked, but {} bytes of plaintext are still in memory; stop the mount", self.kept_bytes);
+        }
+    }
 }
 
 /// Plaintext that nobody reaches any more and that waits to be overwritten.

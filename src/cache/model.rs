@@ -73,7 +73,20 @@ impl Model {
     /// From the return on nothing of the model is answered any more, who waits is refused, and the keys are wiped. Names and
     /// sizes stay. `false`: it was locked before. Waits for answers being given, not for readers.
     pub fn lock(&self) -> bool {
+        self.shut(&mut self.locks.lock().expect("a thread died holding the locks of a model"))
+    }
+
+    /// [`Model::lock`], unless it is locked already. How often it was locked now; `None`: it was.
+    pub fn lock_if_served(&self) -> Option<u64> {
         let mut locks = self.locks.lock().expect("a thread died holding the locks of a model");
+        if self.is_locked() {
+            return None;
+        }
+        self.shut(&mut locks);
+        Some(*locks)
+    }
+
+    fn shut(&self, locks: &mut u64) -> bool {
         *locks += 1;
         self.is_locked.store(true, Ordering::SeqCst);
         let before = self.locked.send_replace(true);

@@ -20,8 +20,8 @@ impl Shown for Mounted {
     fn is_mounted(&self) -> bool {
         Mounted::is_mounted(self)
     }
-    fn refuse(&self, why: Option<&str>) {
-        Mounted::refuse(self, why);
+    fn refuse(&self, why: Option<&str>) -> Result<()> {
+        Mounted::refuse(self, why)
     }
     fn recheck(&self) -> Result<()> {
         Mounted::recheck(self)

@@ -43,7 +43,7 @@ pub trait Door: Send + Sync {
 /// One mount of the door.
 pub trait Shown: Send + Sync {
     fn is_mounted(&self) -> bool;
-    fn refuse(&self, why: Option<&str>);
+    fn refuse(&self, why: Option<&str>) -> Result<()>;
     fn recheck(&self) -> Result<()>;
     fn unmount(&self, grace: Duration) -> Result<()>;
     /// Ends as by `unmount`, but the mount stays in the tree, and is dead with the end of this process.
@@ -217,15 +217,20 @@ impl Node {
         volume.proved = Instant::now();
         match volume.shown.recheck() {
             Ok(()) => {
-                if volume.refused.take().is_some() {
+                if volume.refused.is_some() {
+                    // Its keys may be read anew for it; until they are it stays refused.
+                    volume.shown.refuse(None).map_err(|error| self.tell(asked, &error))?;
+                    volume.refused = None;
                     tracing::info!(who = %asked.who, models = asked.models(), "allowed again");
-                    volume.shown.refuse(None);
                 }
                 Ok(())
             }
             Err(error) if takes_the_right(&error) => {
                 tracing::warn!(who = %asked.who, models = asked.models(), "refused from now on: {}", error.chain());
-                volume.shown.refuse(Some(&error.chain()));
+                // Who is refused is refused: what fails is only to let in.
+                if let Err(failed) = volume.shown.refuse(Some(&error.chain())) {
+                    tracing::error!("{}", failed.chain());
+                }
                 let refusal = self.tell(asked, &error);
                 volume.refused = Some(error);
                 Err(refusal)

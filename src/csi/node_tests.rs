@@ -17,6 +17,8 @@ struct Stage {
     mounted: AtomicBool,
     abandoned: AtomicBool,
     refused: AtomicBool,
+    /// Whoever is to be let in again has no keys.
+    keys_gone: AtomicBool,
     rechecks: AtomicUsize,
     mounts: AtomicUsize,
     /// What the next mount or recheck meets.
@@ -59,8 +61,12 @@ impl Shown for FakeMount {
     fn is_mounted(&self) -> bool {
         self.0.mounted.load(Ordering::Relaxed)
     }
-    fn refuse(&self, why: Option<&str>) {
+    fn refuse(&self, why: Option<&str>) -> Result<()> {
+        if why.is_none() && self.0.keys_gone.load(Ordering::Relaxed) {
+            return Err(Error::new(Code::NoKey, "its key is read no more"));
+        }
         self.0.refused.store(why.is_some(), Ordering::Relaxed);
+        Ok(())
     }
     fn recheck(&self) -> Result<()> {
         self.0.rechecks.fetch_add(1, Ordering::Relaxed);
@@ -293,7 +299,11 @@ fn a_republish_shuts_whom_vault_refuses_and_lets_in_whom_it_allows_again() {
     bench.trouble(Some(Code::VaultUnreachable));
     assert_eq!(bench.publish().expect_err("still refused").code, GrpcCode::PermissionDenied);
     assert!(bench.refused());
+    // Allowed, but what was locked for want of a right does not open: nobody is told that he is let in.
     bench.trouble(None);
+    bench.stage.keys_gone.store(true, Ordering::Relaxed);
+    bench.publish().expect_err("its keys are read no more");
+    bench.stage.keys_gone.store(false, Ordering::Relaxed);
     bench.publish().expect("allowed again");
     assert!(!bench.refused());
 }

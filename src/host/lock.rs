@@ -15,13 +15,14 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 
 use super::mounted::blocks_told;
-use crate::cache::Model;
+use crate::cache::{LockReport, Model};
 use crate::catalog::{self, Catalog, CatalogAt};
 use crate::config::Access;
 use crate::control::{self, AccessRequest, Taken};
 use crate::crypto::ModelKeys;
 use crate::error::{Code, Error, Result};
 use crate::fuse::{ModelFs, Session};
+use crate::models::{Lost, Reopened};
 use crate::reading::Reading;
 use crate::refuse;
 use crate::store::StoreUrl;
@@ -122,9 +123,7 @@ impl Revoker {
         for model in &models {
             self.tell(model, Event::new(Kind::Lock).severity(severity).detail(why));
         }
-        if report.unwiped_bytes > 0 {
-            tell_unwiped(report.unwiped_bytes);
-        }
+        report.tell_what_is_left();
         if report.kept_bytes > 0 {
             return Err(Error::new(
                 Code::Host,
@@ -218,10 +217,7 @@ impl Revoker {
         for (model, keys, locks) in opened {
             if !model.unlock(keys, locks) {
                 // All or none: what was served for a moment goes again, with what was read of it.
-                let report = self.fs.lock(&unlocked);
-                if report.kept_bytes > 0 {
-                    tracing::error!("{} bytes of plaintext are still in memory; stop the mount", report.kept_bytes);
-                }
+                self.fs.lock(&unlocked).tell_what_is_left();
                 let name = &model.name;
                 refuse!(Locked, "{name} was locked again while the keys were being read; nothing was unlocked");
             }
@@ -239,6 +235,23 @@ impl Revoker {
             done["vault"] = json!(vault.state().name());
         }
         Ok(done)
+    }
+
+    /// Reads the keys again of versions that were locked because no mount had a right to them: this one has it again.
+    ///
+    /// # Errors
+    /// What refused the keys of any of them.
+    pub(super) fn reopen(&self, lost: Vec<Lost>) -> Result<Vec<Reopened>> {
+        let opener = self.opener(self.access.clone())?;
+        let reopen = |lost: Lost| {
+            let keys = opener(&lost.model).map_err(|error| {
+                self.tell(&lost.model, Event::new(Kind::Unlock).severity(Severity::Medium).error(&error));
+                error.context(format!("the keys of {} could not be read again", lost.model.name))
+            })?;
+            self.tell(&lost.model, Event::new(Kind::Rotation).detail("its keys were read anew"));
+            Ok(lost.opened(keys))
+        };
+        lost.into_iter().map(reopen).collect()
     }
 
     fn path_of(&self, node: NodeId, mountpoint: &Path) -> Option<PathBuf> {
@@ -286,9 +299,8 @@ impl Revoker {
             })
             .map(|it| &it["pid"])
             .collect();
-        if done.report.unwiped_bytes > 0 {
-            tell_unwiped(done.report.unwiped_bytes);
-        }
+        // What was kept is told to whoever asked, below.
+        LockReport { kept_bytes: 0, ..done.report }.tell_what_is_left();
         if done.report.kept_bytes > 0 {
             return Err(Error::new(
                 Code::Host,
@@ -359,13 +371,6 @@ impl Revoker {
             tracing::error!("{}", error.chain());
         }
     }
-}
-
-fn tell_unwiped(bytes: u64) {
-    tracing::warn!(
-        "{bytes} bytes were cut off from readers but went back to the kernel unwiped; give the daemon io_uring and \
-         CAP_IPC_LOCK (or a RLIMIT_MEMLOCK as large as the cache), or boot with init_on_free=1"
-    );
 }
 
 /// A daemon has no terminal, and whoever asks for an unlock is at another.

@@ -163,6 +163,7 @@ impl Host {
         let host = Arc::new(Host {
             runtime: Mutex::new(Some(runtime)),
             handle,
+            pool: Arc::new(Pool::new(cache.clone())),
             cache,
             gather: GatherBuffers::new()?,
             telemetry,
@@ -173,7 +174,6 @@ impl Host {
             probe: Probe::default(),
             alerts,
             server: Mutex::default(),
-            pool: Arc::default(),
             alone,
             mounted: Mutex::default(),
             leaving: Mutex::default(),

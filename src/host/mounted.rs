@@ -295,14 +295,17 @@ impl Mounted {
         }
     }
 
-    /// Where versions are shared a lost key ends one mount's right, not the others'.
+    /// Where versions are shared a lost key ends one mount's right, not the others'; only what none has a right to is locked.
     fn refuse_while_lost(self: &Arc<Self>, mut state: watch::Receiver<VaultState>) -> JoinHandle<()> {
         let weak = Arc::downgrade(self);
         self.host.handle.spawn(async move {
             loop {
                 state.mark_unchanged();
                 let Some(mounted) = weak.upgrade() else { return };
-                let _ = tokio::task::spawn_blocking(move || mounted.heed_vault()).await;
+                let heeded = tokio::task::spawn_blocking(move || mounted.heed_vault()).await;
+                if let Ok(Err(error)) = heeded {
+                    tracing::error!("{}", error.chain());
+                }
                 if state.changed().await.is_err() {
                     return;
                 }
@@ -311,17 +314,20 @@ impl Mounted {
     }
 
     /// Refuses readers if Vault has taken our token and that is to count here; lets them in when it has taken us again.
-    fn heed_vault(&self) {
-        let Some(vault) = &self.plan.access.connected else { return };
+    ///
+    /// # Errors
+    /// Of [`Mounted::change_refusals`].
+    fn heed_vault(&self) -> Result<()> {
+        let Some(vault) = &self.plan.access.connected else { return Ok(()) };
         if self.host.alone || self.plan.on_key_loss != OnKeyLoss::Lock {
-            return;
+            return Ok(());
         }
         self.change_refusals(|refusals| match vault.state() {
             VaultState::Lost { why } => refusals.vault = Some(why.chain()),
             VaultState::Live { .. } => refusals.vault = None,
             // None of these says that our token holds.
             VaultState::Idle | VaultState::Away { .. } | VaultState::Sealed { .. } => {}
-        });
+        })
     }
 
     pub fn ready(&self) -> &Ready {
@@ -351,10 +357,13 @@ impl Mounted {
     }
 
     /// Refuses opens and reads through the daemon on this mount alone (EACCES), until called with `None`: its right was not
-    /// proved anew, or was. What programs have open or mapped past the daemon they keep. Blocking for as long as the kernel
-    /// takes to drop cached pages.
-    pub fn refuse(&self, why: Option<&str>) {
-        self.change_refusals(|refusals| refusals.right = why.map(str::to_owned));
+    /// proved anew, or was. What programs have open or mapped past the daemon they keep while another mount has a right to
+    /// it, or this one keeps it (`on-key-loss=keep`); otherwise it is wiped. Blocking for as long as that and the kernel take.
+    ///
+    /// # Errors
+    /// With `None`, what refused the keys of a version that was locked for it: its readers stay refused, until it is said again.
+    pub fn refuse(&self, why: Option<&str>) -> Result<()> {
+        self.change_refusals(|refusals| refusals.right = why.map(str::to_owned))
     }
 
     /// The mount ends: whatever is said later, nobody is let in again.
@@ -363,30 +372,41 @@ impl Mounted {
         self.fs.refuse_all(true);
     }
 
-    fn change_refusals(&self, change: impl FnOnce(&mut Refusals)) {
+    /// # Errors
+    /// What refused the keys of a version that no mount had a right to, and that this one was to have again.
+    fn change_refusals(&self, change: impl FnOnce(&mut Refusals)) -> Result<()> {
         // Held to the end, so that what is in force is what was said last.
         let mut refusals = self.refusals.lock().expect("a thread died holding the refusals");
         change(&mut refusals);
         if refusals.ended {
-            return;
+            return Ok(());
         }
-        let (was, why) = (self.fs.refuses_all(), refusals.why());
-        self.fs.refuse_all(why.is_some());
-        if why.is_some() {
-            self.fs.drop_all_pages();
-        }
+        let was = self.fs.refuses_all();
         let mountpoint = self.mountpoint().display();
-        match why {
-            Some(why) if !was => {
+        if let Some(why) = refusals.why() {
+            self.fs.refuse_all(true);
+            if !was {
                 tracing::warn!("{mountpoint} refuses its readers: {why}");
                 self.tell(Event::new(Kind::Lock).severity(Severity::High).detail(why));
             }
-            None if was => {
-                tracing::warn!("{mountpoint} serves its readers again");
-                self.tell(Event::new(Kind::Unlock));
+            self.fs.drop_all_pages();
+            // Each time it is said: an operator may have unlocked it meanwhile.
+            if self.plan.on_key_loss == OnKeyLoss::Lock {
+                self.versions.refuse();
             }
-            Some(_) | None => {}
+        } else if was {
+            // The keys first: whoever is let in reads at once.
+            let mut lost = self.versions.regain(Vec::new());
+            while !lost.is_empty() {
+                let opened = self.revoker.reopen(lost);
+                let opened = opened.map_err(|error| error.context(format!("{mountpoint} stays refused")))?;
+                lost = self.versions.regain(opened);
+            }
+            self.fs.refuse_all(false);
+            tracing::warn!("{mountpoint} serves its readers again");
+            self.tell(Event::new(Kind::Unlock));
         }
+        Ok(())
     }
 
     /// What happened to this mount as a whole.
@@ -412,7 +432,7 @@ impl Mounted {
         opens?;
         if let Some(vault) = &self.plan.access.connected {
             vault.forgive()?;
-            self.heed_vault();
+            self.heed_vault()?;
         }
         Ok(())
     }
@@ -752,10 +772,17 @@ impl ControlTarget for Mounted {
     }
 
     fn access(&self, request: AccessRequest) -> Result<Value> {
+        let unlocks = matches!(request, AccessRequest::Unlock { .. });
         let answer = self.revoker.answer(request, self.mountpoint())?;
         // Whoever was told that it is unlocked may read at once.
-        self.heed_vault();
-        Ok(answer)
+        match self.heed_vault() {
+            Err(refused) if unlocks => Err(refused),
+            Err(refused) => {
+                tracing::warn!("{}", refused.chain());
+                Ok(answer)
+            }
+            Ok(()) => Ok(answer),
+        }
     }
 
     fn reload(&self, model: Option<&str>) -> Result<Value> {
