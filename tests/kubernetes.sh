@@ -84,8 +84,10 @@ start_vault() {
 start_store() {
   serve minio env MINIO_ROOT_USER=storage-admin MINIO_ROOT_PASSWORD=storage-password MINIO_BROWSER=off \
     "$minio" server "$work/minio" --address 127.0.0.1:9000 --quiet
-  # Ready is not yet ready to write: it may say 503 for a moment more.
-  until_true 30 in_cluster curl -fsS --aws-sigv4 aws:amz:us-east-1:s3 --user storage-admin:storage-password -X PUT http://127.0.0.1:9000/models
+  # It calls itself ready a moment before it serves: whom it does not know it tells so (403) only then (503 before).
+  serves() { [[ $(in_cluster curl -s -o /dev/null -w '%{http_code}' http://127.0.0.1:9000/) == 403 ]]; }
+  until_true 30 serves
+  in_cluster curl -fsS --aws-sigv4 aws:amz:us-east-1:s3 --user storage-admin:storage-password -X PUT http://127.0.0.1:9000/models
 }
 # A dev server has a KV engine at secret/ already.
 vault_setup() { admin vault secrets disable secret >/dev/null && block docs/KEYS.md setup && block docs/KEYS.md storage; }

@@ -75,7 +75,8 @@ start_minio() { # PASSWORD
   MINIO_ROOT_USER=$storage_user MINIO_ROOT_PASSWORD=$1 MINIO_BROWSER=off "$minio" server "$work/minio" \
     --address "127.0.0.1:$minio_port" --quiet >>"$work/minio.log" 2>&1 &
   minio_pid=$!
-  until_true 30 curl -fsS -o /dev/null "http://127.0.0.1:$minio_port/minio/health/ready"
+  # It calls itself ready a moment before it serves: whom it does not know it tells so (403) only then (503 before).
+  until_true 30 eval '[[ $(curl -s -o /dev/null -w "%{http_code}" "http://127.0.0.1:$minio_port/") == 403 ]]'
 }
 stop_minio() { kill "$minio_pid"; wait "$minio_pid" 2>/dev/null || true; minio_pid=""; }
 s3() { # METHOD PATH [CURL OPTION...]
