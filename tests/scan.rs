@@ -845,6 +845,41 @@ fn a_spoilt_entry_of_a_zip_archive_hides_none_of_those_behind_it() {
     assert_eq!((paths(&report).len(), report.unread.len()), (1, 0), "{report:?}");
 }
 
+/// A pipe, a folder or a link that tells a size hides what follows from whoever passes over so many bytes: engines do not.
+#[test]
+fn an_entry_without_bytes_that_tells_a_size_hides_nothing_and_is_told_of() {
+    let root = hostile();
+    let weights = tar_of(&[("opt/model/w", &planted::safetensors()), ("opt/model/m", &planted::gguf())]);
+    let kinds = [tar::EntryType::Fifo, tar::EntryType::Char, tar::EntryType::Directory, tar::EntryType::Symlink];
+    for kind in kinds {
+        let mut header = tar::Header::new_ustar();
+        header.set_path("run/x").expect("short");
+        header.set_entry_type(kind);
+        // As long as the first entry behind it: whoever passes over it sees the second alone.
+        header.set_size(planted::safetensors().len().next_multiple_of(512) as u64 + 512);
+        header.set_cksum();
+        let layer = [header.as_bytes(), &weights[..]].concat();
+        for (name, archive) in [("image.tar", image_of(&layer)), ("export.tar", layer.clone()), ("gz", gzip(&layer))] {
+            write(root.path(), &format!("tree/{name}"), &archive);
+            let report = look_at(&root.path().join("tree").join(name));
+            assert_eq!(paths(&report), ["opt/model/m", "opt/model/w"], "{kind:?} in {name}: {report:?}");
+            assert!(matches!(&report.unread[..], [one] if one.hostile && one.path.contains("run/x")), "{report:?}");
+        }
+        // Also where no weights are found by the one reading: nobody knows what the other finds.
+        let tiny = [header.as_bytes(), &tar_of(&[("etc/hostname", b"here")])[..]].concat();
+        write(root.path(), "tiny.tar", &tiny);
+        refused(&root.path().join("tiny.tar"), &[], "no bytes");
+        write(root.path(), "beside/tiny.tar", &tiny);
+        refused(&root.path().join("beside"), &[], "no bytes");
+        // Where bytes lie there, they are passed over like others do it.
+        let bytes = vec![7; header.size().expect("set") as usize];
+        let skipped = [&header.as_bytes()[..], &bytes, &weights].concat();
+        write(root.path(), "skipped.tar", &image_of(&skipped));
+        let report = look_at(&root.path().join("skipped.tar"));
+        assert_eq!((paths(&report).len(), report.unread.len()), (2, 1), "{kind:?}: {report:?}");
+    }
+}
+
 #[test]
 fn weights_whose_packing_breaks_behind_their_head_are_found_also_when_they_are_to_be_hashed() {
     let root = hostile();

@@ -3,7 +3,8 @@
 //! In: a [`Source`] (hostile). Out: for each entry its name, type and bytes as a program that unpacks would see them: pax and
 //! GNU long names and sizes, holes of sparse files as zeros.
 //! Promises: total; a header's claim is never a reason to allocate; what is longer than a name, a set of pax records or a
-//! map of holes can be is refused ([`Trouble::Broken`]); an archive that is cut short is never taken for a whole one.
+//! map of holes can be is refused ([`Trouble::Broken`]); an archive that is cut short is never taken for a whole one;
+//! where programs differ in what bytes are an entry's, that is said ([`Entry::doubt`]).
 //! Entries behind the end mark are found too: they are in the image, though nothing unpacks them.
 //! Not here: what the bytes are (`detect`). Fields of a header are read by the `tar` crate, whose own reader of entries
 //! takes pax records and long names of any length into memory.
@@ -43,6 +44,8 @@ pub(super) struct Entry {
     pub kind: Kind,
     /// Bytes as they would be unpacked.
     pub len: u64,
+    /// Why another program may find other entries behind this one than this reader does.
+    pub doubt: Option<String>,
     pieces: Option<Vec<(u64, u64)>>,
 }
 
@@ -52,7 +55,7 @@ pub(super) enum Kind {
     Folder,
     HardLink,
     Symlink,
-    /// A device, a pipe, or what a later tar may mean.
+    /// A device or a pipe.
     Other,
     /// Bytes behind the end of the archive that are no archive.
     Behind,
@@ -69,6 +72,10 @@ pub(super) struct TarReader<'a> {
     ended: bool,
     /// The entry at hand is all that is left.
     behind: bool,
+    /// The next block and how much of it there is, where it was looked at before its turn.
+    peeked: Option<([u8; BLOCK], usize)>,
+    /// Pax records came before this or an earlier entry.
+    pax_seen: bool,
 }
 
 /// Whether a block is the header of an entry.
@@ -84,7 +91,17 @@ pub(super) fn is_header(block: &[u8]) -> bool {
 
 impl<'a> TarReader<'a> {
     pub fn new(source: &'a mut dyn Source, meter: &'a Meter<'a>) -> TarReader<'a> {
-        TarReader { source, meter, stored: 0, padding: 0, at: 0, ended: false, behind: false }
+        TarReader {
+            source,
+            meter,
+            stored: 0,
+            padding: 0,
+            at: 0,
+            ended: false,
+            behind: false,
+            peeked: None,
+            pax_seen: false,
+        }
     }
 
     /// The next entry, whatever was left of the last one; `None` at the end.
@@ -106,9 +123,15 @@ impl<'a> TarReader<'a> {
             match header.entry_type() {
                 EntryType::GNULongName => long_name = Some(self.text(size, NAME_BYTES_MAX, "a name")?),
                 EntryType::GNULongLink => long_link = Some(self.text(size, NAME_BYTES_MAX, "a link")?),
-                EntryType::XHeader => pax = Pax::parse(&self.text(size, PAX_BYTES_MAX, "a set of pax records")?)?,
+                EntryType::XHeader => {
+                    self.pax_seen = true;
+                    pax = Pax::parse(&self.text(size, PAX_BYTES_MAX, "a set of pax records")?)?;
+                }
                 // Defaults for all that follow; nothing of weight is ever in them.
-                EntryType::XGlobalHeader => self.pass(size)?,
+                EntryType::XGlobalHeader => {
+                    self.pax_seen = true;
+                    self.pass(size)?;
+                }
                 kind => return self.entry(&header, kind, long_name, long_link, pax).map(Some),
             }
         }
@@ -134,8 +157,10 @@ impl<'a> TarReader<'a> {
         let mut behind = self.ended;
         let mut zeros = 0;
         loop {
-            let mut block = [0; BLOCK];
-            let got = fill(self.source, &mut block)?;
+            let (block, got) = match self.peeked.take() {
+                Some(peeked) => peeked,
+                None => self.block()?,
+            };
             self.at += got as u64;
             match got {
                 0 => return Ok(None),
@@ -159,6 +184,12 @@ impl<'a> TarReader<'a> {
         }
     }
 
+    fn block(&mut self) -> io::Result<([u8; BLOCK], usize)> {
+        let mut block = [0; BLOCK];
+        let got = fill(self.source, &mut block)?;
+        Ok((block, got))
+    }
+
     fn entry(
         &mut self,
         header: &Header,
@@ -172,26 +203,33 @@ impl<'a> TarReader<'a> {
         let path = pax.path.or(long_name).unwrap_or_else(|| header.path_bytes().into_owned());
         let link = pax.link.or(long_link).unwrap_or_else(|| header.link_name_bytes().unwrap_or_default().into_owned());
         let kind = match kind {
-            EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => Kind::File,
             EntryType::Directory => Kind::Folder,
             EntryType::Link => Kind::HardLink,
             EntryType::Symlink => Kind::Symlink,
-            _ => Kind::Other,
+            EntryType::Char | EntryType::Block | EntryType::Fifo => Kind::Other,
+            // In the oldest form a folder is a file whose name ends so. Of a later file's name the slash is dropped by some.
+            _ if path.ends_with(b"/") && (header.as_old().linkflag == [0] || stored == 0) => Kind::Folder,
+            // Types that no program knows are unpacked as files, as POSIX has it.
+            _ => Kind::File,
         };
-        // In the oldest form a folder is a file whose name ends so.
-        let kind = if kind == Kind::File && path.ends_with(b"/") { Kind::Folder } else { kind };
-        if matches!(kind, Kind::Symlink | Kind::HardLink | Kind::Folder) && pax.size.is_none() && stored != 0 {
-            // Old tars tell the size of what a link leads to, and store nothing. Some store it: then the next block would be
-            // no header, and the archive is refused.
-            if kind != Kind::HardLink || header.as_ustar().is_none() {
-                stored = 0;
+        let doubt = match kind {
+            Kind::Folder | Kind::HardLink | Kind::Symlink | Kind::Other if stored != 0 => {
+                // All leave out what an old tar says of a link: the size of what it leads to.
+                let is_old_link = kind == Kind::HardLink && pax.size.is_none() && !self.pax_seen;
+                let size = std::mem::take(&mut stored);
+                self.bodiless(size, is_old_link)?
             }
-        }
-        self.stored = stored;
-        self.padding = stored.next_multiple_of(BLOCK as u64).saturating_sub(stored);
+            Kind::Folder | Kind::HardLink | Kind::Symlink | Kind::Other | Kind::File | Kind::Behind => {
+                self.stored = stored;
+                self.padding = stored.next_multiple_of(BLOCK as u64).saturating_sub(stored);
+                None
+            }
+        };
         let mut len = stored;
         let mut pieces = None;
-        if header.entry_type() == EntryType::GNUSparse {
+        if kind != Kind::File {
+            // No bytes, and so no holes.
+        } else if header.entry_type() == EntryType::GNUSparse {
             (pieces, len) = self.old_gnu_pieces(header).map(|(pieces, len)| (Some(pieces), len))?;
         } else if pax.sparse_1 {
             let (map, taken) = self.map_in_data(stored)?;
@@ -204,7 +242,31 @@ impl<'a> TarReader<'a> {
             check_pieces(pieces, len, self.stored)?;
         }
         let path = pax.sparse_name.unwrap_or(path);
-        Ok(Entry { path, link, kind, len, pieces })
+        Ok(Entry { path, link, kind, len, doubt, pieces })
+    }
+
+    /// An entry that can hold no bytes, and tells of `size`: whether bytes of it follow, and what to say of that.
+    ///
+    /// Go's reader, with which engines unpack images, and Python's go on right behind the header. GNU tar and libarchive pass
+    /// over so many bytes for some of these types, and for some only in some archives. So whoever makes an archive can choose
+    /// which of them meets what.
+    fn bodiless(&mut self, size: u64, is_old_link: bool) -> io::Result<Option<String>> {
+        let (block, got) = self.block()?;
+        let goes_on = got < BLOCK || block.iter().all(|byte| *byte == 0) || is_header(&block);
+        if goes_on {
+            self.peeked = Some((block, got));
+        } else {
+            // Nobody who goes on here comes far; the others find their next entry behind the bytes.
+            self.at += BLOCK as u64;
+            self.stored = size.checked_next_multiple_of(BLOCK as u64).ok_or_else(|| broken("an impossible size"))?;
+            self.stored -= BLOCK as u64;
+        }
+        Ok((!goes_on || !is_old_link).then(|| {
+            format!(
+                "an entry that can hold no bytes (a link, folder, device or pipe) tells of {size}, which some programs pass \
+                 over and others read entries from"
+            )
+        }))
     }
 
     /// The map of holes of GNU tar's own format: four pieces in the header, 21 in each block that follows.
@@ -273,7 +335,8 @@ impl<'a> TarReader<'a> {
     /// Without its first block, which is read by now; what follows is enough to tell that something is there.
     fn behind(&mut self) -> Entry {
         (self.stored, self.padding, self.behind) = (u64::MAX, 0, true);
-        Entry { path: Vec::new(), link: Vec::new(), kind: Kind::Behind, len: u64::MAX, pieces: None }
+        let (path, link) = (Vec::new(), Vec::new());
+        Entry { path, link, kind: Kind::Behind, len: u64::MAX, doubt: None, pieces: None }
     }
 
     fn text(&mut self, size: u64, max: u64, what: &str) -> io::Result<Vec<u8>> {
@@ -537,6 +600,56 @@ mod tests {
         bytes.extend([0; 1024]);
         let found = list(&bytes).expect("good");
         assert_eq!(found, [(b"long/name".to_vec(), b"abc".to_vec()), (b"next".to_vec(), b"de".to_vec())]);
+    }
+
+    fn doubts(bytes: &[u8]) -> io::Result<(Vec<Vec<u8>>, usize)> {
+        let mut memory = Memory(bytes);
+        let meter = Meter::new(Limits::default(), None, &|_| {});
+        let mut reader = TarReader::new(&mut memory, &meter);
+        let (mut names, mut doubts) = (Vec::new(), 0);
+        while let Some(entry) = reader.next()? {
+            doubts += usize::from(entry.doubt.is_some());
+            names.push(entry.path);
+        }
+        Ok((names, doubts))
+    }
+
+    #[test]
+    fn what_can_hold_no_bytes_hides_no_entry_whatever_size_it_tells() {
+        let hidden = with(&header("hidden", EntryType::Regular, 4), b"data");
+        let last = with(&header("last", EntryType::Regular, 1), b"n");
+        let bodiless = [EntryType::Link, EntryType::Symlink, EntryType::Char, EntryType::Block, EntryType::Directory];
+        for kind in bodiless.into_iter().chain([EntryType::Fifo]) {
+            for size_in_pax in [false, true] {
+                let len = hidden.len() as u64;
+                let mut front = match size_in_pax {
+                    true => pax(&[("size", len.to_string().as_bytes())]),
+                    false => Vec::new(),
+                };
+                front.extend(header("front", kind, if size_in_pax { 0 } else { len }).as_bytes());
+                let all = |rest: &[&[u8]]| doubts(&[front.clone(), rest.concat()].concat()).expect("good");
+                let wanted: Vec<Vec<u8>> = [&b"front"[..], b"hidden", b"last"].map(<[u8]>::to_vec).into();
+                let is_old_link = kind == EntryType::Link && !size_in_pax;
+                assert_eq!(all(&[&hidden, &last]), (wanted.clone(), usize::from(!is_old_link)), "{kind:?}");
+                // The other way round: bytes lie there, and those who pass over them find what follows.
+                assert_eq!(all(&[&vec![7; hidden.len()], &last]), (vec![wanted[0].clone(), wanted[2].clone()], 1));
+                assert_eq!(all(&[]).0.len(), 1, "nothing follows");
+            }
+        }
+        // libarchive believes a link's size once it has seen a pax record.
+        let records = [pax(&[("path", b"a")]), with(&header("x", EntryType::Regular, 0), b"")].concat();
+        let link = header("link", EntryType::Link, 1024);
+        let (names, count) = doubts(&[records, link.as_bytes().to_vec(), hidden, last].concat()).expect("good");
+        assert_eq!((names.len(), count), (4, 1));
+    }
+
+    #[test]
+    fn a_type_that_nobody_knows_and_a_name_with_a_slash_behind_it_are_files_where_they_hold_bytes() {
+        let unknown = with(&header("v", EntryType::new(b'V'), 4), b"data");
+        let slash = with(&header("w/", EntryType::Regular, 4), b"data");
+        let found = list(&[unknown, slash, with(&header("f/", EntryType::Regular, 0), b"")].concat()).expect("good");
+        let data = |name: &[u8], data: &[u8]| (name.to_vec(), data.to_vec());
+        assert_eq!(found, [data(b"v", b"data"), data(b"w/", b"data"), data(b"f/", b"")]);
     }
 
     #[test]

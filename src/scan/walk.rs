@@ -344,6 +344,9 @@ impl<'a> Walk<'a> {
         while let Some(entry) = reader.next()? {
             self.meter.entry()?;
             let key = clean(&entry.path);
+            if let Some(why) = &entry.doubt {
+                self.lose(loose, std::slice::from_ref(&key), why.clone());
+            }
             match entry.kind {
                 tar::Kind::Symlink | tar::Kind::HardLink => {
                     let mut found = lock(&self.targets[number].found);
@@ -570,6 +573,11 @@ impl<'a> Walk<'a> {
             self.meter.entry()?;
             if is_layer && !matches!(entry.kind, tar::Kind::Folder | tar::Kind::Behind) {
                 unit.hides.note(&entry.path, |path| self.number(path));
+            }
+            if let Some(why) = &entry.doubt {
+                places.push(clean(&entry.path));
+                self.lose(unit, places, why.clone());
+                places.pop();
             }
             match entry.kind {
                 tar::Kind::Folder | tar::Kind::HardLink | tar::Kind::Symlink | tar::Kind::Other => {}
