@@ -800,6 +800,87 @@ fn zip_with_a_spoilt_entry(streamed: bool) -> Vec<u8> {
     out
 }
 
+/// A zip archive as a streaming writer makes it: sizes behind each entry, and in the directory at the end. `deflated` entries end
+/// by themselves, stored ones do not.
+fn streamed_zip(entries: &[(&str, &[u8])], deflated: bool) -> Vec<u8> {
+    let (mut out, mut directory) = (Vec::new(), Vec::new());
+    for (name, plain) in entries {
+        let mut encoder = flate2::write::DeflateEncoder::new(Vec::new(), flate2::Compression::fast());
+        encoder.write_all(plain).expect("in memory");
+        let (method, body) = if deflated { (8, encoder.finish().expect("in memory")) } else { (0, plain.to_vec()) };
+        let mut crc = flate2::Crc::new();
+        crc.update(plain);
+        let told = [crc.sum(), body.len() as u32, plain.len() as u32].map(u32::to_le_bytes).concat();
+        let at = out.len() as u32;
+        let fixed = [&[20, 0, 8, 0, method, 0, 0, 0, 0, 0][..]].concat();
+        let lengths = [name.len() as u16, 0].map(u16::to_le_bytes).concat();
+        out.extend([b"PK\x03\x04", &fixed[..], &[0; 12], &lengths, name.as_bytes(), &body].concat());
+        out.extend([b"PK\x07\x08", &told[..]].concat());
+        let entry =
+            [b"PK\x01\x02", &[20, 0][..], &fixed, &told, &lengths, &[0; 10], &at.to_le_bytes(), name.as_bytes()];
+        directory.extend(entry.concat());
+    }
+    let (at, len, count) = (out.len() as u32, directory.len() as u32, entries.len() as u16);
+    out.extend(directory);
+    out.extend([b"PK\x05\x06", &[0; 4][..], &count.to_le_bytes(), &count.to_le_bytes()].concat());
+    out.extend([&len.to_le_bytes()[..], &at.to_le_bytes(), &[3, 0], b"end"].concat());
+    out
+}
+
+#[test]
+fn entries_that_only_the_directory_of_a_zip_archive_delimits_are_found_where_it_is_at_hand_and_unread_elsewhere() {
+    let root = hostile();
+    let (weights, gguf) = (planted::safetensors(), planted::gguf());
+    let planted = streamed_zip(&[("readme", b"hello"), ("empty", b""), ("m/w", &weights), ("m/g", &gguf)], false);
+    let inner = streamed_zip(&[("inner.zip", &planted)], false);
+    for (name, archive, prefix) in [
+        ("a.zip", planted.clone(), "a.zip"),
+        ("b.tar", tar_of(&[("x", b"y"), ("a.zip", &planted)]), "b.tar!a.zip"),
+        ("c.zip", inner, "c.zip!inner.zip"),
+    ] {
+        write(root.path(), &format!("{name}.tree/{name}"), &archive);
+        let report = look_at(&root.path().join(format!("{name}.tree")));
+        assert_eq!(paths(&report), ["m/g", "m/w"].map(|path| format!("{prefix}!{path}")), "{report:?}");
+        assert!(report.unread.is_empty() && report.findings.len() == 2, "{report:?}");
+    }
+
+    let class = noise(9000);
+    // What is clean is clean, and what deflates is clean in a pipe too.
+    let files: [(&str, &[u8]); 3] =
+        [("META-INF/", b""), ("META-INF/MANIFEST.MF", b"Manifest-Version: 1.0"), ("A.class", &class)];
+    write(root.path(), "clean/stored.jar", &streamed_zip(&files, false));
+    write(root.path(), "clean/deflated.jar", &streamed_zip(&files, true));
+    write(root.path(), "clean/deflated.jar.gz", &gzip(&streamed_zip(&files, true)));
+    let (code, report, err, _) = apart(&root.path().join("clean"), &[]);
+    assert_eq!((code, &report["unread"], &report["findings"]), (0, &json!([]), &json!([])), "{err}");
+
+    // Nothing is at hand of what comes through a decoder or a pipe.
+    write(root.path(), "packed/a.zip.gz", &gzip(&planted));
+    refused(&root.path().join("packed"), &[], "does not tell where it ends");
+    let (code, out, _) = modelfs(&["scan", "--json", "-"], Some(&planted));
+    assert_eq!(code, 20, "{out}");
+    write(root.path(), "first/a.zip.gz", &gzip(&streamed_zip(&[("w", &weights), ("readme", b"hello")], false)));
+    let report = look_at(&root.path().join("first"));
+    assert_eq!(
+        (paths(&report), report.unread.len()),
+        (vec!["a.zip!w".to_owned()], 1),
+        "the head of the first is there"
+    );
+
+    // A directory that lies, or is none.
+    let first = planted.windows(4).position(|four| four == b"PK\x01\x02").expect("a directory");
+    for (name, at, byte) in
+        [("short", first + 20, 2), ("long", first + 20, 10), ("huge", first + 23, 0x7f), ("lost", first + 42, 1)]
+    {
+        let mut lies = planted.clone();
+        lies[at] = byte;
+        write(root.path(), &format!("{name}/a.zip"), &lies);
+        refused(&root.path().join(name), &[], "zip");
+    }
+    write(root.path(), "none/a.zip", &planted[..planted.len() - 1]);
+    refused(&root.path().join("none"), &[], "zip");
+}
+
 #[test]
 fn a_spoilt_entry_of_a_zip_archive_hides_none_of_those_behind_it() {
     let root = hostile();

@@ -549,7 +549,7 @@ impl<'a> Walk<'a> {
                 };
                 let Err(e) = ended else { return Ok(()) };
                 match Trouble::of(&e) {
-                    // Programs go by the directory at a zip archive's end, which is not read here, past what ended this.
+                    // Programs go by the directory at a zip archive's end, past what ended this.
                     Trouble::Broken(why) if container == Container::Zip && depth > 0 => {
                         self.lose(unit, places, format!("a zip archive that is broken from some point on: {why}"));
                         Ok(())
@@ -614,7 +614,9 @@ impl<'a> Walk<'a> {
             }
         })?;
         if end == zip::End::Unknown {
-            self.mention(unit, places, "a zip archive whose entries do not tell where they end".into());
+            let why =
+                "a zip archive with an entry that does not tell where it ends: what lies behind it was not looked at";
+            self.lose(unit, places, why.into());
         }
         Ok(())
     }
