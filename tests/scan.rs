@@ -926,6 +926,54 @@ fn a_spoilt_entry_of_a_zip_archive_hides_none_of_those_behind_it() {
     assert_eq!((paths(&report).len(), report.unread.len()), (1, 0), "{report:?}");
 }
 
+/// Whatever it holds: a folder, an archive, a layer or the target itself, none of it passes without a word.
+#[test]
+fn what_is_packed_in_a_way_that_is_not_unpacked_here_is_told_of_wherever_it_lies() {
+    let root = hostile();
+    let closed = |magic: &[u8], len| [magic, &noise(len)].concat();
+    let (xz, bz, lz4) = (&b"\xfd7zXZ\0"[..], &b"BZh9"[..], &b"\x04\x22\x4d\x18"[..]);
+    let mut files = Vec::new();
+    for (name, magic) in [("w.xz", xz), ("w.bz2", bz), ("w.lz4", lz4)] {
+        files.push((name.to_owned(), closed(magic, 1 << 20)));
+        files.push((format!("a/b/c/d/{name}"), closed(magic, 1 << 20)));
+        files.push((format!("lib/modules/{name}"), closed(magic, 9000)));
+    }
+    let list: Vec<(&str, &[u8])> = files.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice())).collect();
+    for (name, bytes) in &list {
+        write(&root.path().join("tree"), name, bytes);
+    }
+    write(root.path(), "export.tar", &tar_of(&list));
+    write(root.path(), "zip/a.zip", &planted::zip(&list));
+    let mut wanted: Vec<String> =
+        files.iter().filter(|(.., bytes)| bytes.len() > 1 << 20).map(|(name, _)| name.clone()).collect();
+    wanted.sort();
+    for (target, prefix) in [("tree", ""), ("export.tar", ""), ("zip", "a.zip!")] {
+        let plan = ScanPlan::new(vec![root.path().join(target)]);
+        let report = look(&plan);
+        let mut told: Vec<String> = report.findings.iter().map(|found| found.path.clone()).collect();
+        told.sort();
+        assert_eq!(told, wanted.iter().map(|name| format!("{prefix}{name}")).collect::<Vec<_>>(), "{target}");
+        for found in &report.findings {
+            assert!(found.confidence == Confidence::Info && found.why.contains("not unpacked here"), "{found:?}");
+        }
+        assert!(report.unread.is_empty(), "{target}: {:?}", report.unread);
+        let left_alone = look(&ScanPlan { archives: false, ..plan });
+        assert!(left_alone.findings.is_empty(), "{target}: {:?}", left_alone.findings);
+    }
+    // A target of any size, and a layer.
+    let small = closed(xz, 5000);
+    for (name, bytes) in [
+        ("t.xz", small.clone()),
+        ("t.xz.gz", gzip(&small)),
+        ("i.tar", image_of(&small)),
+        ("g.tar", image_of(&gzip(&small))),
+    ] {
+        write(root.path(), name, &bytes);
+        refused(&root.path().join(name), &[], "packed with xz");
+        assert_eq!(look_at(&root.path().join(name)).findings.len(), 0, "{name}: told once");
+    }
+}
+
 /// A pipe, a folder or a link that tells a size hides what follows from whoever passes over so many bytes: engines do not.
 #[test]
 fn an_entry_without_bytes_that_tells_a_size_hides_nothing_and_is_told_of() {

@@ -40,6 +40,9 @@ const DOCUMENTS_BYTES_MAX: usize = 64 << 20;
 /// A layer lies at most so deep in its archive: `blobs/sha256/HEX`.
 const LAYER_PARTS_MAX: usize = 3;
 
+/// Below this nothing is said of what cannot be unpacked.
+const CLOSED_BYTES_MIN: u64 = 1 << 20;
+
 /// Links of one archive that are kept: of images that share layers.
 const LINKS_MAX: usize = 100_000;
 
@@ -308,7 +311,7 @@ impl<'a> Walk<'a> {
             self.unread(number, b"", &Trouble::of(&e));
         }
         if let Some(kind) = loose.closed {
-            let why = format!("packed with {kind}, which is not unpacked here; unpack it and scan what comes out");
+            let why = format!("{}; unpack it and scan what comes out", closed(kind));
             self.unread(number, b"", &Trouble::Broken(why));
         }
         self.keep_loose(number, loose);
@@ -333,6 +336,11 @@ impl<'a> Walk<'a> {
                 lock(&self.targets[number].found).archive = true;
                 self.meter.archives.fetch_add(1, Ordering::Relaxed);
                 self.outer_tar(number, &mut probe, depth + 1, loose)
+            }
+            // The target itself, perhaps behind a packing that is known: nothing of it was seen.
+            Seen::Closed(kind) => {
+                loose.closed = Some(kind);
+                Ok(())
             }
             seen => self.seen(loose, &mut vec![name.to_vec()], &mut probe, seen, depth),
         }
@@ -408,9 +416,11 @@ impl<'a> Walk<'a> {
                 Ok(())
             }
             // A layer, perhaps, that engines unpack and we do not; without an image it is a file like any other.
-            Seen::Closed(kind) if parts <= LAYER_PARTS_MAX => {
-                self.keep_blob(number, key, Unit { closed: Some(kind), ..Unit::default() });
-                Ok(())
+            Seen::Closed(_) if parts <= LAYER_PARTS_MAX => {
+                let mut unit = Unit::default();
+                let ended = self.seen(&mut unit, &mut Vec::new(), &mut probe, seen, depth);
+                self.keep_blob(number, key, unit);
+                ended
             }
             seen => {
                 if parts <= LAYER_PARTS_MAX && key.starts_with(b"blobs/") {
@@ -516,10 +526,15 @@ impl<'a> Walk<'a> {
         match seen {
             Seen::Other => Ok(()),
             Seen::Weights(verdict) => self.weights(unit, places, probe, verdict),
-            // Of a blob or a target itself; an archive that merely lies somewhere says nothing.
             Seen::Closed(kind) => {
-                if places.is_empty() || depth == 0 {
+                // A layer, perhaps, which then counts as unread. What merely lies somewhere is mentioned, if it is large enough
+                // for weights: modules of a kernel are packed so, thousands of them.
+                if places.is_empty() {
                     unit.closed = Some(kind);
+                }
+                let large = probe.known_len().is_none_or(|len| len >= self.plan.min_bytes.max(CLOSED_BYTES_MIN));
+                if large && (self.plan.archives || places.is_empty()) {
+                    self.mention(unit, places, closed(kind));
                 }
                 Ok(())
             }
@@ -605,7 +620,7 @@ impl<'a> Walk<'a> {
                 Ok(()) => Ok(()),
             },
             Some((why, len)) => {
-                if len >= self.plan.min_bytes.max(1 << 20) {
+                if len >= self.plan.min_bytes.max(CLOSED_BYTES_MIN) {
                     places.push(entry.name.clone());
                     self.mention(unit, places, format!("an entry of {len} bytes that is {why}"));
                     places.pop();
@@ -996,8 +1011,9 @@ impl Telling<'_> {
             if let Some(kind) = unit.closed
                 && is_image
             {
-                let why = format!("packed with {kind}, which is not unpacked here");
-                self.unread(report, &key, why, true);
+                // It says so itself.
+                unit.findings.retain(|seeing| !seeing.places.is_empty() || seeing.verdict.format != Format::Archive);
+                self.unread(report, &key, closed(kind), true);
             }
             self.take(unit, Some((&key, &placed, &hides)), &folders, report);
         }
@@ -1132,6 +1148,10 @@ fn mismatch(layer: &Layer, unit: &Unit) -> Option<String> {
     let wanted = layer.digest.as_ref().filter(|_| !layer.key.starts_with(b"blobs/"));
     let wanted = wanted.or_else(|| layer.diff_id.as_ref().filter(|_| unit.plain))?;
     (*wanted != seen).then(|| format!("its content is {seen}, and the image says {wanted}"))
+}
+
+fn closed(kind: &str) -> String {
+    format!("packed with {kind}, which is not unpacked here")
 }
 
 fn fix(verdict: &Verdict, layer: Option<&LayerOf>) -> String {
