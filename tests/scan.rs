@@ -974,37 +974,47 @@ fn what_is_packed_in_a_way_that_is_not_unpacked_here_is_told_of_wherever_it_lies
     }
 }
 
-/// A pipe, a folder or a link that tells a size hides what follows from whoever passes over so many bytes: engines do not.
+/// Engines read on right behind a pipe or a link that tells a size, others pass over so many bytes.
 #[test]
-fn an_entry_without_bytes_that_tells_a_size_hides_nothing_and_is_told_of() {
+fn an_entry_without_bytes_that_tells_a_size_hides_nothing_from_any_program() {
     let root = hostile();
-    let weights = tar_of(&[("opt/model/w", &planted::safetensors()), ("opt/model/m", &planted::gguf())]);
-    let kinds = [tar::EntryType::Fifo, tar::EntryType::Char, tar::EntryType::Directory, tar::EntryType::Symlink];
-    for kind in kinds {
-        let mut header = tar::Header::new_ustar();
-        header.set_path("run/x").expect("short");
-        header.set_entry_type(kind);
-        // As long as the first entry behind it: whoever passes over it sees the second alone.
-        header.set_size(planted::safetensors().len().next_multiple_of(512) as u64 + 512);
-        header.set_cksum();
-        let layer = [header.as_bytes(), &weights[..]].concat();
+    let (weights, gguf) = (planted::safetensors(), planted::gguf());
+    let first = weights.len().next_multiple_of(512) as u64 + 512;
+    let models = tar_of(&[("opt/model/w", &weights), ("opt/model/m", &gguf)]);
+    let clean = tar_of(&[("etc/hostname", &[b'x'; 512]), ("etc/hosts", b"here")]);
+    for kind in [tar::EntryType::Fifo, tar::EntryType::Char, tar::EntryType::Directory, tar::EntryType::Symlink] {
+        let front = |size: u64| {
+            let mut header = tar::Header::new_ustar();
+            header.set_path("run/x").expect("short");
+            header.set_entry_type(kind);
+            header.set_size(size);
+            header.set_cksum();
+            header.as_bytes().to_vec()
+        };
+        // Whoever passes over the first finds the second: nothing is hidden from anybody, and nothing is unread.
+        let layer = [front(first), models.clone()].concat();
         for (name, archive) in [("image.tar", image_of(&layer)), ("export.tar", layer.clone()), ("gz", gzip(&layer))] {
-            write(root.path(), &format!("tree/{name}"), &archive);
-            let report = look_at(&root.path().join("tree").join(name));
+            write(root.path(), name, &archive);
+            let report = look_at(&root.path().join(name));
             assert_eq!(paths(&report), ["opt/model/m", "opt/model/w"], "{kind:?} in {name}: {report:?}");
-            assert!(matches!(&report.unread[..], [one] if one.hostile && one.path.contains("run/x")), "{report:?}");
+            assert!(report.unread.is_empty(), "{kind:?} in {name}: {report:?}");
         }
-        // Also where no weights are found by the one reading: nobody knows what the other finds.
-        let tiny = [header.as_bytes(), &tar_of(&[("etc/hostname", b"here")])[..]].concat();
-        write(root.path(), "tiny.tar", &tiny);
-        refused(&root.path().join("tiny.tar"), &[], "no bytes");
-        write(root.path(), "beside/tiny.tar", &tiny);
-        refused(&root.path().join("beside"), &[], "no bytes");
-        // Where bytes lie there, they are passed over like others do it.
-        let bytes = vec![7; header.size().expect("set") as usize];
-        let skipped = [&header.as_bytes()[..], &bytes, &weights].concat();
-        write(root.path(), "skipped.tar", &image_of(&skipped));
-        let report = look_at(&root.path().join("skipped.tar"));
+        write(root.path(), "clean/a.tar", &[front(1024), clean.clone()].concat());
+        // No header is where such a program looks for one: it meets the next one that we meet.
+        write(root.path(), "clean/b.tar", &[front(512), clean.clone()].concat());
+        assert_eq!(apart(&root.path().join("clean"), &[]).0, 0, "{kind:?}");
+        // Whoever goes on within a file may find another one there.
+        let within = [front(512), tar_of(&[("etc/blob", &[&[b'x'; 512], &models[..]].concat())])].concat();
+        for (name, archive) in [("i.tar", image_of(&within)), ("e.tar", within.clone()), ("tree/t.tar", within.clone())]
+        {
+            write(root.path(), name, &archive);
+            let target = if name.starts_with("tree") { "tree" } else { name };
+            refused(&root.path().join(target), &[], "can hold no bytes");
+        }
+        // Bytes do lie there: no engine comes further, and others do.
+        let bytes = vec![7; 4096];
+        write(root.path(), "bytes/a.tar", &[front(4096), bytes, models.clone()].concat());
+        let report = look_at(&root.path().join("bytes"));
         assert_eq!((paths(&report).len(), report.unread.len()), (2, 1), "{kind:?}: {report:?}");
     }
 }

@@ -146,7 +146,7 @@ pub(super) trait Source: Read {
 }
 
 /// Reads and forgets up to `len` bytes.
-fn drain(from: &mut (impl Read + ?Sized), len: u64) -> io::Result<u64> {
+pub(super) fn drain(from: &mut (impl Read + ?Sized), len: u64) -> io::Result<u64> {
     let mut room = vec![0; READ_BYTES.min(usize::try_from(len).unwrap_or(READ_BYTES)).max(1)];
     let mut done = 0;
     while done < len {

@@ -349,12 +349,9 @@ impl<'a> Walk<'a> {
     /// The archive that a target is: each archive in it may be a layer, each document may name layers.
     fn outer_tar(&self, number: usize, source: &mut dyn Source, depth: usize, loose: &mut Unit) -> io::Result<()> {
         let mut reader = TarReader::new(source, &self.meter);
-        while let Some(entry) = reader.next()? {
+        while let Some(entry) = self.next_entry(loose, &[], &mut reader)? {
             self.meter.entry()?;
             let key = clean(&entry.path);
-            if let Some(why) = &entry.doubt {
-                self.lose(loose, std::slice::from_ref(&key), why.clone());
-            }
             match entry.kind {
                 tar::Kind::Symlink | tar::Kind::HardLink => {
                     let mut found = lock(&self.targets[number].found);
@@ -584,15 +581,10 @@ impl<'a> Walk<'a> {
         // Whiteouts mean something in the layer's own archive.
         let is_layer = places.is_empty();
         let mut reader = TarReader::new(source, &self.meter);
-        while let Some(entry) = reader.next()? {
+        while let Some(entry) = self.next_entry(unit, places, &mut reader)? {
             self.meter.entry()?;
             if is_layer && !matches!(entry.kind, tar::Kind::Folder | tar::Kind::Behind) {
                 unit.hides.note(&entry.path, |path| self.number(path));
-            }
-            if let Some(why) = &entry.doubt {
-                places.push(clean(&entry.path));
-                self.lose(unit, places, why.clone());
-                places.pop();
             }
             match entry.kind {
                 tar::Kind::Folder | tar::Kind::HardLink | tar::Kind::Symlink | tar::Kind::Other => {}
@@ -604,6 +596,20 @@ impl<'a> Walk<'a> {
             }
         }
         Ok(())
+    }
+
+    /// The next entry of a tar. Where other programs may find others, what they find is unread.
+    fn next_entry(
+        &self,
+        unit: &mut Unit,
+        places: &[Vec<u8>],
+        reader: &mut TarReader,
+    ) -> io::Result<Option<tar::Entry>> {
+        let next = reader.next();
+        if let Some(why) = reader.doubt() {
+            self.lose(unit, places, why);
+        }
+        next
     }
 
     fn zip(&self, unit: &mut Unit, places: &mut Vec<Vec<u8>>, source: &mut dyn Source, depth: usize) -> io::Result<()> {
