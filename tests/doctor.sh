@@ -248,7 +248,9 @@ fi
 setting /proc/sys/fs/suid_dumpable 0 1 "set-id-dumps warning" "set-uid programs leave cores"
 setting /proc/sys/fs/suid_dumpable 0 2 "set-id-dumps info" "set-uid programs leave cores for root"
 setting /proc/sys/kernel/yama/ptrace_scope 1 0 "ptrace-scope info" "anyone may debug his own"
-setting /proc/sys/kernel/io_uring_disabled 0 2 "io-uring info" "io_uring is off"
+# Less weighs what the kernel zeroes then.
+setting /proc/sys/kernel/io_uring_disabled 0 2 "io-uring $(grep -qw init_on_free=1 /proc/cmdline && echo info || echo warning)" \
+  "io_uring is off, and lock cannot wipe"
 setting /sys/kernel/mm/transparent_hugepage/shmem_enabled advise deny "huge-pages warning" "huge pages are forbidden"
 
 # ---- Files.

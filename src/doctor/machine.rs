@@ -191,21 +191,6 @@ pub(super) fn fuse_features(machine: &Machine<'_>) -> Option<Said> {
     }
 }
 
-pub(super) fn io_uring(machine: &Machine<'_>) -> Option<Said> {
-    const WANTED: &str = "io_uring for the engines that read by it; modelfs itself uses none";
-    let disabled = machine.text("proc/sys/kernel/io_uring_disabled")?;
-    match disabled.as_str() {
-        "0" => fine("allowed", WANTED),
-        "1" => hint(
-            Info,
-            "for one group and CAP_SYS_ADMIN only",
-            WANTED,
-            "sysctl kernel.io_uring_disabled=0, if an engine needs it",
-        ),
-        _ => hint(Info, "off", WANTED, "sysctl kernel.io_uring_disabled=0, if an engine needs it"),
-    }
-}
-
 pub(super) fn tmpfs_noswap(machine: &Machine<'_>) -> Option<Said> {
     const WANTED: &str = "a tmpfs that is never swapped (Linux 6.4): no page of the cache needs a lock of its own";
     match machine.facts.tmpfs_refuses_swap? {

@@ -79,6 +79,8 @@ pub struct Facts {
     pub aes_library: &'static str,
     /// Whether keys get memory that not even root can read; `None`: not tried.
     pub secret_memory: Option<bool>,
+    /// Whether `lock` can overwrite what readers hold; `Err`: why not. `None`: not tried.
+    pub can_pin: Option<Result<(), String>>,
     /// Whether the clock is kept by a time service; `None`: the kernel does not say.
     pub clock_kept: Option<bool>,
     pub mount: Option<MountFacts>,
@@ -128,6 +130,7 @@ pub fn gather(cache_bytes: u64, setup: Option<Setup>, wanted: &[String], wait: D
         cache_bytes,
         aes_library: crypto::implementation(Suite::Aes256Gcm).name(),
         secret_memory: mem::secret_memory().ok().map(|kind| kind == mem::SecretMemory::MemfdSecret),
+        can_pin: asked(&["io-uring"]).then(|| mem::can_pin().map_err(|e| e.to_string())),
         clock_kept: clock_kept(),
         mount: None,
         fuse: (may_mount && !given && asked(&["mount-right", "passthrough", "fuse-features"])).then(trial::fuse),
@@ -206,7 +209,6 @@ const RULES: &[Rule] = &[
     speed("numa", machine::numa),
     speed("idle", machine::idle),
     speed("clocksource", machine::clocksource),
-    speed("io-uring", machine::io_uring),
     speed("gpu", machine::gpu),
     security("clock", secrets::clock),
     security("secret-memory", secrets::secret_memory),
@@ -216,6 +218,7 @@ const RULES: &[Rule] = &[
     security("set-id-dumps", secrets::set_id_dumps),
     security("ptrace-scope", secrets::ptrace_scope),
     security("init-on-free", secrets::init_on_free),
+    security("io-uring", secrets::io_uring),
     security("lockdown", secrets::lockdown),
     security("privileges", secrets::privileges),
     security("configuration", setup::configuration),

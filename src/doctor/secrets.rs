@@ -105,6 +105,13 @@ pub(super) fn ptrace_scope(machine: &Machine<'_>) -> Option<Said> {
 
 pub(super) fn init_on_free(machine: &Machine<'_>) -> Option<Said> {
     const WANTED: &str = "memory of programs that read models zeroed when freed (modelfs wipes its own)";
+    match freed_is_zeroed(machine)? {
+        true => fine("on", WANTED),
+        false => hint(Info, "off", WANTED, "boot with init_on_free=1 (costs a few percent)"),
+    }
+}
+
+fn freed_is_zeroed(machine: &Machine<'_>) -> Option<bool> {
     let command_line = machine.text("proc/cmdline")?;
     let said = command_line.split_whitespace().rev().find_map(|word| word.strip_prefix("init_on_free="));
     let release = machine.text("proc/sys/kernel/osrelease").unwrap_or_default();
@@ -112,9 +119,36 @@ pub(super) fn init_on_free(machine: &Machine<'_>) -> Option<Said> {
         let config = machine.text(&format!("boot/config-{release}")).unwrap_or_default();
         config.lines().any(|line| line == "CONFIG_INIT_ON_FREE_DEFAULT_ON=y")
     };
-    match said.map_or_else(built_in, |word| word == "1" || word == "y" || word == "on") {
-        true => fine("on", WANTED),
-        false => hint(Info, "off", WANTED, "boot with init_on_free=1 (costs a few percent)"),
+    Some(said.map_or_else(built_in, |word| word == "1" || word == "y" || word == "on"))
+}
+
+/// Pages that readers hold are pinned by io_uring before they are cut off, and overwritten then ([`crate::mem::can_pin`]). It is
+/// tried as well as looked up: seccomp forbids it in containers whatever the setting is.
+pub(super) fn io_uring(machine: &Machine<'_>) -> Option<Said> {
+    const WANTED: &str = "io_uring, through which `lock` overwrites what readers still hold";
+    let setting = machine.text("proc/sys/kernel/io_uring_disabled");
+    let (seen, fix) = match (setting.as_deref(), machine.facts.can_pin.as_ref()?) {
+        (Some("2"), _) => ("off for all".to_owned(), "sysctl kernel.io_uring_disabled=0"),
+        (_, Ok(())) => return fine("tried: it can be used", WANTED),
+        (Some("1"), Err(why)) => (
+            format!("for one group and CAP_SYS_ADMIN only, and not for us ({why})"),
+            "sysctl kernel.io_uring_disabled=0, or be in the group of kernel.io_uring_group",
+        ),
+        (_, Err(why)) => (
+            format!("it cannot be used ({why})"),
+            "a seccomp profile that allows io_uring_setup, io_uring_enter and io_uring_register",
+        ),
+    };
+    match freed_is_zeroed(machine) {
+        Some(true) => {
+            let seen =
+                format!("{seen}: `lock` gives pages that readers hold back, and the kernel zeroes them (init_on_free)");
+            hint(Info, seen, WANTED, fix)
+        }
+        Some(false) | None => {
+            let seen = format!("{seen}: `lock` gives pages that readers hold back to the kernel unwiped");
+            hint(Warning, seen, WANTED, format!("{fix}; else boot with init_on_free=1"))
+        }
     }
 }
 

@@ -93,6 +93,7 @@ fn good_facts() -> Facts {
         cache_bytes: 8 * GIB,
         aes_library: "ring",
         secret_memory: Some(true),
+        can_pin: Some(Ok(())),
         clock_kept: Some(true),
         mount: Some(MountFacts {
             device: "0:44".into(),
@@ -240,7 +241,7 @@ fn each_rule_fails_on_a_machine_that_lacks_its_one_thing_and_names_the_fix() {
         (&[virtual_cpu], "idle", Info, "virtual machine", "guest_halt_poll_ns"),
         (&[(clocksource, Some("hpet"))], "clocksource", Warning, "hpet", "echo tsc"),
         (&[("proc/swaps", Some("Filename\n/dev/sda2 partition 1 0 -2\n"))], "swap", Info, "1 swap", "swapoff"),
-        (&[("proc/sys/kernel/io_uring_disabled", Some("2"))], "io-uring", Info, "off", "io_uring_disabled=0"),
+        (&[(URING, Some("2"))], "io-uring", Info, "zeroes them", "io_uring_disabled=0"),
         (&[("proc/sys/fs/suid_dumpable", Some("1"))], "set-id-dumps", Warning, "whoever started", "suid_dumpable=0"),
         (&[("proc/sys/fs/suid_dumpable", Some("2"))], "set-id-dumps", Info, "for root", "suid_dumpable=0"),
         (&[("proc/sys/kernel/yama/ptrace_scope", Some("0"))], "ptrace-scope", Info, "debug", "ptrace_scope=1"),
@@ -273,6 +274,7 @@ fn each_rule_fails_on_a_machine_that_lacks_its_one_thing_and_names_the_fix() {
     }
 }
 
+const URING: &str = "proc/sys/kernel/io_uring_disabled";
 const CORES: &str = "proc/sys/kernel/core_pattern";
 
 /// The value that docs/HARDENING.md sets is one of them.
@@ -289,6 +291,32 @@ fn cores_that_go_nowhere_are_fine_and_the_two_pages_agree_on_how() {
     let told = found(&findings(&[(CORES, Some("core"))], &good_facts()), "core-pattern");
     assert!(told.fix.expect("a fix").contains(&format!("kernel.core_pattern={set}")), "{set}");
     assert!(!told.severity.ge(&Warning), "what every distribution has stops no strict start");
+}
+
+/// Whether `lock` wipes is asked of the kernel; its setting alone does not tell it of a group, of root, of seccomp.
+#[test]
+fn a_lock_that_cannot_wipe_fails_a_strict_check_whoever_forbids_io_uring() {
+    let tried = |setting, can_pin: Result<(), &str>| {
+        let facts = Facts { can_pin: Some(can_pin.map_err(Into::into)), ..good_facts() };
+        found(&findings(&[(URING, setting), ("proc/cmdline", Some("quiet"))], &facts), "io-uring")
+    };
+    for (setting, can_pin, fix) in [
+        (Some("2"), Err("EPERM"), "io_uring_disabled=0"),
+        (Some("2"), Ok(()), "io_uring_disabled=0"),
+        (Some("1"), Err("EPERM"), "io_uring_group"),
+        (Some("0"), Err("EPERM"), "seccomp profile"),
+        (None, Err("ENOSYS"), "seccomp profile"),
+    ] {
+        let finding = tried(setting, can_pin);
+        assert!(finding.stops_strict() && finding.security, "{finding:?}");
+        assert!(
+            finding.seen.contains("unwiped") && finding.fix.as_ref().is_some_and(|told| told.contains(fix)),
+            "{finding:?}"
+        );
+    }
+    for setting in [Some("0"), Some("1"), None] {
+        assert_eq!(tried(setting, Ok(())).severity, Severity::Fine, "{setting:?}: it is allowed to us");
+    }
 }
 
 /// docs/HARDENING.md says that it is never needed.
@@ -445,6 +473,7 @@ fn each_fact_that_is_bad_is_found_by_its_rule_and_by_no_other() {
         ("mount-right", Stops, "seccomp says no", |f| {
             f.fuse = Some(Err("seccomp says no".into()));
         }),
+        ("io-uring", Info, "says seccomp", |f| f.can_pin = Some(Err("EPERM, says seccomp".into()))),
         ("tmpfs-noswap", Warning, "page by page", |f| f.tmpfs_refuses_swap = Some(false)),
         ("gpu", Warning, "fell", |f| f.gpu = Some(Seen::Silent("fell off the bus".into()))),
         ("gpu", Warning, "1 that the driver does not reach", |f| {
