@@ -280,6 +280,9 @@ change_mode etc/modelfs.toml 666 "configuration error" "others write the configu
 change_mode var/lib 777 "folders warning" "others write in a folder above what was seen"
 change_mode etc/modelfs 777 "folders warning,world-writable warning" "others write in the folder of the key"
 change_mode var/lib/modelfs 777 "folders warning" "others write in the folder of what was seen"
+linked() { mkdir "$root/srv/shared" && mv "$root/etc/modelfs" "$root/srv/shared/" && ln -s /srv/shared/modelfs "$root/etc/modelfs" && chmod 777 "$root/srv/shared"; }
+unlinked() { rm "$root/etc/modelfs" && mv "$root/srv/shared/modelfs" "$root/etc/" && rmdir "$root/srv/shared"; }
+step "doctor: the folder of the key is a link to where others write" only "folders warning" linked unlinked
 change_mode usr/local/bin/modelfs 4755 "program warning" "the program is set-uid"
 change_owner usr/local/bin/modelfs "program warning" "the program is another's"
 plant() { cp "$root/bin/sh" "$root/$planted" && chmod "$planted_mode" "$root/$planted"; }

@@ -24,6 +24,8 @@ const SURVEY_ENTRIES_MAX: u64 = 400_000;
 const SURVEY_TIME: Duration = Duration::from_secs(3);
 /// Of one folder beside a file of ours.
 const NEAR_ENTRIES_MAX: u64 = 10_000;
+/// Links on the way to one file, as the kernel counts.
+const LINKS_MAX: usize = 40;
 /// Paths named in one finding; the number of the others is told.
 const SHOWN_MAX: usize = 8;
 /// What is remembered is small, and a state folder that is full forgets which versions were seen.
@@ -50,6 +52,14 @@ pub struct Survey {
     container: bool,
 }
 
+/// How a path is looked up.
+struct Way {
+    /// Each in which a name of it is looked up, also of a link on the way.
+    folders: BTreeSet<PathBuf>,
+    /// What it leads to; no link but where there are too many.
+    end: PathBuf,
+}
+
 impl Machine<'_> {
     /// Where a path of this machine lies below the root that is examined.
     fn place(&self, path: &Path) -> PathBuf {
@@ -60,6 +70,33 @@ impl Machine<'_> {
         std::fs::symlink_metadata(self.place(path)).ok()
     }
 
+    /// Follows `path` as the kernel does, below the root that is examined. What is not there is no link.
+    fn way(&self, path: &Path) -> Way {
+        let parts = |path: &Path| path.components().rev().map(|part| part.as_os_str().to_owned()).collect::<Vec<_>>();
+        let mut way = Way { folders: BTreeSet::new(), end: PathBuf::from("/") };
+        let (mut rest, mut links) = (parts(path), 0);
+        while let Some(name) = rest.pop() {
+            match name.as_bytes() {
+                b"/" => way.end = PathBuf::from("/"),
+                b"." => {}
+                // Where links are followed one by one, it is the folder that the kernel goes to.
+                b".." => drop(way.end.pop()),
+                _ => {
+                    let next = way.end.join(&name);
+                    way.folders.insert(std::mem::replace(&mut way.end, next));
+                    if links < LINKS_MAX
+                        && let Ok(to) = std::fs::read_link(self.place(&way.end))
+                    {
+                        links += 1;
+                        way.end.pop();
+                        rest.extend(parts(&to));
+                    }
+                }
+            }
+        }
+        way
+    }
+
     fn survey(&self, setup: &Setup) -> &Survey {
         self.survey.get_or_init(|| {
             let mut survey = Survey { container: setup.whole_image && in_container(&self.root), ..Survey::default() };
@@ -68,7 +105,7 @@ impl Machine<'_> {
                 survey.tree(self, Path::new("/"), SURVEY_ENTRIES_MAX, until, true);
             }
             // Mounted into the container, hence on other file systems than its root.
-            for folder in near(setup) {
+            for folder in near(setup).iter().map(|folder| self.way(folder).end).filter(|folder| !is_system(folder)) {
                 survey.tree(self, &folder, NEAR_ENTRIES_MAX, until, false);
             }
             for list in [&mut survey.set_id_system, &mut survey.set_id_elsewhere, &mut survey.writable] {
@@ -277,15 +314,26 @@ pub(super) fn trusted_files(machine: &Machine<'_>) -> Option<Said> {
     }
 }
 
-/// Every folder from the root to each of ours: whoever may write in one may put another in its place.
+/// Every folder in which a name is looked up on the way to each of ours, links followed: whoever may write in one may put
+/// another in its place.
 pub(super) fn folders(machine: &Machine<'_>) -> Option<Said> {
     const WANTED: &str =
         "folders above the program, its files, its state and the mountpoint that only root or we can write in";
     let setup = machine.facts.setup.as_ref()?;
     let files = setup.files().into_iter().map(|named| named.path);
-    let places = files.chain(setup.program.clone()).chain(setup.mountpoint.clone());
-    let mut above: BTreeSet<PathBuf> = places.flat_map(|path| parents(&path)).collect();
-    above.extend(setup.state_dir.iter().flat_map(|dir| dir.ancestors().map(Path::to_owned).collect::<Vec<_>>()));
+    let mut above: BTreeSet<PathBuf> =
+        files.chain(setup.program.clone()).flat_map(|path| machine.way(&path).folders).collect();
+    if let Some(dir) = &setup.state_dir {
+        let way = machine.way(dir);
+        above.extend(way.folders);
+        above.insert(way.end);
+    }
+    // Nothing is asked of the mountpoint itself: a mount that is dead may lie on it.
+    if let Some(parent) = setup.mountpoint.as_ref().and_then(|path| path.parent()) {
+        let way = machine.way(parent);
+        above.extend(way.folders);
+        above.insert(way.end);
+    }
     let mut open: Vec<PathBuf> = Vec::new();
     let mut strange: Vec<PathBuf> = Vec::new();
     for folder in above {
@@ -310,10 +358,6 @@ pub(super) fn folders(machine: &Machine<'_>) -> Option<Said> {
             hint(Warning, format!("others can write in {}", list(open)), WANTED, format!("chmod go-w {}", quoted(open)))
         }
     }
-}
-
-fn parents(path: &Path) -> Vec<PathBuf> {
-    path.ancestors().skip(1).map(Path::to_owned).collect()
 }
 
 pub(super) fn program(machine: &Machine<'_>) -> Option<Said> {

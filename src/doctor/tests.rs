@@ -601,6 +601,40 @@ fn a_link_in_place_of_a_secret_is_refused_and_one_in_place_of_a_certificate_is_f
 }
 
 #[test]
+fn folders_that_links_lead_through_are_judged_like_those_that_are_named() {
+    // The folder of the key, a folder above it, the folder of what was seen, and a link to a link.
+    for (link, to, links) in [
+        ("etc/modelfs", "srv/shared/modelfs", &[("etc/modelfs", "../srv/shared/modelfs")][..]),
+        ("etc", "srv/shared/etc", &[("etc", "srv/shared/etc")]),
+        ("var/lib/modelfs", "srv/shared/state", &[("var/lib/modelfs", "../../srv/./shared/../shared/state")]),
+        ("mnt", "srv/shared/mnt", &[("mnt", "srv/near"), ("srv/near", "shared/mnt")]),
+    ] {
+        let root = good_machine(&[("srv/shared/x", Some("")), ("srv/shared/link/x", Some(""))]);
+        std::fs::rename(root.path().join(link), root.path().join(to)).expect("moved");
+        for (path, to) in links {
+            std::os::unix::fs::symlink(to, root.path().join(path)).expect("linked");
+        }
+        assert_eq!(bad(&examine(root.path(), &good_facts())), [""; 0], "{link}");
+        let mode = |mode| std::fs::set_permissions(root.path().join("srv/shared"), PermissionsExt::from_mode(mode));
+        mode(0o777).expect("chmod");
+        let all = examine(root.path(), &good_facts());
+        assert_eq!(bad(&all), ["folders"], "{link}");
+        assert_eq!(found(&all, "folders").fix.as_deref(), Some("chmod go-w /srv/shared"), "{link}");
+        mode(0o755).expect("chmod");
+        // And what lies beside the files there.
+        std::fs::write(root.path().join(to).join("notes"), "").expect("written");
+        std::fs::set_permissions(root.path().join(to).join("notes"), PermissionsExt::from_mode(0o666)).expect("chmod");
+        let beside = if ["etc", "mnt"].contains(&link) { &[""; 0][..] } else { &["world-writable"] };
+        assert_eq!(bad(&examine(root.path(), &good_facts())), beside, "{link}");
+    }
+    // A circle is followed to no end.
+    let root = good_machine(&[("var/lib/modelfs/floors/one", None)]);
+    std::fs::remove_dir_all(root.path().join("var/lib/modelfs")).expect("removed");
+    std::os::unix::fs::symlink("modelfs", root.path().join("var/lib/modelfs")).expect("linked");
+    examine(root.path(), &good_facts());
+}
+
+#[test]
 fn one_rule_can_be_asked_for_and_a_mount_of_anothers_making_needs_no_device() {
     let root = good_machine(&[("dev/fuse", None), ("proc/swaps", Some("x\ny\n"))]);
     let one = examine_by(root.path(), &good_facts(), &["swap".to_owned()]);
