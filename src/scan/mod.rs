@@ -6,7 +6,7 @@
 //! that what a later layer deletes is found; nothing is written, followed out of a tree, or opened but regular files; time
 //! and memory are bounded whatever the archive holds; **what cannot be read is never taken for clean** ([`Report::unread`]).
 //! `source`: bytes within limits. `tar`, `zip`: entries. `detect`: what a file is. `image`: layers. `walk`: the order of it
-//! all. `sarif`: for pipelines.
+//! all. `tell`: what is told of it. `sarif`: for pipelines.
 //! Not here: what a finding means for the exit code (`cli`), removing anything.
 //! Spec: docs/SCAN.md. Held by: tests/scan.rs, tests/scan.sh.
 
@@ -16,6 +16,7 @@ mod pattern;
 mod sarif;
 mod source;
 mod tar;
+mod tell;
 mod walk;
 mod zip;
 
