@@ -28,7 +28,7 @@ impl<'a> Machine<'a> {
 }
 
 const CAP_IPC_LOCK: u32 = 14;
-const CAP_SYS_ADMIN: u32 = 21;
+pub(super) const CAP_SYS_ADMIN: u32 = 21;
 
 impl Machine<'_> {
     pub fn text(&self, path: &str) -> Option<String> {

@@ -317,6 +317,10 @@ fn a_lock_that_cannot_wipe_fails_a_strict_check_whoever_forbids_io_uring() {
     for setting in [Some("0"), Some("1"), None] {
         assert_eq!(tried(setting, Ok(())).severity, Severity::Fine, "{setting:?}: it is allowed to us");
     }
+    let facts = Facts { can_pin: Some(Err("EPERM".into())), ..good_facts() };
+    let changes = [(NO_RIGHTS.0, Some(NO_RIGHTS.1)), ("proc/cmdline", Some("quiet"))];
+    let without = found(&findings(&changes, &facts), "io-uring");
+    assert!(without.severity == Severity::Fine && without.seen.contains("no passthrough"), "{without:?}");
 }
 
 /// docs/HARDENING.md says that it is never needed.
