@@ -746,3 +746,64 @@ fn keys_are_listed_added_rotated_and_removed_from_the_command_line() {
     };
     assert_eq!((status("acme/a"), status("acme/b")), ("rotated".into(), "untouched".into()), "{mixed}");
 }
+
+/// A model with version 2 under `latest` and version 1 under `prod`, and the command line that rotates it.
+struct TwoTags {
+    folder: tempfile::TempDir,
+    program: Program,
+}
+
+impl TwoTags {
+    fn new() -> TwoTags {
+        let folder = tempfile::tempdir().unwrap();
+        let program = Program::in_folder(folder.path());
+        let two = TwoTags { folder, program };
+        two.seal(1);
+        two.json(&["tag", two.program.store(), "acme/a@1", "prod"]);
+        two.seal(2);
+        two
+    }
+
+    fn seal(&self, own: u64) {
+        let source = self.folder.path().join("source");
+        fs::create_dir_all(&source).unwrap();
+        fs::write(source.join("w.bin"), noise(50_000, own)).unwrap();
+        self.program.seal(&source, "acme/a");
+    }
+
+    fn output(&self, words: &[&str]) -> std::process::Output {
+        let mut command = self.program.command(words);
+        command.arg("--json").arg("--trust").arg(self.program.trusted_key()).output().unwrap()
+    }
+
+    fn json(&self, words: &[&str]) -> Value {
+        let done = self.output(words);
+        assert!(done.status.success(), "{words:?}: {}", String::from_utf8_lossy(&done.stderr));
+        serde_json::from_slice(&done.stdout).unwrap()
+    }
+
+    /// Versions and what became of them, of `key rotate --all` with these words.
+    fn rotate_all(&self, words: &[&str]) -> Vec<(u64, String)> {
+        let key = self.program.key();
+        let before = ["key", "rotate", self.program.store(), "--all", "--key", &key];
+        let done = self.json(&[&before[..], words].concat());
+        let row = |row: &Value| (row["version"].as_u64().unwrap(), row["status"].as_str().unwrap().to_owned());
+        done["versions"].as_array().unwrap().iter().map(row).collect()
+    }
+
+    fn inspect(&self, selector: &str) -> Value {
+        self.json(&["inspect", self.program.store(), selector, "--key", &self.program.key()])
+    }
+}
+
+/// What a tag beside `latest` names has a data key as well, and `latest` has led there once.
+#[test]
+fn every_version_that_a_tag_names_is_rotated_with_all() {
+    for level in ["--reencrypt", "--new-key"] {
+        let two = TwoTags::new();
+        let rotated = two.rotate_all(&[level, "--if-older", "0s"]);
+        assert_eq!(rotated, [(2, "rotated".to_owned()), (1, "rotated".to_owned())], "{level}");
+        let version = |selector: &str| two.inspect(selector)["version"].as_u64().unwrap();
+        assert_eq!((version("acme/a"), version("acme/a@prod")), (3, 4), "{level}");
+    }
+}

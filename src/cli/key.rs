@@ -29,7 +29,6 @@ use crate::seal::{ProgressFn, Releaser};
 use crate::telemetry::events::Kind as Event;
 use crate::units::{parse_duration, show_size};
 use crate::vault::{TransitKey, Vault};
-use crate::versions::VERSIONS_MAX;
 
 /// Show who can open a version; add, remove and rotate the keys that do.
 #[derive(Debug, Args)]
@@ -566,10 +565,11 @@ async fn rotate_one(
 
 /// The versions of a model that are to be rotated: all that a tag leads to, or for new versions those that tags name.
 async fn versions(reading: &Reading, model: &str, work: &Work) -> Result<Vec<u64>> {
-    let candidates = rotating(reading).candidates(model, VERSIONS_MAX).await?;
-    let named = candidates.iter().filter(|candidate| match work {
+    // However many: one that is passed over would keep the key that is to go.
+    let found = rotating(reading).candidates(model, usize::MAX).await?;
+    let named = found.iter().filter(|candidate| match work {
         Work::Edit(_) => true,
-        Work::Rekey(_) => candidate.wanted == candidate.newest,
+        Work::Rekey(_) => candidate.is_named(),
     });
     Ok(named.map(|candidate| candidate.wanted.seq).collect())
 }

@@ -78,6 +78,15 @@ pub struct Candidate {
     pub channel: String,
     pub newest: Ref,
     pub wanted: Ref,
+    /// Below the floor of some tag of the model.
+    pub withdrawn: bool,
+}
+
+impl Candidate {
+    /// Whether its tag names it now, and not only once did.
+    pub fn is_named(&self) -> bool {
+        self.wanted == self.newest
+    }
 }
 
 /// Everything that decides which version is believed.
@@ -153,14 +162,27 @@ impl Resolver<'_> {
         Ok(channels)
     }
 
-    /// Every version that the tags of a model lead to and that was not withdrawn, the newest refs first, each once; at
+    /// Every version that the tags of a model lead to and that was not withdrawn, those that tags name first, each once; at
     /// most `versions_max`. A version withdrawn under one tag is withdrawn under all. A tag that has expired leads nowhere.
     ///
     /// # Errors
     /// As [`Resolver::resolve`]; `NOT_FOUND`, or `REF_EXPIRED` if that is why there is none.
     pub async fn candidates(&self, name: &str, versions_max: usize) -> Result<Vec<Candidate>> {
+        let mut found = self.versions(name, versions_max).await?;
+        found.retain(|candidate| !candidate.withdrawn);
+        if found.is_empty() {
+            refuse!(NotFound, "the store has no version of {name}");
+        }
+        Ok(found)
+    }
+
+    /// The same with those that were withdrawn: a tag that names one still shows it to its readers.
+    ///
+    /// # Errors
+    /// As [`Resolver::candidates`].
+    pub async fn versions(&self, name: &str, versions_max: usize) -> Result<Vec<Candidate>> {
         let model = ModelId::of_name(name);
-        let (mut found, mut lowest, mut expired): (Vec<Candidate>, u64, Option<Error>) = (Vec::new(), 0, None);
+        let (mut heads, mut lowest, mut expired): (Vec<(String, Ref)>, u64, Option<Error>) = (Vec::new(), 0, None);
         for channel in self.channels(name).await? {
             let at = Channel { model, name, channel: &channel };
             let believed = self.believed(at).await?;
@@ -168,27 +190,33 @@ impl Resolver<'_> {
             let newest = self.newest(at, &believed, floor.as_ref()).await?;
             lowest = lowest.max(newest.min_version_seq).max(floor.as_ref().map_or(0, |floor| floor.min_version_seq));
             match check_ref(floor.as_ref(), &self.policy, (self.now)(), &newest) {
-                Ok(_) => {}
+                Ok(_) => heads.push((channel, newest)),
                 Err(old) if old.code() == Code::RefExpired => {
                     tracing::warn!(channel, "{}", old.chain());
                     expired = Some(old);
-                    continue;
                 }
                 Err(err) => return Err(err),
             }
-            self.walk_back(at, newest, |wanted| {
-                let known = found.iter().any(|other| other.wanted.manifest_digest == wanted.manifest_digest);
-                if !known && found.len() < versions_max {
-                    found.push(Candidate { channel: channel.clone(), newest, wanted: *wanted });
-                }
-                found.len() == versions_max
-            })
-            .await?;
         }
-        found.retain(|candidate| candidate.wanted.seq >= lowest.max(self.policy.min_version_seq));
+        let mut found: Vec<Candidate> = Vec::new();
+        let mut take = |channel: &str, newest: Ref, wanted: Ref| {
+            let known = found.iter().any(|other| other.wanted.manifest_digest == wanted.manifest_digest);
+            if !known && found.len() < versions_max {
+                let withdrawn = wanted.seq < lowest.max(self.policy.min_version_seq);
+                found.push(Candidate { channel: channel.to_owned(), newest, wanted, withdrawn });
+            }
+            found.len() == versions_max
+        };
+        // What a tag names is found by that tag, though the refs of another one lead there too.
+        for (channel, newest) in &heads {
+            take(channel, *newest, *newest);
+        }
+        for (channel, newest) in &heads {
+            let at = Channel { model, name, channel };
+            self.walk_back(at, *newest, |wanted| take(channel, *newest, *wanted)).await?;
+        }
         match expired {
             Some(expired) if found.is_empty() => Err(expired),
-            Some(_) | None if found.is_empty() => refuse!(NotFound, "the store has no version of {name}"),
             Some(_) | None => Ok(found),
         }
     }
