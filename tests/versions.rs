@@ -292,6 +292,54 @@ fn a_withdrawn_version_is_named_by_no_tag_and_the_floor_is_never_lowered() {
     assert_eq!(world.read(MODEL).unwrap().reference.unwrap().min_version_seq, 2);
 }
 
+/// By its number a version is found through `latest` first, whose own floor would let it pass.
+#[test]
+fn a_version_withdrawn_under_one_tag_is_not_had_by_its_number_through_another() {
+    let world = World::with_versions(3);
+    run(world.mover().tag(&Wanted::Version(3), &withdraw("prod", 2))).unwrap();
+    assert_eq!(code(world.read("acme/llama@1")), Code::BelowFloor);
+    assert_eq!(world.seq("acme/llama@2").unwrap(), 2);
+    // The store hides that tag from a machine that has seen it.
+    assert_eq!(world.seq("acme/llama@prod").unwrap(), 3);
+    let hidden: Vec<String> = world.store.names().into_iter().filter(|name| name.contains("/r/prod/")).collect();
+    assert_eq!(hidden.len(), 2, "a ref and the hint: {hidden:?}");
+    let prod: Vec<_> = hidden.iter().map(|name| (name.clone(), world.store.get(name).unwrap())).collect();
+    hidden.iter().for_each(|name| run(world.store.delete(name)).unwrap());
+    assert_eq!(code(world.read("acme/llama@1")), Code::BelowFloor, "it is remembered");
+    // And a tag that somebody else signs takes nothing away.
+    prod.into_iter().for_each(|(name, bytes)| world.store.put(&name, bytes));
+    let other = MemoryStore::new();
+    let mut options = SealOptions::new(Arc::new(RawKey(1)), signing(2));
+    options.tags = vec!["theirs".into()];
+    run(seal(world.source.path(), Arc::new(other.clone()), MODEL, options)).unwrap();
+    for name in other.names().into_iter().filter(|name| name.contains("/r/theirs/")) {
+        world.store.put(&name, other.get(&name).unwrap());
+    }
+    assert_eq!(world.seq("acme/llama@2").unwrap(), 2);
+    assert_eq!(code(world.read("acme/llama@theirs")), Code::RefKey);
+}
+
+/// THREAT_MODEL (f) row 35: the ref of one tag asks for the new slots, the old ref of another does not.
+#[test]
+fn slots_replaced_under_one_tag_are_not_had_by_number_through_another() {
+    let world = World::with_versions(2);
+    world.tag(1, "prod").unwrap();
+    let prod = world.read("acme/llama@prod").unwrap().reference.unwrap();
+    let target = RefTarget { min_slots_generation: 2, ..RefTarget::of(&prod) };
+    run(world.releaser(Arc::new(world.store.clone())).append("prod", Some(&prod), &target)).unwrap();
+    assert_eq!(code(world.read("acme/llama@1")), Code::SlotsRollback);
+    assert_eq!(world.seq(MODEL).unwrap(), 2);
+
+    // A tag that went on to another version remembers what it asked for.
+    let slots = names::slots(prod.model_id, prod.vid, 1);
+    let rotated = Slots { generation: 2, ..Slots::parse(&world.store.get(&slots).unwrap()).unwrap() };
+    world.store.put(&names::slots(prod.model_id, prod.vid, 2), rotated.encode().unwrap());
+    assert_eq!(world.seq("acme/llama@prod").unwrap(), 1);
+    world.tag(2, "prod").unwrap();
+    run(world.store.delete(&names::slots(prod.model_id, prod.vid, 2))).unwrap();
+    assert_eq!(code(world.read("acme/llama@1")), Code::SlotsRollback, "it is remembered");
+}
+
 #[test]
 fn a_refresh_signs_a_later_end_even_after_the_last_one() {
     let world = World::new();

@@ -19,7 +19,7 @@ use crate::error::{Code, Error, Result};
 use crate::format::limits::{MANIFEST_BYTES_MAX, MODEL_NAME_BYTES_MAX, REF_BYTES_MAX, SLOTS_BYTES_MAX};
 use crate::format::{
     ChannelId, KeyId, Manifest, ManifestDigest, ManifestHeader, ModelId, Ref, SIGNATURE_LEN, SignatureObject, Slots,
-    manifest_message, names,
+    Vid, manifest_message, names,
 };
 use crate::refuse;
 use crate::store::ChunkSource;
@@ -80,6 +80,7 @@ pub struct Candidate {
     pub wanted: Ref,
     /// Below the floor of some tag of the model.
     pub withdrawn: bool,
+    asked: Asked,
 }
 
 impl Candidate {
@@ -110,6 +111,45 @@ struct Believed {
     publishers_min: u32,
     releasers_min: u32,
     first_use: bool,
+}
+
+/// The lowest version and slots generation that are still allowed, by the newest refs and by what is remembered.
+#[derive(Debug, Clone, Copy)]
+struct Asked {
+    min_version_seq: u64,
+    min_slots_generation: u32,
+}
+
+/// A tag of a model: its newest ref, believed, and what is remembered of it.
+struct Head {
+    channel: String,
+    believed: Believed,
+    floor: Option<RefFloor>,
+    newest: Ref,
+}
+
+/// All tags of a model: what was withdrawn under one of them is withdrawn whichever leads there.
+#[derive(Default)]
+struct Tags {
+    heads: Vec<Head>,
+    /// Of tags that the store no longer shows, or shows with refs of somebody else.
+    gone: Vec<RefFloor>,
+    /// Why a tag is somebody else's: its word counts for nothing here.
+    foreign: Option<Error>,
+}
+
+impl Tags {
+    /// Of a version with this vid.
+    fn ask(&self, vid: Vid) -> Asked {
+        let floors = || self.heads.iter().filter_map(|head| head.floor.as_ref()).chain(&self.gone);
+        let named = self.heads.iter().map(|head| &head.newest).filter(|newest| newest.vid == vid);
+        let seqs = self.heads.iter().map(|head| head.newest.min_version_seq);
+        let remembered = floors().filter_map(|floor| floor.slots_generations.get(&vid.to_string()).copied());
+        Asked {
+            min_version_seq: seqs.chain(floors().map(|floor| floor.min_version_seq)).max().unwrap_or(0),
+            min_slots_generation: named.map(|newest| newest.min_slots_generation).chain(remembered).max().unwrap_or(0),
+        }
+    }
 }
 
 /// A model and channel, as one thing to pass around.
@@ -182,38 +222,38 @@ impl Resolver<'_> {
     /// As [`Resolver::candidates`].
     pub async fn versions(&self, name: &str, versions_max: usize) -> Result<Vec<Candidate>> {
         let model = ModelId::of_name(name);
-        let (mut heads, mut lowest, mut expired): (Vec<(String, Ref)>, u64, Option<Error>) = (Vec::new(), 0, None);
-        for channel in self.channels(name).await? {
-            let at = Channel { model, name, channel: &channel };
-            let believed = self.believed(at).await?;
-            let floor = self.floor(at)?;
-            let newest = self.newest(at, &believed, floor.as_ref()).await?;
-            lowest = lowest.max(newest.min_version_seq).max(floor.as_ref().map_or(0, |floor| floor.min_version_seq));
-            match check_ref(floor.as_ref(), &self.policy, (self.now)(), &newest) {
-                Ok(_) => heads.push((channel, newest)),
+        let tags = self.tags(name).await?;
+        if let Some(foreign) = tags.foreign {
+            return Err(foreign);
+        }
+        let (mut heads, mut expired): (Vec<&Head>, Option<Error>) = (Vec::new(), None);
+        for head in &tags.heads {
+            match check_ref(head.floor.as_ref(), &self.policy, (self.now)(), &head.newest) {
+                Ok(_) => heads.push(head),
                 Err(old) if old.code() == Code::RefExpired => {
-                    tracing::warn!(channel, "{}", old.chain());
+                    tracing::warn!(channel = head.channel, "{}", old.chain());
                     expired = Some(old);
                 }
                 Err(err) => return Err(err),
             }
         }
         let mut found: Vec<Candidate> = Vec::new();
-        let mut take = |channel: &str, newest: Ref, wanted: Ref| {
+        let mut take = |head: &Head, wanted: Ref| {
             let known = found.iter().any(|other| other.wanted.manifest_digest == wanted.manifest_digest);
             if !known && found.len() < versions_max {
-                let withdrawn = wanted.seq < lowest.max(self.policy.min_version_seq);
-                found.push(Candidate { channel: channel.to_owned(), newest, wanted, withdrawn });
+                let asked = tags.ask(wanted.vid);
+                let withdrawn = wanted.seq < asked.min_version_seq.max(self.policy.min_version_seq);
+                found.push(Candidate { channel: head.channel.clone(), newest: head.newest, wanted, withdrawn, asked });
             }
             found.len() == versions_max
         };
         // What a tag names is found by that tag, though the refs of another one lead there too.
-        for (channel, newest) in &heads {
-            take(channel, *newest, *newest);
+        for head in &heads {
+            take(head, head.newest);
         }
-        for (channel, newest) in &heads {
-            let at = Channel { model, name, channel };
-            self.walk_back(at, *newest, |wanted| take(channel, *newest, *wanted)).await?;
+        for head in &heads {
+            let at = Channel { model, name, channel: &head.channel };
+            self.walk_back(at, head.newest, |wanted| take(head, *wanted)).await?;
         }
         match expired {
             Some(expired) if found.is_empty() => Err(expired),
@@ -229,7 +269,8 @@ impl Resolver<'_> {
         let at = Channel { model: ModelId::of_name(name), name, channel: &candidate.channel };
         let believed = self.believed(at).await?;
         let floor = self.floor(at)?;
-        self.finish(at, &believed, floor, candidate.newest, candidate.wanted).await.map_err(|err| {
+        let (newest, wanted) = (candidate.newest, candidate.wanted);
+        self.finish(at, &believed, floor, newest, wanted, candidate.asked).await.map_err(|err| {
             err.context(format!("cannot resolve {name}@{} in {}", candidate.wanted.seq, self.source.describe()))
         })
     }
@@ -257,25 +298,63 @@ impl Resolver<'_> {
         let believed = self.believed(at).await?;
         let floor = self.floor(at)?;
         let newest = self.newest(at, &believed, floor.as_ref()).await?;
-        self.finish(at, &believed, floor, newest, newest).await
+        let asked = Asked { min_version_seq: newest.min_version_seq, min_slots_generation: 0 };
+        self.finish(at, &believed, floor, newest, newest, asked).await
     }
 
-    /// Looks for a version number in `latest`, then in the other channels.
+    /// Looks for a version number in `latest`, then in the other channels; it must be allowed by all of them.
     async fn version_of(&self, name: &str, seq: u64) -> Result<Resolved> {
         let model = ModelId::of_name(name);
-        let dirs = self.source.list_dirs(&names::refs_dir(model)).await?;
-        let mut channels: Vec<&str> = dirs.iter().filter_map(|dir| names::channel(dir)).collect();
-        channels.sort_by_key(|channel| *channel != DEFAULT_CHANNEL);
-        for channel in channels {
-            let at = Channel { model, name, channel };
-            let believed = self.believed(at).await?;
-            let floor = self.floor(at)?;
-            let newest = self.newest(at, &believed, floor.as_ref()).await?;
-            if let Some(wanted) = self.walk_back(at, newest, |here| here.seq == seq).await? {
-                return self.finish(at, &believed, floor, newest, wanted).await;
+        let tags = self.tags(name).await?;
+        for head in &tags.heads {
+            let at = Channel { model, name, channel: &head.channel };
+            if let Some(wanted) = self.walk_back(at, head.newest, |here| here.seq == seq).await? {
+                let asked = tags.ask(wanted.vid);
+                return self.finish(at, &head.believed, head.floor.clone(), head.newest, wanted, asked).await;
             }
         }
-        refuse!(NotFound, "no tag of {name} leads to a version {seq}")
+        match tags.foreign {
+            Some(foreign) => Err(foreign),
+            None => refuse!(NotFound, "no tag of {name} leads to a version {seq}"),
+        }
+    }
+
+    /// Every tag that the store shows, and what is remembered of those that it does not.
+    ///
+    /// # Errors
+    /// As [`Resolver::newest_ref`], but for a tag with refs of somebody else.
+    async fn tags(&self, name: &str) -> Result<Tags> {
+        let model = ModelId::of_name(name);
+        let mut tags = Tags::default();
+        let shown = self.channels(name).await?;
+        for channel in &shown {
+            let at = Channel { model, name, channel };
+            let floor = self.floor(at)?;
+            let read = async {
+                let believed = self.believed(at).await?;
+                let newest = self.newest(at, &believed, floor.as_ref()).await?;
+                Ok::<_, Error>((believed, newest))
+            };
+            match read.await {
+                Ok((believed, newest)) => tags.heads.push(Head { channel: channel.clone(), believed, floor, newest }),
+                Err(none) if none.code() == Code::NotFound && floor.is_none() => {}
+                // Whoever may write the store can make a tag: it takes no version away from the readers of the others.
+                Err(foreign) if matches!(foreign.code(), Code::RefKey | Code::NoTrust) => {
+                    tracing::warn!(channel, "a tag of {name} counts for nothing here: {}", foreign.chain());
+                    tags.gone.extend(floor);
+                    tags.foreign.get_or_insert(foreign);
+                }
+                Err(err) => return Err(err),
+            }
+        }
+        if let Some(floors) = self.floors {
+            for channel in floors.channels(&self.source.describe(), model)? {
+                if !shown.contains(&channel) {
+                    tags.gone.extend(self.floor(Channel { model, name, channel: &channel })?);
+                }
+            }
+        }
+        Ok(tags)
     }
 
     /// The newest ref that `is_it` takes. Older refs are believed by the hash that the signed next one carries.
@@ -309,7 +388,8 @@ impl Resolver<'_> {
         Ok(None)
     }
 
-    /// From an accepted ref to a resolved version. `newest` carries the floors, `wanted` names the version.
+    /// From an accepted ref to a resolved version. `newest` is the one to remember, `wanted` names the version, which must be
+    /// what is `asked` and what is remembered.
     async fn finish(
         &self,
         at: Channel<'_>,
@@ -317,10 +397,11 @@ impl Resolver<'_> {
         floor: Option<RefFloor>,
         newest: Ref,
         wanted: Ref,
+        asked: Asked,
     ) -> Result<Resolved> {
         let floor = floor.as_ref();
         let mut notes = check_ref(floor, &self.policy, (self.now)(), &newest)?;
-        check_version(floor, &self.policy, newest.min_version_seq, wanted.seq)?;
+        check_version(floor, &self.policy, asked.min_version_seq, wanted.seq)?;
         let digest = wanted.manifest_digest;
         let manifest_bytes = self.manifest(at.model, digest, Some(wanted.manifest_len)).await?;
         let signed_by = self.signers(at.model, digest, wanted.seq, believed).await?;
@@ -329,7 +410,8 @@ impl Resolver<'_> {
             refuse!(ManModel, "manifest {digest} is not version {} of {}, which its ref says", wanted.seq, at.name);
         }
         let slots = self.slots(&header).await?;
-        check_slots(floor, wanted.min_slots_generation, header.vid, slots.generation)?;
+        let least = asked.min_slots_generation.max(wanted.min_slots_generation);
+        check_slots(floor, least, header.vid, slots.generation)?;
 
         if believed.first_use {
             if let Some(tofu) = self.first_use {
