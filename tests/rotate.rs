@@ -106,10 +106,15 @@ impl Bench {
     }
 
     fn seal(&self, store: &MemoryStore, numbers: &[u8], transit: bool) {
+        self.seal_as(store, numbers, transit, &["prod"]);
+    }
+
+    /// Under `latest` and these tags.
+    fn seal_as(&self, store: &MemoryStore, numbers: &[u8], transit: bool, tags: &[&str]) {
         let keys = Arc::new(SealKeys { ring: self.ring(numbers), transit });
         let mut options = SealOptions::new(keys, signing());
         options.chunk_log2 = 20;
-        options.tags = vec!["prod".into()];
+        options.tags = tags.iter().map(|&tag| tag.to_owned()).collect();
         run(seal(&self.dir.path().join("source"), Arc::new(store.clone()), MODEL, options)).unwrap();
     }
 
@@ -153,6 +158,10 @@ impl Bench {
 
     fn rekey(&self, store: impl ChunkSink + 'static, order: &Rekey) -> Result<Rekeyed> {
         self.rotate(Arc::new(store), None, async |rotator| rotator.rekey(&Wanted::Newest, order).await)
+    }
+
+    fn rekey_tag(&self, store: impl ChunkSink + 'static, tag: &str, order: &Rekey) -> Result<Rekeyed> {
+        self.rotate(Arc::new(store), None, async |rotator| rotator.rekey(&Wanted::Tag(tag.into()), order).await)
     }
 
     fn order(&self, level: Level, keys: &[u8], to: &[u8]) -> Rekey {
@@ -540,6 +549,55 @@ fn a_withdrawn_old_version_is_below_the_floor_of_whoever_sees_the_new_one() {
     assert_eq!(bench.read(&store, MODEL, &[2]).unwrap().1, files());
 }
 
+/// The floor counts for all tags: at the new version it would take the other tag's version from its readers.
+#[test]
+fn the_old_version_is_not_withdrawn_while_another_tag_names_one_that_would_go_with_it() {
+    let bench = Bench::new();
+    let store = bench.sealed(&[1], false);
+    bench.seal_as(&store, &[1], false, &[]);
+    let order = Rekey { withdraw_old: true, ..bench.order(Level::Reencrypt, &[1], &[2]) };
+    let before = store.names();
+    for (tag, other) in [("prod", "latest (version 2)"), (LATEST, "prod (version 1)")] {
+        let refused = bench.rekey_tag(store.clone(), tag, &order).unwrap_err();
+        assert!(refused.code() == Code::Usage && refused.message().contains(other), "{refused:?}");
+    }
+    assert_eq!(store.names(), before);
+
+    // Without it both go on, and what no tag names any more can be withdrawn then.
+    let order = bench.order(Level::Reencrypt, &[1], &[2]);
+    for (tag, version) in [("prod", 3), (LATEST, 4)] {
+        assert_eq!(bench.rekey_tag(store.clone(), tag, &order).unwrap().version, version);
+    }
+    let withdraw = || bench.rotate(Arc::new(store.clone()), None, async |rotator| rotator.withdraw_below_tags().await);
+    let withdrawn = withdraw().unwrap();
+    assert_eq!((withdrawn.below, withdrawn.refs), (3, vec![(LATEST.to_owned(), 4), ("prod".to_owned(), 3)]));
+    assert!(withdraw().unwrap().refs.is_empty(), "it is done");
+    for old in ["acme/llama@1", "acme/llama@2"] {
+        assert_eq!(bench.read(&store, old, &[1]).unwrap_err().code(), Code::BelowFloor, "{old}");
+    }
+    for new in [MODEL, "acme/llama@prod", "acme/llama@3", "acme/llama@4"] {
+        assert_eq!(bench.read(&store, new, &[2]).unwrap().1, files(), "{new}");
+    }
+}
+
+/// Two versions never carry one number, though the tag of a rotation is not the one that others publish under.
+#[test]
+fn a_rotated_version_is_numbered_after_what_was_published_meanwhile() {
+    let bench = Arc::new(Bench::new());
+    let store = bench.sealed(&[1], false);
+    bench.seal_as(&store, &[1], false, &[]);
+    let (others, published) = ((Arc::clone(&bench), store.clone()), AtomicBool::new(false));
+    let progress = ProgressFn::new(move |progress| {
+        if progress.phase == Phase::Seal && !published.swap(true, Ordering::Relaxed) {
+            let (bench, store) = others.clone();
+            std::thread::spawn(move || bench.seal_as(&store, &[1], false, &[])).join().unwrap();
+        }
+    });
+    let order = Rekey { progress, ..bench.order(Level::Reencrypt, &[1], &[]) };
+    assert_eq!(bench.rekey_tag(store.clone(), "prod", &order).unwrap().version, 4);
+    assert_eq!(bench.resolve(&store, MODEL).unwrap().header.seq, 3);
+}
+
 #[test]
 fn what_was_coded_is_coded_again_and_no_plaintext_reaches_the_store() {
     let bench = Bench::new();
@@ -782,12 +840,12 @@ impl TwoTags {
         serde_json::from_slice(&done.stdout).unwrap()
     }
 
-    /// Versions and what became of them, of `key rotate --all` with these words.
+    /// Versions (0: the model) and what became of them, of `key rotate --all` with these words.
     fn rotate_all(&self, words: &[&str]) -> Vec<(u64, String)> {
         let key = self.program.key();
         let before = ["key", "rotate", self.program.store(), "--all", "--key", &key];
         let done = self.json(&[&before[..], words].concat());
-        let row = |row: &Value| (row["version"].as_u64().unwrap(), row["status"].as_str().unwrap().to_owned());
+        let row = |row: &Value| (row["version"].as_u64().unwrap_or(0), row["status"].as_str().unwrap().to_owned());
         done["versions"].as_array().unwrap().iter().map(row).collect()
     }
 
@@ -806,4 +864,28 @@ fn every_version_that_a_tag_names_is_rotated_with_all() {
         let version = |selector: &str| two.inspect(selector)["version"].as_u64().unwrap();
         assert_eq!((version("acme/a"), version("acme/a@prod")), (3, 4), "{level}");
     }
+}
+
+#[test]
+fn with_all_old_versions_are_withdrawn_when_no_tag_names_one_any_more() {
+    let two = TwoTags::new();
+    let rotated = two.rotate_all(&["--reencrypt", "--if-older", "0s", "--withdraw-old"]);
+    assert_eq!(rotated, [(2, "rotated"), (1, "rotated"), (0, "withdrawn")].map(|(n, what)| (n, what.to_owned())));
+    let verify = |selector: &str| {
+        let words = ["verify", two.program.store(), selector, "--key", &two.program.key()];
+        two.output(&words).status.code().unwrap()
+    };
+    for (selector, code) in [("acme/a@1", 20), ("acme/a@2", 20), ("acme/a@3", 0), ("acme/a", 0), ("acme/a@prod", 0)] {
+        assert_eq!(verify(selector), code, "{selector}");
+    }
+}
+
+/// Its readers should get another, and no ref may name it again: that is told, not passed over.
+#[test]
+fn a_withdrawn_version_is_listed_as_untouched_when_all_are_rotated() {
+    let two = TwoTags::new();
+    two.json(&["tag", two.program.store(), "acme/a@2", "latest", "--min-version", "2"]);
+    run_ok(&mut two.program.command(&["keygen", "new.key"]));
+    let rotated = two.rotate_all(&["--to", "file:new.key"]);
+    assert_eq!(rotated, [(2, "rotated".to_owned()), (1, "untouched".to_owned())]);
 }

@@ -20,11 +20,12 @@ use crate::crypto::PublicKey;
 use crate::error::{Code, Error, Result};
 use crate::format::{ManifestDigest, Slot, SlotParams, Slots};
 use crate::keys::{
-    FloorPolicy, KeySource, Keyring, ModelSelector, Resolved, Resolver, Role, Signer, Wanted, prompt_terminal, unix_now,
+    Candidate, FloorPolicy, KeySource, Keyring, ModelSelector, Resolved, Resolver, Role, Signer, Wanted,
+    prompt_terminal, unix_now,
 };
 use crate::mem::LockedBuf;
 use crate::refuse;
-use crate::rotate::{Edit, Edited, Keys, Level, Rekey, Rekeyed, Rewrap, Rotator, opens, transit_version};
+use crate::rotate::{Edit, Edited, Keys, Level, Rekey, Rekeyed, Rewrap, Rotator, Withdrawn, opens, transit_version};
 use crate::seal::{ProgressFn, Releaser};
 use crate::telemetry::events::Kind as Event;
 use crate::units::{parse_duration, show_size};
@@ -157,7 +158,8 @@ pub struct RotateArgs {
     /// A new data key, and every object encrypted anew, as the next version
     #[arg(long)]
     reencrypt: bool,
-    /// With --new-key or --reencrypt: readers who see the new version refuse every older one
+    /// With --new-key or --reencrypt: readers who see the new version refuse every older one. Refused while another tag names
+    /// one of those; with --all the old ones are withdrawn when all tags of a model were rotated
     #[arg(long)]
     withdraw_old: bool,
     /// Write the rotated version into this record of a catalog too, as in vault-kv://secret/models/acme/llama
@@ -349,6 +351,8 @@ enum Work {
 enum Done {
     Edited(Edited),
     Rekeyed(Rekeyed),
+    /// What no tag names any more, after all tags of a model were rotated.
+    Withdrawn(Withdrawn),
     /// Left alone, and why.
     Untouched {
         version: u64,
@@ -426,7 +430,7 @@ fn register(
     let number = match done {
         Done::Edited(edited) => edited.version,
         Done::Rekeyed(rekeyed) => rekeyed.version,
-        Done::Untouched { .. } => return Ok(None),
+        Done::Untouched { .. } | Done::Withdrawn(_) => return Ok(None),
     };
     let selector = ModelSelector { name: model.to_owned(), wanted: Wanted::Version(number) };
     let version = runtime()?.block_on(rotating(reading).resolve(&selector, None))?;
@@ -485,7 +489,8 @@ fn work(args: &RotateArgs, reading: &Reading, bar: &Arc<SealBar>) -> Result<Work
         keys,
         to: if args.to.is_empty() { None } else { Some(new_ring(reading, &args.to, "--to")?) },
         publishers: Signers::new(&reading.access).publishers(&args.signing.sign)?,
-        withdraw_old: args.withdraw_old,
+        // With --all once for each model, when none of its tags names an old version any more.
+        withdraw_old: args.withdraw_old && !args.all,
         threads: std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 16),
         progress: ProgressFn::new(move |progress| shown.show(progress)),
     })))
@@ -563,15 +568,59 @@ async fn rotate_one(
     }
 }
 
+/// A version that `--all` comes by.
+struct Found {
+    version: u64,
+    /// Why it is left as it is.
+    withdrawn: Option<String>,
+}
+
 /// The versions of a model that are to be rotated: all that a tag leads to, or for new versions those that tags name.
-async fn versions(reading: &Reading, model: &str, work: &Work) -> Result<Vec<u64>> {
+async fn versions(reading: &Reading, model: &str, work: &Work) -> Result<Vec<Found>> {
     // However many: one that is passed over would keep the key that is to go.
-    let found = rotating(reading).candidates(model, usize::MAX).await?;
+    let found = rotating(reading).versions(model, usize::MAX).await?;
     let named = found.iter().filter(|candidate| match work {
         Work::Edit(_) => true,
         Work::Rekey(_) => candidate.is_named(),
     });
-    Ok(named.map(|candidate| candidate.wanted.seq).collect())
+    let told = |candidate: &Candidate| Found {
+        version: candidate.wanted.seq,
+        // No ref may name it again, and one would have to.
+        withdrawn: candidate.withdrawn.then(|| match candidate.is_named() {
+            true => format!("it was withdrawn; tag {} still names it: move that to another version", candidate.channel),
+            false => "it was withdrawn".to_owned(),
+        }),
+    };
+    Ok(named.map(told).collect())
+}
+
+/// What `--all --withdraw-old` withdraws of a model, once its rows are done; `None`: nothing of it was rotated.
+async fn withdraw(rotator: &Rotator<'_>, rows: &[(String, Option<u64>, Result<Done>)]) -> Option<Result<Done>> {
+    let model = &*rotator.releaser.chain.model_name;
+    let replaced: Vec<&Rekeyed> = rows
+        .iter()
+        .filter_map(|row| match row {
+            (name, _, Ok(Done::Rekeyed(rekeyed))) if name == model => Some(rekeyed),
+            _ => None,
+        })
+        .collect();
+    if replaced.is_empty() {
+        return None;
+    }
+    let withdrawn = match rotator.withdraw_below_tags().await {
+        Ok(withdrawn) => withdrawn,
+        Err(failed) => return Some(Err(failed.context("the old versions are not withdrawn"))),
+    };
+    let stay = |rekeyed: &&&Rekeyed| rekeyed.from_version != rekeyed.version && rekeyed.from_version >= withdrawn.below;
+    if let Some(old) = replaced.iter().find(stay) {
+        let what = format!(
+            "version {}, which {} stands for, is not withdrawn: a tag still names version {}, and the floor counts for all \
+             tags",
+            old.from_version, old.version, withdrawn.below
+        );
+        return Some(Err(Error::new(Code::Usage, what)));
+    }
+    (!withdrawn.refs.is_empty()).then(|| Ok(Done::Withdrawn(withdrawn)))
 }
 
 fn rotate_all(
@@ -599,10 +648,18 @@ fn rotate_all(
             .and_then(|releaser| Ok((releaser, runtime.block_on(versions(reading, model, work))?)));
         match found {
             Ok((releaser, versions)) => {
-                for version in versions {
+                for Found { version, withdrawn } in versions {
                     let wanted = Wanted::Version(version);
-                    let done = runtime.block_on(rotate_one(reading, releaser.clone(), &wanted, work, if_older));
+                    let done = match withdrawn {
+                        Some(why) => Ok(Done::Untouched { version, why }),
+                        None => runtime.block_on(rotate_one(reading, releaser.clone(), &wanted, work, if_older)),
+                    };
                     rows.push((model.clone(), Some(version), untouched(done, version, work)));
+                }
+                if args.withdraw_old {
+                    let rotator = Rotator { resolver: rotating(reading), releaser };
+                    let done = runtime.block_on(withdraw(&rotator, &rows));
+                    rows.extend(done.map(|done| (model.clone(), None, done)));
                 }
             }
             Err(failed) => rows.push((model.clone(), None, Err(failed))),
@@ -669,6 +726,7 @@ fn described(done: &Done) -> Value {
     let mut value = match done {
         Done::Edited(edited) => serde_json::to_value(edited).expect("plain values are JSON"),
         Done::Rekeyed(rekeyed) => serde_json::to_value(rekeyed).expect("plain values are JSON"),
+        Done::Withdrawn(withdrawn) => serde_json::to_value(withdrawn).expect("plain values are JSON"),
         Done::Untouched { version, why } => {
             return json!({"version": version, "status": "untouched", "detail": why});
         }
@@ -693,6 +751,7 @@ fn described(done: &Done) -> Value {
             };
             (status, format!("version {} stands for {}", rekeyed.version, rekeyed.from_version))
         }
+        Done::Withdrawn(withdrawn) => ("withdrawn", format!("every version below {}", withdrawn.below)),
         Done::Untouched { .. } => unreachable!("returned above"),
     };
     value["status"] = json!(status);
@@ -704,6 +763,7 @@ fn tell(reading: &Reading, model: &str, done: &Done, registered: Option<&Registe
     let warnings: &[String] = match done {
         Done::Edited(edited) => &edited.warnings,
         Done::Rekeyed(rekeyed) => &rekeyed.warnings,
+        Done::Withdrawn(withdrawn) => &withdrawn.warnings,
         Done::Untouched { .. } => &[],
     };
     for warning in warnings {
@@ -719,6 +779,7 @@ fn tell(reading: &Reading, model: &str, done: &Done, registered: Option<&Registe
         let mut text = match done {
             Done::Edited(edited) => told_edit(model, edited),
             Done::Rekeyed(rekeyed) => told_rekey(reading, model, rekeyed),
+            Done::Withdrawn(_) => unreachable!("told in the table of --all alone"),
             Done::Untouched { version, why } => format!("{model}@{version} was left as it is: {why}"),
         };
         if let Some(Registered { record, version }) = registered {

@@ -211,7 +211,7 @@ impl Resolver<'_> {
         let mut found = self.versions(name, versions_max).await?;
         found.retain(|candidate| !candidate.withdrawn);
         if found.is_empty() {
-            refuse!(NotFound, "the store has no version of {name}");
+            refuse!(NotFound, "every version of {name} that a tag leads to was withdrawn");
         }
         Ok(found)
     }
@@ -257,6 +257,7 @@ impl Resolver<'_> {
         }
         match expired {
             Some(expired) if found.is_empty() => Err(expired),
+            Some(_) | None if found.is_empty() => refuse!(NotFound, "the store has no version of {name}"),
             Some(_) | None => Ok(found),
         }
     }

@@ -59,7 +59,7 @@ pub struct Rekey {
     pub to: Option<Keys>,
     /// The publisher keys: each signs the new manifest.
     pub publishers: Vec<Arc<dyn Signer>>,
-    /// Readers who see the new refs refuse every older version.
+    /// Readers who see the new refs refuse every older version; none of those may be named by another tag.
     pub withdraw_old: bool,
     /// Chunks opened and sealed at once.
     pub threads: usize,
@@ -87,6 +87,16 @@ pub struct Rekeyed {
     pub warnings: Vec<String>,
 }
 
+/// What was withdrawn when no tag named it any more.
+#[derive(Debug, Clone, Serialize)]
+pub struct Withdrawn {
+    /// The lowest version that is still allowed: the lowest that a tag names.
+    pub below: u64,
+    /// The refs written: channel and number.
+    pub refs: Vec<(String, u64)>,
+    pub warnings: Vec<String>,
+}
+
 /// An opened version.
 pub(super) struct Opened {
     pub manifest: Manifest,
@@ -97,8 +107,8 @@ impl Rotator<'_> {
     /// Puts the version that `wanted` names under a new data key, as the next version of every channel that names it.
     ///
     /// # Errors
-    /// What a reader of the version would be told; `NO_KEY` if the keys do not open it; `USAGE` if no channel names it; `FILE_HASH` for a file that does not
-    /// have its signed SHA-256; `EXISTS` if its channel was moved meanwhile. What the keys, the signers and the store say.
+    /// What a reader of the version would be told; `NO_KEY` if the keys do not open it; `USAGE` if no channel names it, or if another
+    /// one names what would be withdrawn; `FILE_HASH` for a file that does not have its signed SHA-256; `EXISTS` if its channel was moved meanwhile. What the keys, the signers and the store say.
     pub async fn rekey(&self, wanted: &Wanted, order: &Rekey) -> Result<Rekeyed> {
         let old = self.resolve(wanted).await?;
         let mut warnings = Vec::new();
@@ -132,9 +142,11 @@ impl Rotator<'_> {
                 old.header.seq
             );
         }
+        // Its number will be the highest of the model.
+        self.check_withdraws(order, &[old.digest], u64::MAX, &mut warnings).await?;
         let chain = &self.releaser.chain;
         chain.store.check_create_only().await?;
-        let survey = chain.survey(&channels).await?;
+        chain.survey(&channels).await?;
         let to = order.to.clone().unwrap_or_else(|| Arc::clone(&order.keys));
         let (slots, shown) = self.plan_slots(&old, order, &to).await?;
         let (dek, vid) = (Arc::new(Dek::random()), Vid(random()?));
@@ -142,7 +154,7 @@ impl Rotator<'_> {
             releaser: self.releaser.clone(),
             // If it is to be known, it is there.
             hide_name: true,
-            channels,
+            channels: channels.clone(),
             signers: order.publishers.clone(),
             keys: Arc::new(slots),
             dek: Arc::clone(&dek),
@@ -173,6 +185,9 @@ impl Rotator<'_> {
                 }
             };
             let manifest = assemble(&opened.manifest, objects, vid, self.releaser.now, &old, order.level)?;
+            // Hours may have gone by: the number follows what others published meanwhile, under whichever tag.
+            self.check_withdraws(order, &[old.digest], u64::MAX, &mut warnings).await?;
+            let survey = chain.survey(&channels).await?;
             publisher.publish(manifest, roots, survey).await
         }
         .await;
@@ -251,6 +266,7 @@ impl Rotator<'_> {
         order: &Rekey,
         warnings: &mut Vec<String>,
     ) -> Result<Rekeyed> {
+        self.check_withdraws(order, &[from_manifest, newer.digest], newer.header.seq, warnings).await?;
         let mut refs = Vec::new();
         for _ in 0..RACES_MAX {
             for (channel, head) in &behind {
@@ -288,6 +304,65 @@ impl Rotator<'_> {
             left_out: Vec::new(),
             warnings: std::mem::take(warnings),
         })
+    }
+
+    /// A floor counts for all tags of a model: one above what another tag names would take that from its readers too.
+    ///
+    /// # Errors
+    /// `USAGE` if a tag names a version below `floor` that is not among `replaced` and was not withdrawn before.
+    async fn check_withdraws(
+        &self,
+        order: &Rekey,
+        replaced: &[ManifestDigest],
+        floor: u64,
+        warnings: &mut Vec<String>,
+    ) -> Result<()> {
+        if !order.withdraw_old {
+            return Ok(());
+        }
+        let heads = self.heads(warnings).await?;
+        let withdrawn = (lowest_allowed(&heads)..floor, replaced);
+        let others: Vec<String> = heads
+            .iter()
+            .filter(|(_, head)| withdrawn.0.contains(&head.seq) && !withdrawn.1.contains(&head.manifest_digest))
+            .map(|(channel, head)| format!("{channel} (version {})", head.seq))
+            .collect();
+        if others.is_empty() {
+            return Ok(());
+        }
+        let name = self.name();
+        refuse!(
+            Usage,
+            "--withdraw-old would withdraw what other tags of {name} name: {}; rotate them all, with MODEL {name} and --all,              or rotate without it, move those tags, and withdraw then: `modelfs tag STORE {name} latest --min-version N`",
+            others.join(", ")
+        );
+    }
+
+    /// Withdraws every version below the lowest that a tag names, for the readers of each tag: after all were rotated.
+    ///
+    /// # Errors
+    /// `EXISTS` if others were first every time; what the signers and the store say.
+    pub async fn withdraw_below_tags(&self) -> Result<Withdrawn> {
+        let (mut refs, mut warnings) = (Vec::new(), Vec::new());
+        for _ in 0..RACES_MAX {
+            let heads = self.heads(&mut warnings).await?;
+            let allowed = lowest_allowed(&heads);
+            let named = || heads.iter().filter(|(_, head)| head.seq >= allowed);
+            let below = named().map(|(_, head)| head.seq).min().unwrap_or(allowed);
+            let mut lost = false;
+            for (channel, head) in named().filter(|(_, head)| head.min_version_seq < below) {
+                let target = RefTarget { min_version_seq: below, ..RefTarget::of(head) };
+                match self.releaser.append(channel, Some(head), &target).await {
+                    Ok(written) => refs.push((channel.clone(), written.ref_seq)),
+                    Err(first) if first.code() == Code::Exists => lost = true,
+                    Err(other) => return Err(other),
+                }
+            }
+            if !lost {
+                return Ok(Withdrawn { below, refs, warnings });
+            }
+        }
+        refuse!(Exists, "others moved tags of {} first {RACES_MAX} times in a row; try again later", self.name());
     }
 
     /// Who gets a slot in the new version, and the labels that are shown: new ones, and old ones that are left out.
@@ -355,6 +430,11 @@ async fn open(version: &Resolved, keys: &Keys) -> Result<Opened> {
         Ok(Opened { manifest, keys })
     })
     .await
+}
+
+/// The highest floor of all tags: what lies below was withdrawn.
+fn lowest_allowed(heads: &[(String, Ref)]) -> u64 {
+    heads.iter().map(|(_, head)| head.min_version_seq).max().unwrap_or(0)
 }
 
 /// Which version `manifest` was made of by a rotation of this level.
