@@ -238,7 +238,7 @@ mod tests {
         pin.advance(AT, &floor(8, 2)).unwrap();
         let known = pin.load(AT).unwrap().unwrap();
         // The second of the others replaced the first, as a foolish writer would; ours is merged into what it found.
-        assert!(known.max_ref_seq >= 8 && known.min_version_seq >= 2, "{known:?}");
+        assert_eq!((known.max_ref_seq, known.min_version_seq), (9, 2));
         let fork = RefFloor { ref_digest: hex::encode([0xFF; 32]), ..known };
         assert_eq!(pin.advance(AT, &fork).unwrap_err().code(), Code::Fork);
         kv.between.lock().unwrap().extend((0..100).map(|n| floor(100 + n, 0)));
