@@ -23,7 +23,8 @@ use crate::refuse;
 const REF_SEQ_JUMP_MAX: u64 = 1_000_000;
 /// Clocks of publisher and reader may differ by this much, in either direction.
 const CLOCK_SKEW_S: i64 = 300;
-/// Versions whose slots generation is remembered; the lowest numbers of refs go first, in practice never.
+/// Versions whose slots generation is remembered; in practice more than there are. The lowest generations go first: what
+/// refuses the least, and generation 1 refuses nothing.
 const SLOTS_REMEMBERED_MAX: usize = 1024;
 
 /// What was seen of one channel of one model at one store.
@@ -171,6 +172,17 @@ pub fn check_slots(floor: Option<&RefFloor>, min_generation: u32, vid: Vid, gene
 }
 
 impl RefFloor {
+    /// What is known, or the floor of a channel that was never seen.
+    fn after(known: Option<RefFloor>, store: &str, model: &str, channel: &str) -> RefFloor {
+        known.unwrap_or_else(|| RefFloor {
+            store: store.into(),
+            model: model.into(),
+            channel: channel.into(),
+            max_issued_at: i64::MIN,
+            ..RefFloor::default()
+        })
+    }
+
     /// What is remembered after `newest` and the slots of `vid` were accepted. Nothing shrinks.
     fn advanced(mut self, newest: &Ref, vid: Vid, generation: u32) -> RefFloor {
         if newest.ref_seq > self.max_ref_seq {
@@ -182,11 +194,16 @@ impl RefFloor {
         self.max_issued_at = self.max_issued_at.max(newest.issued_at);
         let known = self.slots_generations.entry(vid.to_string()).or_default();
         *known = generation.max(*known);
-        while self.slots_generations.len() > SLOTS_REMEMBERED_MAX {
-            let other = self.slots_generations.keys().find(|key| **key != vid.to_string()).cloned();
-            self.slots_generations.remove(&other.expect("more than one is remembered"));
-        }
+        self.forget_slots();
         self
+    }
+
+    fn forget_slots(&mut self) {
+        while self.slots_generations.len() > SLOTS_REMEMBERED_MAX {
+            let lowest = self.slots_generations.iter().min_by_key(|(_, generation)| **generation);
+            let vid = lowest.map(|(vid, _)| vid.clone()).expect("more than one is remembered");
+            self.slots_generations.remove(&vid);
+        }
     }
 
     /// The higher of both in everything: what two memories of one channel know together.
@@ -215,9 +232,7 @@ impl RefFloor {
             let known = self.slots_generations.entry(vid.clone()).or_default();
             *known = generation.max(*known);
         }
-        while self.slots_generations.len() > SLOTS_REMEMBERED_MAX {
-            self.slots_generations.pop_first();
-        }
+        self.forget_slots();
         Ok(self)
     }
 }
@@ -316,6 +331,10 @@ impl FloorStore {
     }
 
     /// The same, and raises the pin: for whoever published the ref. Readers need no right to write there.
+    ///
+    /// # Errors
+    /// `FORK` if another ref of this number was seen here: then the pin is left to who looks into that. A state folder that
+    /// cannot be written keeps nobody from raising the pin, which is the memory of all others; its error is told after it.
     pub fn raise(
         &self,
         store: &str,
@@ -324,11 +343,19 @@ impl FloorStore {
         newest: &Ref,
         slots: (Vid, u32),
     ) -> Result<()> {
-        let floor = self.advance_local(store, model, channel, newest, slots)?;
-        match &self.pin {
-            Some(pin) => pin.advance(FloorPlace { store, model: model.0, channel }, &floor),
-            None => Ok(()),
-        }
+        let local = self.advance_local(store, model, channel, newest, slots);
+        let Some(pin) = &self.pin else { return local.map(drop) };
+        let (floor, local) = match local {
+            Ok(floor) => (floor, Ok(())),
+            Err(fork) if fork.code() == Code::Fork => return Err(fork),
+            Err(failed) => {
+                // What is known for sure; the pin keeps the higher of both.
+                let known = self.load_local(store, model.0, channel).ok().flatten();
+                (RefFloor::after(known, store, model.1, channel).advanced(newest, slots.0, slots.1), Err(failed))
+            }
+        };
+        let pinned = pin.advance(FloorPlace { store, model: model.0, channel }, &floor);
+        local.and(pinned)
     }
 
     /// Raises the pin to what this machine remembers of a channel: after the pin itself went back. True: there is a pin, and
@@ -354,13 +381,7 @@ impl FloorStore {
         let name = state::file_name(store, model.0, channel);
         let locked = Locked::new(&self.dir)?;
         let known: Option<RefFloor> = state::read(&self.dir, &name)?;
-        let before = known.unwrap_or_else(|| RefFloor {
-            store: store.into(),
-            model: model.1.into(),
-            channel: channel.into(),
-            max_issued_at: i64::MIN,
-            ..RefFloor::default()
-        });
+        let before = RefFloor::after(known, store, model.1, channel);
         if newest.ref_seq == before.max_ref_seq && hex::encode(newest.head_digest()) != before.ref_digest {
             return Err(Error::new(Code::Fork, format!("two refs {} were seen at the same time", newest.ref_seq)));
         }
@@ -535,6 +556,67 @@ mod tests {
         }
         fn reset(&self, _: FloorPlace<'_>) -> Result<()> {
             Err(Error::new(Code::VaultDenied, "permission denied"))
+        }
+    }
+
+    /// The memory of all who have none of their own.
+    #[derive(Debug, Default)]
+    struct MemoryPin(std::sync::Mutex<Option<RefFloor>>);
+
+    impl FloorPin for MemoryPin {
+        fn load(&self, _: FloorPlace<'_>) -> Result<Option<RefFloor>> {
+            Ok(self.0.lock().unwrap().clone())
+        }
+        fn advance(&self, _: FloorPlace<'_>, floor: &RefFloor) -> Result<()> {
+            let mut pinned = self.0.lock().unwrap();
+            *pinned = Some(match pinned.take() {
+                Some(known) => known.merged(floor)?,
+                None => floor.clone(),
+            });
+            Ok(())
+        }
+        fn reset(&self, _: FloorPlace<'_>) -> Result<()> {
+            *self.0.lock().unwrap() = None;
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn the_pin_is_raised_although_this_machine_cannot_remember_but_not_to_one_of_two_refs() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, model, slots) = ("file:///srv", (ModelId([1; 32]), "acme/m"), (Vid([3; 16]), 3));
+        // No folder can be made where a file lies, whoever asks.
+        std::fs::write(dir.path().join("file"), b"").unwrap();
+        let pin = Arc::new(MemoryPin::default());
+        let floors = FloorStore::new(&dir.path().join("file")).pinned(pin.clone(), false);
+        let told = floors.raise(store, model, "latest", &reference(42), slots).unwrap_err();
+        assert_eq!(told.code(), Code::State, "{told:?}");
+        let pinned = pin.0.lock().unwrap().clone().unwrap();
+        assert_eq!((pinned.max_ref_seq, pinned.min_version_seq, pinned.model.as_str()), (42, 5, "acme/m"));
+        assert_eq!((pinned.store.as_str(), pinned.channel.as_str()), (store, "latest"));
+
+        let floors = FloorStore::new(dir.path()).pinned(pin.clone(), false);
+        floors.advance(store, model, "latest", &Ref { seq: 9, ..reference(43) }, slots).unwrap();
+        let fork = floors.raise(store, model, "latest", &reference(43), slots).unwrap_err();
+        assert_eq!(fork.code(), Code::Fork);
+        assert_eq!(pin.0.lock().unwrap().clone().unwrap().max_ref_seq, 42);
+    }
+
+    #[test]
+    fn of_more_slots_than_are_remembered_those_go_that_refuse_the_least() {
+        let generations = |from: u128, generation: u32, count: u128| {
+            (from..from + count).map(move |n| (Vid(n.to_be_bytes()).to_string(), generation)).collect::<Vec<_>>()
+        };
+        let max = SLOTS_REMEMBERED_MAX as u128;
+        let many = [generations(0, 7, max / 2), generations(1 << 64, 1, max / 2)].concat();
+        let full = RefFloor { slots_generations: many.into_iter().collect(), ..floor() };
+        // The highest names and the lowest, both kept before those of generation 1.
+        let added = full.clone().advanced(&reference(43), Vid([0xFF; 16]), 2);
+        let merged = full.clone().merged(&RefFloor { max_ref_seq: 0, ..added.clone() }).unwrap();
+        for floor in [added, merged] {
+            assert_eq!(floor.slots_generations.len(), SLOTS_REMEMBERED_MAX);
+            assert_eq!(floor.slots_generations[&Vid([0xFF; 16]).to_string()], 2);
+            assert_eq!(floor.slots_generations.values().filter(|generation| **generation == 7).count() as u128, max / 2);
         }
     }
 
