@@ -429,7 +429,30 @@ fn a_rotation_that_dies_at_any_write_leaves_a_model_that_opens_and_a_rerun_compl
     }
 }
 
-/// The detector of the test above: a model without slots opens with no key.
+/// Whoever wrote the refs died before it raised the floor.
+#[test]
+fn a_rotation_that_is_complete_still_raises_the_floor() {
+    let bench = Bench::new();
+    for (name, level) in levels(&bench) {
+        let store = level.prepare(&bench, name);
+        level.run(&bench, store.clone()).unwrap();
+        let floors = FloorStore::new(&bench.dir.path().join(name));
+        let again = bench.rotate(Arc::new(store.clone()), Some(floors.clone()), async |rotator| match &level {
+            Level0::Edit { edit, .. } => rotator.edit(&Wanted::Newest, edit).await.map(|edited| edited.refs),
+            Level0::Rekey { order, .. } => rotator.rekey(&Wanted::Newest, order).await.map(|rekeyed| rekeyed.refs),
+        });
+        match again {
+            Ok(refs) => assert!(refs.is_empty(), "{name}: {refs:?}"),
+            Err(gone) => assert!(name == "remove" && gone.code() == Code::NotFound, "{name}: {gone:?}"),
+        }
+        for tag in [LATEST, "prod"] {
+            let floor = floors.load(&store.describe(), ModelId::of_name(MODEL), tag).unwrap().unwrap();
+            assert_eq!(floor.max_ref_seq, 2, "{name}, {tag}");
+        }
+    }
+}
+
+/// The detector of the first test: a model without slots opens with no key.
 #[test]
 fn a_model_whose_slots_are_gone_opens_with_neither_key() {
     let bench = Bench::new();

@@ -1087,6 +1087,42 @@ fn a_pin_that_is_away_is_a_warning_unless_it_is_required_and_readers_do_not_writ
     assert_eq!(code(world.read(MODEL)), Code::VaultSealed);
 }
 
+/// A publisher that pins and has seen nothing yet, as a job in a fresh container is.
+fn pinning_mover<'a>(world: &'a World, pin: &Arc<FakePin>, memory: &str) -> Mover<'a> {
+    let mut mover = world.mover();
+    let floors = FloorStore::new(&world.state.path().join(memory));
+    mover.releaser.chain.floors = Some(floors.pinned(pin.clone(), false));
+    mover
+}
+
+/// A ref stands from its creation on: who dies then, or cannot ask Vault then, has published.
+#[test]
+fn a_floor_that_was_not_raised_is_told_and_the_same_command_raises_it() {
+    let (world, pin) = pinned_world();
+    let away = |away| pin.away.store(away, std::sync::atomic::Ordering::Relaxed);
+    let pinned = |channel: &str| {
+        let floors = pin.floors.lock().unwrap();
+        floors.values().find(|floor| floor.channel == channel).map(|floor| floor.max_ref_seq)
+    };
+    away(true);
+    let moved = run(pinning_mover(&world, &pin, "one").tag(&Wanted::Version(1), &order("prod"))).unwrap();
+    let told = moved.unraised.expect("the pin is away");
+    assert!(moved.written && told.code() == Code::VaultSealed, "{told:?}");
+    assert!(told.message().contains("`modelfs floor memory: acme/llama --raise"), "{told:?}");
+    let options = SealOptions { floors: pinning_mover(&world, &pin, "one").releaser.chain.floors, ..world.options() };
+    world.write_files(99);
+    let sealed = run(seal(world.source.path(), Arc::new(world.store.clone()), MODEL, options)).unwrap();
+    assert!(!sealed.floor_raised && sealed.warnings.iter().any(|told| told.contains("--raise")), "{sealed:?}");
+    away(false);
+    assert_eq!((pinned("prod"), pinned(LATEST)), (None, Some(2)));
+
+    let again = run(pinning_mover(&world, &pin, "two").tag(&Wanted::Version(1), &order("prod"))).unwrap();
+    assert!(!again.written && again.unraised.is_none());
+    let refreshed = run(pinning_mover(&world, &pin, "three").refresh(LATEST, Expires::AsBefore)).unwrap();
+    assert!(!refreshed.written && refreshed.unraised.is_none());
+    assert_eq!((pinned("prod"), pinned(LATEST)), (Some(1), Some(3)));
+}
+
 #[test]
 fn a_pin_and_a_memory_that_saw_different_refs_of_one_number_are_a_fork() {
     let (world, pin) = pinned_world();

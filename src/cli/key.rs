@@ -398,7 +398,12 @@ fn rotate(args: &RotateArgs, mut layers: Layers, out: &Out) -> Result<()> {
         Some(record) => register(record, args.register_raw_key, &reading, &selector.name, &work, &done)?,
         None => None,
     };
-    tell(&reading, &selector.name, &done, registered.as_ref(), out)
+    tell(&reading, &selector.name, &done, registered.as_ref(), out)?;
+    match done {
+        // What was to be withdrawn is, for whoever sees the new refs; the floor was the purpose all the same.
+        Done::Rekeyed(Rekeyed { unraised: Some(failed), .. }) if args.withdraw_old => Err(failed),
+        _ => Ok(()),
+    }
 }
 
 /// Before anything is rotated: what could not be registered afterwards is refused now.
@@ -620,7 +625,8 @@ async fn withdraw(rotator: &Rotator<'_>, rows: &[(String, Option<u64>, Result<Do
         );
         return Some(Err(Error::new(Code::Usage, what)));
     }
-    (!withdrawn.refs.is_empty()).then(|| Ok(Done::Withdrawn(withdrawn)))
+    let told = !withdrawn.refs.is_empty() || !withdrawn.floor_raised;
+    told.then(|| Ok(Done::Withdrawn(withdrawn)))
 }
 
 fn rotate_all(

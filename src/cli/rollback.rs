@@ -50,5 +50,5 @@ pub fn run(args: &RollbackArgs, mut layers: Layers, out: &Out) -> Result<()> {
     let releaser = releaser(&mut reading, &args.model, signers)?;
     let mover = Mover { resolver: reading.resolver(), releaser };
     let moved = runtime()?.block_on(mover.rollback(args.to, &order))?;
-    tell(&reading, &args.model, &args.tag, &moved, out)
+    tell(&reading, &args.model, &order, &moved, out)
 }

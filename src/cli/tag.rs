@@ -10,7 +10,7 @@ use super::seal::expiry;
 use super::signers::Signers;
 use super::{ChangeArgs, Out};
 use crate::config::{Access, Layers};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::format::{ModelId, check_channel};
 use crate::keys::{ModelSelector, Role, Roles, Signer, Wanted, unix_now};
 use crate::refuse;
@@ -85,7 +85,7 @@ pub fn run(args: &TagArgs, mut layers: Layers, out: &Out) -> Result<()> {
         };
         mover.tag(&wanted, &order).await
     })?;
-    tell(&reading, &selector.name, &args.tag, &moved, out)
+    tell(&reading, &selector.name, &order, &moved, out)
 }
 
 impl OrderArgs {
@@ -135,7 +135,10 @@ pub fn releaser(reading: &mut Reading, model: &str, signers: Vec<Arc<dyn Signer>
     Ok(Releaser { chain, signers, now: unix_now() })
 }
 
-pub fn tell(reading: &Reading, model: &str, tag: &str, moved: &Moved, out: &Out) -> Result<()> {
+/// # Errors
+/// Why the floor was not raised, if that is what was ordered: then the result is printed all the same.
+pub fn tell(reading: &Reading, model: &str, order: &MoveOrder, moved: &Moved, out: &Out) -> Result<()> {
+    let tag = &order.channel;
     let head = &moved.reference;
     let expires_at = (head.expires_at != i64::MAX).then_some(head.expires_at);
     let before = moved.before.map(|before| json!({"version": before.seq, "ref_seq": before.ref_seq}));
@@ -145,8 +148,12 @@ pub fn tell(reading: &Reading, model: &str, tag: &str, moved: &Moved, out: &Out)
         "store": reading.url.to_string(), "model": model, "tag": tag, "version": head.seq,
         "manifest": format!("sha256:{}", head.manifest_digest), "ref_seq": head.ref_seq, "issued_at": head.issued_at,
         "expires_at": expires_at, "min_version": head.min_version_seq, "written": moved.written, "before": before,
-        "withdrawn": withdrawn,
+        "withdrawn": withdrawn, "floor_raised": moved.unraised.is_none(),
+        "warnings": moved.unraised.iter().map(Error::chain).collect::<Vec<String>>(),
     });
+    if let Some(failed) = &moved.unraised {
+        out.hint(format!("warning: {}", failed.chain()));
+    }
     for (other, version) in &moved.withdrawn {
         out.hint(format!(
             "warning: tag {other} still names version {version}, which is withdrawn now: its readers should get another; \
@@ -166,5 +173,9 @@ pub fn tell(reading: &Reading, model: &str, tag: &str, moved: &Moved, out: &Out)
             (true, None) => format!("is version {} now, and new", head.seq),
         };
         format!("{model}@{tag} {now} (ref {}, {until})", head.ref_seq)
-    })
+    })?;
+    match &moved.unraised {
+        Some(failed) if order.min_version_seq.is_some() => Err(failed.clone()),
+        Some(_) | None => Ok(()),
+    }
 }

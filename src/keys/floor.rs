@@ -262,6 +262,30 @@ pub struct FloorPlace<'a> {
     pub channel: &'a str,
 }
 
+/// What is remembered here, and what the pin says.
+struct Both {
+    local: Option<RefFloor>,
+    pinned: Option<RefFloor>,
+    away: bool,
+}
+
+impl Both {
+    fn merged(self) -> Result<Option<RefFloor>> {
+        match (self.local, self.pinned) {
+            (Some(local), Some(pinned)) => local.merged(&pinned).map(Some),
+            (one, other) => Ok(one.or(other)),
+        }
+    }
+
+    fn pin_is_behind(&self) -> bool {
+        match (&self.local, &self.pinned) {
+            (Some(local), Some(pinned)) => pinned.clone().merged(local).is_ok_and(|both| both != *pinned),
+            (Some(_), None) => !self.away,
+            (None, _) => false,
+        }
+    }
+}
+
 /// Floors on disk: one file a store, model and channel; with a pin beside them, the higher one of both counts.
 #[derive(Debug, Clone)]
 pub struct FloorStore {
@@ -285,23 +309,51 @@ impl FloorStore {
     /// `STATE`: what cannot be read is not taken for nothing. `FORK` if this machine and the pin saw two refs of one
     /// number. What the pin says, unless it is only away and not required.
     pub fn load(&self, store: &str, model: ModelId, channel: &str) -> Result<Option<RefFloor>> {
+        self.load_both(store, model, channel)?.merged()
+    }
+
+    /// The same, judged by whoever is about to publish. Where `judge` finds nothing wrong, a pin that a run which died left
+    /// behind this machine is raised first, so that it never lags by more than one; that it cannot be is a warning.
+    ///
+    /// # Errors
+    /// As [`FloorStore::load`]; what `judge` says, and then nothing is raised: it may be this machine that remembers too much.
+    pub fn judge_and_raise(
+        &self,
+        store: &str,
+        model: ModelId,
+        channel: &str,
+        judge: impl FnOnce(Option<&RefFloor>) -> Result<()>,
+    ) -> Result<()> {
+        let both = self.load_both(store, model, channel)?;
+        let (behind, local) = (both.pin_is_behind(), both.local.clone());
+        judge(both.merged()?.as_ref())?;
+        if let (true, Some(pin), Some(local)) = (behind, &self.pin, local)
+            && let Err(failed) = pin.advance(FloorPlace { store, model, channel }, &local)
+        {
+            tracing::warn!(channel, "the floor kept elsewhere stays behind the local one: {}", failed.chain());
+        }
+        Ok(())
+    }
+
+    fn load_both(&self, store: &str, model: ModelId, channel: &str) -> Result<Both> {
         let local = self.load_local(store, model, channel)?;
-        let pinned = match self.load_pinned(store, model, channel) {
-            Ok(pinned) => pinned,
+        match self.load_pinned(store, model, channel) {
+            Ok(pinned) => Ok(Both { local, pinned, away: false }),
             Err(away) if away.class() == Class::Unreachable && !self.pin_required => {
                 tracing::warn!(
                     channel,
                     "the floor kept elsewhere cannot be asked, the local one counts: {}",
                     away.chain()
                 );
-                None
+                Ok(Both { local, pinned: None, away: true })
             }
-            Err(err) => return Err(err.context(format!("cannot learn the floor of tag {channel}"))),
-        };
-        match (local, pinned) {
-            (Some(local), Some(pinned)) => local.merged(&pinned).map(Some),
-            (one, other) => Ok(one.or(other)),
+            Err(err) => Err(err.context(format!("cannot learn the floor of tag {channel}"))),
         }
+    }
+
+    /// Whether there is one outside this machine.
+    pub fn has_pin(&self) -> bool {
+        self.pin.is_some()
     }
 
     /// What this machine alone remembers.
@@ -603,6 +655,33 @@ mod tests {
     }
 
     #[test]
+    fn a_pin_that_is_behind_this_machine_is_raised_before_anything_is_published() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, model, slots) = ("file:///srv", (ModelId([1; 32]), "acme/m"), (Vid([3; 16]), 3));
+        let pin = Arc::new(MemoryPin::default());
+        let floors = FloorStore::new(dir.path()).pinned(pin.clone(), false);
+        floors.advance(store, model, "latest", &reference(42), slots).unwrap();
+        assert_eq!(floors.load(store, model.0, "latest").unwrap().unwrap().max_ref_seq, 42);
+        assert!(pin.0.lock().unwrap().is_none(), "a reader writes nothing there");
+        let judge = |code: Option<Code>| {
+            floors.judge_and_raise(store, model.0, "latest", |known| {
+                assert_eq!(known.unwrap().max_ref_seq, 42);
+                code.map_or(Ok(()), |code| Err(Error::new(code, "as told")))
+            })
+        };
+        assert_eq!(judge(Some(Code::Rollback)).unwrap_err().code(), Code::Rollback);
+        assert!(pin.0.lock().unwrap().is_none(), "it may have been reset for a reason");
+        judge(None).unwrap();
+        assert_eq!(pin.0.lock().unwrap().clone().unwrap().max_ref_seq, 42);
+        // Who may not write there publishes all the same; the end of it tells.
+        let other = tempfile::tempdir().unwrap();
+        let floors = FloorStore::new(other.path()).pinned(Arc::new(ReadOnlyPin), true);
+        let next = Ref { previous: reference(42).head_digest(), ..reference(43) };
+        floors.advance(store, model, "latest", &next, slots).unwrap();
+        floors.judge_and_raise(store, model.0, "latest", |_| Ok(())).unwrap();
+    }
+
+    #[test]
     fn of_more_slots_than_are_remembered_those_go_that_refuse_the_least() {
         let generations = |from: u128, generation: u32, count: u128| {
             (from..from + count).map(move |n| (Vid(n.to_be_bytes()).to_string(), generation)).collect::<Vec<_>>()
@@ -616,7 +695,10 @@ mod tests {
         for floor in [added, merged] {
             assert_eq!(floor.slots_generations.len(), SLOTS_REMEMBERED_MAX);
             assert_eq!(floor.slots_generations[&Vid([0xFF; 16]).to_string()], 2);
-            assert_eq!(floor.slots_generations.values().filter(|generation| **generation == 7).count() as u128, max / 2);
+            assert_eq!(
+                floor.slots_generations.values().filter(|generation| **generation == 7).count() as u128,
+                max / 2
+            );
         }
     }
 

@@ -17,7 +17,7 @@ use crate::format::limits::SLOTS_MAX;
 use crate::format::{ManifestDigest, ManifestHeader, Slot, SlotKind, SlotParams, Slots, Vid, names};
 use crate::keys::{KeySource, Resolved, Wanted};
 use crate::refuse;
-use crate::seal::{RefTarget, blocking, create};
+use crate::seal::{Appended, RefTarget, blocking, create};
 
 /// Moves a wrapped key to the newest version of the key that wraps it, without showing it: Vault's transit engine.
 pub trait Rewrap: Send + Sync {
@@ -60,6 +60,8 @@ pub struct Edited {
     pub rewrapped: Vec<(String, u32, u32)>,
     /// The refs written: channel and number.
     pub refs: Vec<(String, u64)>,
+    /// False: the slots are in force, and why the floor is not raised to that is among the warnings.
+    pub floor_raised: bool,
     pub warnings: Vec<String>,
 }
 
@@ -121,6 +123,7 @@ impl Rotator<'_> {
             removed: Vec::new(),
             rewrapped: Vec::new(),
             refs: Vec::new(),
+            floor_raised: true,
             warnings: Vec::new(),
         };
         let mut refusal = None;
@@ -140,7 +143,7 @@ impl Rotator<'_> {
                 edited.warnings = warnings;
             }
         }
-        edited.refs = self.demand(version, edited.generation, &mut edited.warnings).await?;
+        self.demand(version, &mut edited).await?;
         let deleted = self.delete_older(edited.vid, edited.generation, &mut edited.warnings).await?;
         edited.finished = !edited.written && (deleted || !edited.refs.is_empty());
         match refusal {
@@ -183,46 +186,49 @@ impl Rotator<'_> {
         Err(refusal)
     }
 
-    /// Makes every channel that names the version ask for `generation`. A version that none names is remembered here only.
-    async fn demand(
-        &self,
-        version: &Resolved,
-        generation: u32,
-        warnings: &mut Vec<String>,
-    ) -> Result<Vec<(String, u64)>> {
-        let mut refs = Vec::new();
+    /// Makes every channel that names the version ask for the generation of `edited`. A version that none names is remembered
+    /// here only.
+    async fn demand(&self, version: &Resolved, edited: &mut Edited) -> Result<()> {
+        let generation = edited.generation;
         for _ in 0..RACES_MAX {
-            let naming = self.naming(version.digest, warnings).await?;
+            let naming = self.naming(version.digest, &mut edited.warnings).await?;
             if naming.is_empty() {
-                self.remember(version, generation, warnings).await;
+                let remembered = self.remember(version, generation).await;
+                edited
+                    .floor(remembered.err().map(|failed| failed.context("the new generation is not remembered here")));
             }
             let mut lost = false;
-            for (channel, head) in naming.iter().filter(|(_, head)| head.min_slots_generation < generation) {
+            for (channel, head) in &naming {
+                if head.min_slots_generation >= generation {
+                    // Whoever wrote it may have died before it raised the floor.
+                    if !edited.refs.iter().any(|(written, _)| written == channel) {
+                        edited.floor(self.releaser.chain.remember(channel, head).err());
+                    }
+                    continue;
+                }
                 let target = RefTarget { min_slots_generation: generation, ..RefTarget::of(head) };
                 match self.releaser.append(channel, Some(head), &target).await {
-                    Ok(written) => refs.push((channel.clone(), written.ref_seq)),
+                    Ok(Appended { reference, unraised }) => {
+                        edited.refs.push((channel.clone(), reference.ref_seq));
+                        edited.floor(unraised);
+                    }
                     Err(first) if first.code() == Code::Exists => lost = true,
                     Err(other) => return Err(other),
                 }
             }
             if !lost {
-                return Ok(refs);
+                return Ok(());
             }
         }
         refuse!(Exists, "others moved tags of {} first {RACES_MAX} times in a row; try again later", self.name());
     }
 
-    async fn remember(&self, version: &Resolved, generation: u32, warnings: &mut Vec<String>) {
+    async fn remember(&self, version: &Resolved, generation: u32) -> Result<()> {
         let chain = &self.releaser.chain;
-        let (Some(floors), Some(channel)) = (&chain.floors, &version.channel) else { return };
-        let done = async {
-            let head = self.resolver().newest_ref(self.name(), channel).await?;
-            let (store, model) = (chain.store.describe(), (chain.model_id, self.name()));
-            floors.raise(&store, model, channel, &head, (version.header.vid, generation))
-        };
-        if let Err(failed) = done.await {
-            warnings.push(format!("the new generation is not remembered here: {}", failed.chain()));
-        }
+        let (Some(floors), Some(channel)) = (&chain.floors, &version.channel) else { return Ok(()) };
+        let head = self.resolver().newest_ref(self.name(), channel).await?;
+        let (store, model) = (chain.store.describe(), (chain.model_id, self.name()));
+        floors.raise(&store, model, channel, &head, (version.header.vid, generation))
     }
 
     /// Whether there was one. What cannot be deleted is told: nobody who sees the refs accepts it.
@@ -239,6 +245,18 @@ impl Rotator<'_> {
             }
         }
         Ok(deleted)
+    }
+}
+
+impl Edited {
+    fn floor(&mut self, unraised: Option<Error>) {
+        if let Some(failed) = unraised {
+            self.floor_raised = false;
+            let told = failed.chain();
+            if !self.warnings.contains(&told) {
+                self.warnings.push(told);
+            }
+        }
     }
 }
 

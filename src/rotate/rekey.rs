@@ -14,7 +14,7 @@ use super::edit::opens;
 use super::reencrypt::Reencryption;
 use super::{Keys, RACES_MAX, Rotator};
 use crate::crypto::{Dek, ModelKeys, open_manifest};
-use crate::error::{Code, Result};
+use crate::error::{Code, Error, Result};
 use crate::format::limits::ANNOTATIONS_BYTES_MAX;
 use crate::format::{
     Lease, Manifest, ManifestBuilder, ManifestDigest, ManifestHeader, NewFile, NewHeader, NewObject, Ref, Slot, Slots,
@@ -24,7 +24,7 @@ use crate::keys::{KeySource, Resolved, Signer, Wanted};
 use crate::mem::{Secret, reserve_secrets};
 use crate::refuse;
 use crate::seal::{
-    ProgressFn, Published, Publisher, RefTarget, SlotKeys, SlotTarget, Terms, blocking, random, write_lease,
+    Appended, ProgressFn, Published, Publisher, RefTarget, SlotKeys, SlotTarget, Terms, blocking, random, write_lease,
 };
 
 /// Where a version says which one it stands for.
@@ -84,6 +84,10 @@ pub struct Rekeyed {
     /// Labels of the new slots, and of the old ones that none of the keys given opens: they are not in the new version.
     pub slots: Vec<String>,
     pub left_out: Vec<String>,
+    pub floor_raised: bool,
+    /// Why the floor is not raised to the refs; among the warnings too.
+    #[serde(skip)]
+    pub unraised: Option<Error>,
     pub warnings: Vec<String>,
 }
 
@@ -94,7 +98,31 @@ pub struct Withdrawn {
     pub below: u64,
     /// The refs written: channel and number.
     pub refs: Vec<(String, u64)>,
+    pub floor_raised: bool,
+    /// Why the floor is not raised to the refs; among the warnings too.
+    #[serde(skip)]
+    pub unraised: Option<Error>,
     pub warnings: Vec<String>,
+}
+
+/// Refs, and whether the floor is raised to them.
+#[derive(Default)]
+struct Moves {
+    refs: Vec<(String, u64)>,
+    unraised: Option<Error>,
+}
+
+impl Moves {
+    fn floor(&mut self, unraised: Option<Error>, warnings: &mut Vec<String>) {
+        if let Some(failed) = unraised {
+            warnings.push(failed.chain());
+            self.unraised.get_or_insert(failed);
+        }
+    }
+
+    fn has(&self, channel: &str) -> bool {
+        self.refs.iter().any(|(written, _)| written == channel)
+    }
 }
 
 /// An opened version.
@@ -126,9 +154,7 @@ impl Rotator<'_> {
         }
         if let Some(shut) = shut {
             return match stands_for(&opened.manifest, order.level) {
-                Some(of) => {
-                    self.move_on((opened.manifest.header().seq, of), &old, Vec::new(), order, &mut warnings).await
-                }
+                Some(of) => self.move_on((opened.manifest.header().seq, of), &old, order, &mut warnings).await,
                 None => Err(shut),
             };
         }
@@ -197,7 +223,7 @@ impl Rotator<'_> {
                 tracing::debug!(%failed, name, "a lease stays behind");
             }
         }
-        let Published { seq, digest, refs, warnings: more } = made?;
+        let Published { seq, digest, refs, unraised, warnings: more } = made?;
         warnings.extend(more);
         Ok(Rekeyed {
             level: order.level,
@@ -214,6 +240,8 @@ impl Rotator<'_> {
             },
             slots: shown.0,
             left_out: shown.1,
+            floor_raised: unraised.is_none(),
+            unraised,
             warnings,
         })
     }
@@ -228,9 +256,8 @@ impl Rotator<'_> {
         warnings: &mut Vec<String>,
     ) -> Result<Option<Rekeyed>> {
         if let Some(of) = stands_for(&opened.manifest, order.level) {
-            let behind = self.naming(of, warnings).await?;
-            if let Some((_, head)) = behind.first() {
-                return self.move_on((head.seq, of), old, behind, order, warnings).await.map(Some);
+            if let Some((_, head)) = self.naming(of, warnings).await?.first() {
+                return self.move_on((head.seq, of), old, order, warnings).await.map(Some);
             }
         }
         let mut seen = vec![old.digest];
@@ -251,57 +278,74 @@ impl Rotator<'_> {
                 Err(other) => return Err(other),
             };
             if stands_for(&manifest, order.level) == Some(old.digest) {
-                let behind = self.naming(old.digest, warnings).await?;
-                return self.move_on((old.header.seq, old.digest), &newer, behind, order, warnings).await.map(Some);
+                return self.move_on((old.header.seq, old.digest), &newer, order, warnings).await.map(Some);
             }
         }
         Ok(None)
     }
 
+    /// Makes every channel name `newer` that still names what it stands for; without any there is nothing left to do but to
+    /// remember the refs that name it.
     async fn move_on(
         &self,
         (from_version, from_manifest): (u64, ManifestDigest),
         newer: &Resolved,
-        mut behind: Vec<(String, Ref)>,
         order: &Rekey,
         warnings: &mut Vec<String>,
     ) -> Result<Rekeyed> {
-        self.check_withdraws(order, &[from_manifest, newer.digest], newer.header.seq, warnings).await?;
-        let mut refs = Vec::new();
+        let seq = newer.header.seq;
+        self.check_withdraws(order, &[from_manifest, newer.digest], seq, warnings).await?;
+        let min_version_seq = if order.withdraw_old { seq } else { 0 };
+        let mut moves = Moves::default();
         for _ in 0..RACES_MAX {
+            let mut behind = self.heads(warnings).await?;
+            behind.retain(|(_, head)| {
+                let withdraws = head.manifest_digest == newer.digest && head.min_version_seq < min_version_seq;
+                head.manifest_digest == from_manifest || withdraws
+            });
+            if behind.is_empty() {
+                break;
+            }
             for (channel, head) in &behind {
                 let target = RefTarget {
-                    seq: newer.header.seq,
+                    seq,
                     manifest_digest: newer.digest,
                     manifest_len: newer.manifest_bytes.len() as u64,
                     vid: newer.header.vid,
                     min_slots_generation: newer.slots.generation,
-                    min_version_seq: if order.withdraw_old { newer.header.seq } else { 0 },
+                    min_version_seq,
                     expires_at: head.expires_at,
                 };
                 match self.releaser.append(channel, Some(head), &target).await {
-                    Ok(written) => refs.push((channel.clone(), written.ref_seq)),
+                    Ok(Appended { reference, unraised }) => {
+                        moves.refs.push((channel.clone(), reference.ref_seq));
+                        moves.floor(unraised, warnings);
+                    }
                     Err(first) if first.code() == Code::Exists => {}
                     Err(other) => return Err(other),
                 }
             }
-            behind = self.naming(from_manifest, warnings).await?;
-            if behind.is_empty() {
-                break;
+        }
+        // Whoever wrote these may have died before it raised the floor.
+        for (channel, head) in self.naming(newer.digest, warnings).await? {
+            if !moves.has(&channel) {
+                moves.floor(self.releaser.chain.remember(&channel, &head).err(), warnings);
             }
         }
         Ok(Rekeyed {
             level: order.level,
             from_version,
             from_manifest,
-            version: newer.header.seq,
+            version: seq,
             manifest: newer.digest,
             vid: newer.header.vid,
-            refs,
+            refs: moves.refs,
             finished: true,
             reencrypted_bytes: 0,
             slots: newer.slots.slots.iter().map(|slot| slot.label.clone()).collect(),
             left_out: Vec::new(),
+            floor_raised: moves.unraised.is_none(),
+            unraised: moves.unraised,
             warnings: std::mem::take(warnings),
         })
     }
@@ -343,23 +387,33 @@ impl Rotator<'_> {
     /// # Errors
     /// `EXISTS` if others were first every time; what the signers and the store say.
     pub async fn withdraw_below_tags(&self) -> Result<Withdrawn> {
-        let (mut refs, mut warnings) = (Vec::new(), Vec::new());
+        let (mut moves, mut warnings) = (Moves::default(), Vec::new());
         for _ in 0..RACES_MAX {
             let heads = self.heads(&mut warnings).await?;
             let allowed = lowest_allowed(&heads);
             let named = || heads.iter().filter(|(_, head)| head.seq >= allowed);
             let below = named().map(|(_, head)| head.seq).min().unwrap_or(allowed);
             let mut lost = false;
-            for (channel, head) in named().filter(|(_, head)| head.min_version_seq < below) {
+            for (channel, head) in named() {
+                if head.min_version_seq >= below {
+                    if !moves.has(channel) {
+                        moves.floor(self.releaser.chain.remember(channel, head).err(), &mut warnings);
+                    }
+                    continue;
+                }
                 let target = RefTarget { min_version_seq: below, ..RefTarget::of(head) };
                 match self.releaser.append(channel, Some(head), &target).await {
-                    Ok(written) => refs.push((channel.clone(), written.ref_seq)),
+                    Ok(Appended { reference, unraised }) => {
+                        moves.refs.push((channel.clone(), reference.ref_seq));
+                        moves.floor(unraised, &mut warnings);
+                    }
                     Err(first) if first.code() == Code::Exists => lost = true,
                     Err(other) => return Err(other),
                 }
             }
             if !lost {
-                return Ok(Withdrawn { below, refs, warnings });
+                let Moves { refs, unraised } = moves;
+                return Ok(Withdrawn { below, refs, floor_raised: unraised.is_none(), unraised, warnings });
             }
         }
         refuse!(Exists, "others moved tags of {} first {RACES_MAX} times in a row; try again later", self.name());

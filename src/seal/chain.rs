@@ -110,33 +110,50 @@ impl Chain {
     fn check_floors(&self, channels: &[String], survey: &Survey) -> Result<()> {
         let Some(floors) = &self.floors else { return Ok(()) };
         for channel in channels {
-            let floor = floors.load(&self.store.describe(), self.model_id, channel)?;
-            match (&floor, survey.newest.get(channel)) {
-                (Some(floor), None) => {
-                    refuse!(
-                        Rollback,
-                        "channel {channel} is empty, but ref {} of it was seen before",
-                        floor.max_ref_seq
-                    );
+            floors.judge_and_raise(&self.store.describe(), self.model_id, channel, |floor| {
+                match (floor, survey.newest.get(channel)) {
+                    (Some(floor), None) => {
+                        refuse!(
+                            Rollback,
+                            "channel {channel} is empty, but ref {} of it was seen before",
+                            floor.max_ref_seq
+                        );
+                    }
+                    (floor, Some(newest)) => {
+                        // An expired ref is what a new version is for.
+                        let policy = FloorPolicy { freeze_warn: true, ..FloorPolicy::default() };
+                        check_ref(floor, &policy, unix_now(), newest)
+                            .map_err(|e| e.context(format!("channel {channel} cannot be continued")))
+                            .map(drop)
+                    }
+                    (None, None) => Ok(()),
                 }
-                (floor, Some(newest)) => {
-                    // An expired ref is what a new version is for.
-                    let policy = FloorPolicy { freeze_warn: true, ..FloorPolicy::default() };
-                    check_ref(floor.as_ref(), &policy, unix_now(), newest)
-                        .map_err(|e| e.context(format!("channel {channel} cannot be continued")))?;
-                }
-                (None, None) => {}
-            }
+            })?;
         }
         Ok(())
     }
 
-    /// Remembers a ref that we wrote, here and where the floor is kept outside this machine.
+    /// Remembers a ref that we wrote, or that stands as we would have written it, here and where the floor is kept outside
+    /// this machine. Doing it again changes nothing.
+    ///
+    /// # Errors
+    /// `FORK`, `STATE`, what the pin says; the message tells what raises the floor later. The ref stands.
     pub fn remember(&self, channel: &str, reference: &Ref) -> Result<()> {
         let Some(floors) = &self.floors else { return Ok(()) };
         let model = (self.model_id, &*self.model_name);
         let slots = (reference.vid, reference.min_slots_generation.max(1));
-        floors.raise(&self.store.describe(), model, channel, reference, slots)
+        floors.raise(&self.store.describe(), model, channel, reference, slots).map_err(|failed| {
+            let command = format!("modelfs floor {} {}", self.store.describe(), self.model_name);
+            let later = match (failed.code(), floors.has_pin()) {
+                (Code::Fork, _) => format!("look at both refs: `{command}`"),
+                (_, true) => format!("once that is mended, `{command} --raise --floor vault-kv:MOUNT/PATH` raises it"),
+                (_, false) => "the next command here that sees it remembers it".to_owned(),
+            };
+            failed.context(format!(
+                "ref {} of tag {channel} stands, but the floor is not raised to it; {later}",
+                reference.ref_seq
+            ))
+        })
     }
 
     async fn read_ref(&self, channel: &str, ref_seq: u64) -> Result<Ref> {

@@ -34,7 +34,7 @@ pub(crate) use progress::Meter;
 pub use progress::{Phase, Progress, ProgressFn};
 pub use publish::create;
 pub(crate) use publish::{Published, Publisher, Terms};
-pub use release::{RefTarget, Releaser};
+pub use release::{Appended, RefTarget, Releaser};
 use source::{SourceFile, SourceTree};
 use upload::{JobDone, Pipeline};
 
@@ -158,6 +158,8 @@ pub struct SealSummary {
     /// What an OpenSSF model-signing bundle said of it, where one was given.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub oms: Option<Vouched>,
+    /// False: the version is out, and why the floor is not raised to it is among the warnings.
+    pub floor_raised: bool,
     pub warnings: Vec<String>,
 }
 
@@ -279,6 +281,7 @@ pub async fn seal(source: &Path, store: Arc<dyn ChunkSink>, model: &str, options
     summary.version = published.seq;
     summary.manifest = published.digest;
     summary.refs = published.refs;
+    summary.floor_raised = published.unraised.is_none();
     summary.warnings = [warnings, published.warnings].concat();
     summary.seconds = started.elapsed().as_secs_f64();
     Ok(summary)
@@ -307,6 +310,7 @@ impl SealSummary {
             seconds: 0.0,
             public_key: options.signing.public().to_string(),
             oms: None,
+            floor_raised: true,
             warnings: Vec::new(),
         }
     }

@@ -12,7 +12,7 @@ use zeroize::Zeroizing;
 use super::chain::Survey;
 use super::keys::{SlotKeys, SlotTarget};
 use super::progress::{Meter, Phase, ProgressFn};
-use super::release::{RefTarget, Releaser};
+use super::release::{Appended, RefTarget, Releaser};
 use super::{blocking, next, random};
 use crate::crypto::{Dek, ModelKeys, Verify, open_chunk, open_manifest, scratch_len, seal_manifest};
 use crate::error::{Class, Code, Error, Result};
@@ -75,7 +75,19 @@ pub struct Published {
     pub digest: ManifestDigest,
     /// Channel and number of each ref written.
     pub refs: Vec<(String, u64)>,
+    /// Why the floor of a channel is not raised to its ref; among the warnings too.
+    pub unraised: Option<Error>,
     pub warnings: Vec<String>,
+}
+
+impl Published {
+    fn named(&mut self, channel: &str, appended: Appended) {
+        self.refs.push((channel.to_owned(), appended.reference.ref_seq));
+        if let Some(failed) = appended.unraised {
+            self.warnings.push(failed.chain());
+            self.unraised.get_or_insert(failed);
+        }
+    }
 }
 
 impl Publisher {
@@ -87,7 +99,7 @@ impl Publisher {
         mut survey: Survey,
     ) -> Result<Published> {
         let slots_made = self.write_slots(&manifest).await?;
-        let mut warnings = self.write_name().await?;
+        let warnings = self.write_name().await?;
         let roots = Arc::new(roots);
         for _ in 0..RACES_MAX {
             let first = &self.channels[0];
@@ -114,10 +126,11 @@ impl Publisher {
             Meter::start(&self.progress, Phase::Publish, 0);
             let version = Version { header: *manifest.header(), digest, manifest_len: bytes.len() as u64 };
             match self.write_ref(first, before, &version).await {
-                Ok(ref_seq) => {
-                    let mut refs = vec![(first.clone(), ref_seq)];
-                    self.move_tags(&version, survey, &mut refs, &mut warnings).await;
-                    return Ok(Published { seq, digest, refs, warnings });
+                Ok(appended) => {
+                    let mut published = Published { seq, digest, refs: Vec::new(), unraised: None, warnings };
+                    published.named(first, appended);
+                    self.move_tags(&version, survey, &mut published).await;
+                    return Ok(published);
                 }
                 Err(lost) if lost.code() == Code::Exists => {
                     // Another publisher was first: this manifest has a number that is no longer ours.
@@ -131,13 +144,7 @@ impl Publisher {
     }
 
     /// The version is out; a tag that cannot be moved is told, not failed.
-    async fn move_tags(
-        &self,
-        version: &Version,
-        mut survey: Survey,
-        refs: &mut Vec<(String, u64)>,
-        warnings: &mut Vec<String>,
-    ) {
+    async fn move_tags(&self, version: &Version, mut survey: Survey, published: &mut Published) {
         for channel in &self.channels[1..] {
             let mut races = 0;
             let moved = loop {
@@ -157,8 +164,8 @@ impl Publisher {
                 }
             };
             match moved {
-                Ok(ref_seq) => refs.push((channel.clone(), ref_seq)),
-                Err(failed) => warnings.push(format!(
+                Ok(appended) => published.named(channel, appended),
+                Err(failed) => published.warnings.push(format!(
                     "version {} is published, but tag {channel} was not moved: {}",
                     version.header.seq,
                     failed.chain()
@@ -283,8 +290,8 @@ impl Publisher {
         Ok(())
     }
 
-    /// The commit point. Answers the number of the ref.
-    async fn write_ref(&self, channel: &str, before: Option<&Ref>, version: &Version) -> Result<u64> {
+    /// The commit point.
+    async fn write_ref(&self, channel: &str, before: Option<&Ref>, version: &Version) -> Result<Appended> {
         let seq = version.header.seq;
         let (expires_at, min_version_seq) = match self.terms {
             Terms::New { expires_at } => (expires_at, 0),
@@ -301,7 +308,7 @@ impl Publisher {
             min_version_seq,
             expires_at,
         };
-        Ok(self.releaser.append(channel, before, &target).await?.ref_seq)
+        self.releaser.append(channel, before, &target).await
     }
 
     /// The manifest of a lost race. It would only lie about, so it may stay if the store does not let us delete.

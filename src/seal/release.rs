@@ -2,7 +2,7 @@
 //!
 //! In: the newest ref, verified, and what the next one shall say. Out: a signed ref in the store, remembered here.
 //! Promises: refs are chained and created, never replaced; when somebody else was first the answer is `EXISTS` and
-//! nothing was changed.
+//! nothing was changed; a floor that was not raised is told, and takes nothing back.
 //! Spec: docs/FORMAT.md a.6, b.1. Held by: the tests of `seal`, which die at every write.
 
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use bytes::Bytes;
 use super::chain::Chain;
 use super::publish::create;
 use super::{blocking, next};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::format::{ChannelId, ManifestDigest, Ref, RefSignature, Vid, names};
 use crate::keys::Signer;
 
@@ -45,6 +45,14 @@ impl RefTarget {
     }
 }
 
+/// A ref that was written: whatever becomes of the floor, readers see it.
+#[derive(Debug)]
+pub struct Appended {
+    pub reference: Ref,
+    /// Why the floor is not raised to it.
+    pub unraised: Option<Error>,
+}
+
 /// Whoever may move a model's channels: the release keys, 1 to 4.
 #[derive(Clone)]
 pub struct Releaser {
@@ -60,7 +68,7 @@ impl Releaser {
     /// # Errors
     /// `EXISTS` if somebody else wrote that number first: survey again and decide again. What the signers and the store
     /// say; then nothing was published, or (an answer that was lost) exactly this ref was.
-    pub async fn append(&self, channel: &str, before: Option<&Ref>, target: &RefTarget) -> Result<Ref> {
+    pub async fn append(&self, channel: &str, before: Option<&Ref>, target: &RefTarget) -> Result<Appended> {
         let model_id = self.chain.model_id;
         let reference = Ref {
             n_sigs: u8::try_from(self.signers.len()).expect("1 to 4 release keys"),
@@ -97,11 +105,9 @@ impl Releaser {
         if let Err(failed) = store.replace_hint(&names::head(model_id, channel), bytes).await {
             tracing::warn!(%failed, channel, "the hint at the newest ref was not written");
         }
-        // Behind by one is harmless: a reader here will see the ref, and remember it.
-        if let Err(failed) = self.chain.remember(channel, &reference) {
-            tracing::warn!(%failed, channel, "the version published is not remembered here");
-        }
-        Ok(reference)
+        // Behind by one is harmless: the ref stands, and a reader here will see and remember it.
+        let unraised = self.chain.remember(channel, &reference).err();
+        Ok(Appended { reference, unraised })
     }
 
     /// For readers who were asked to trust on first use; nobody else looks at it.

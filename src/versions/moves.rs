@@ -5,11 +5,11 @@
 //! two movers at once both end with refs of their own; a move that died half-way is repaired by making it again.
 //! Spec: docs/FORMAT.md b.1, b.2. Held by: tests/versions.rs, which dies at every write.
 
-use crate::error::{Code, Result};
+use crate::error::{Code, Error, Result};
 use crate::format::Ref;
 use crate::keys::{ModelSelector, Resolved, Resolver, Wanted};
 use crate::refuse;
-use crate::seal::{RefTarget, Releaser, Survey};
+use crate::seal::{Appended, RefTarget, Releaser, Survey};
 
 /// How often a mover that lost the race for a ref number tries the next.
 const RACES_MAX: u32 = 64;
@@ -43,6 +43,8 @@ pub struct Moved {
     pub written: bool,
     /// Channels that still name a version which this move withdrew; readers refuse them.
     pub withdrawn: Vec<(String, u64)>,
+    /// Why the floor is not raised to the newest ref.
+    pub unraised: Option<Error>,
 }
 
 /// Whoever moves the tags of one model: what a reader believes, and the release keys.
@@ -84,7 +86,7 @@ impl Mover<'_> {
             let expires_at = self.expiry(Some(&before), expires);
             if before.expires_at == i64::MAX {
                 if expires_at == i64::MAX {
-                    return Ok(Moved::already(before));
+                    return Ok(self.already(channel, before));
                 }
                 refuse!(
                     Usage,
@@ -101,7 +103,7 @@ impl Mover<'_> {
             self.check_floor(before.seq, survey_floor(&survey))?;
             let target = RefTarget { expires_at, ..RefTarget::of(&before) };
             match self.releaser.append(channel, Some(&before), &target).await {
-                Ok(reference) => return Ok(Moved::to(reference, Some(before), &survey, channel)),
+                Ok(appended) => return Ok(Moved::to(appended, Some(before), &survey, channel)),
                 Err(lost) if lost.code() == Code::Exists => {}
                 Err(other) => return Err(other),
             }
@@ -127,7 +129,7 @@ impl Mover<'_> {
                 && before.expires_at > self.releaser.now
                 && order.expires == Expires::AsBefore
             {
-                return Ok(Moved::already(before));
+                return Ok(self.already(channel, before));
             }
             let target = RefTarget {
                 seq: version.header.seq,
@@ -139,13 +141,19 @@ impl Mover<'_> {
                 expires_at: self.expiry(before.as_ref(), order.expires),
             };
             match self.releaser.append(channel, before.as_ref(), &target).await {
-                Ok(reference) => return Ok(Moved::to(reference, before, &survey, channel)),
+                Ok(appended) => return Ok(Moved::to(appended, before, &survey, channel)),
                 // Somebody else moved it: what they wrote decides what is to do now.
                 Err(lost) if lost.code() == Code::Exists => {}
                 Err(other) => return Err(other),
             }
         }
         refuse!(Exists, "others moved tag {channel} first {RACES_MAX} times in a row; try again later");
+    }
+
+    /// Nothing to write; but whoever wrote it may have died before it raised the floor.
+    fn already(&self, channel: &str, reference: Ref) -> Moved {
+        let unraised = self.releaser.chain.remember(channel, &reference).err();
+        Moved { reference, before: Some(reference), written: false, withdrawn: Vec::new(), unraised }
     }
 
     fn check_back(&self, channel: &str, before: Option<&Ref>, to: u64) -> Result<()> {
@@ -208,15 +216,12 @@ impl Mover<'_> {
 }
 
 impl Moved {
-    fn already(reference: Ref) -> Moved {
-        Moved { reference, before: Some(reference), written: false, withdrawn: Vec::new() }
-    }
-
-    fn to(reference: Ref, before: Option<Ref>, survey: &Survey, channel: &str) -> Moved {
+    fn to(appended: Appended, before: Option<Ref>, survey: &Survey, channel: &str) -> Moved {
+        let Appended { reference, unraised } = appended;
         let below =
             survey.heads.iter().filter(|(other, head)| *other != channel && head.seq < reference.min_version_seq);
         let withdrawn = below.map(|(other, head)| (other.clone(), head.seq)).collect();
-        Moved { reference, before, written: true, withdrawn }
+        Moved { reference, before, written: true, withdrawn, unraised }
     }
 }
 
