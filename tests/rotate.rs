@@ -171,6 +171,7 @@ impl Bench {
             to: (!to.is_empty()).then(|| self.ring(to)),
             publishers: vec![signing()],
             withdraw_old: false,
+            if_older_s: None,
             threads: 2,
             progress: ProgressFn::silent(),
         }
@@ -600,6 +601,37 @@ fn the_old_version_is_not_withdrawn_while_another_tag_names_one_that_would_go_wi
     }
     for new in [MODEL, "acme/llama@prod", "acme/llama@3", "acme/llama@4"] {
         assert_eq!(bench.read(&store, new, &[2]).unwrap().1, files(), "{new}");
+    }
+}
+
+/// A job that is retried gives the same order: without another key nothing but the version tells that it is done.
+#[test]
+fn an_order_for_a_new_data_key_that_is_given_again_changes_nothing_for_a_day() {
+    let bench = Bench::new();
+    for level in [Level::NewKey, Level::Reencrypt] {
+        let store = bench.sealed(&[1], false);
+        let order = bench.order(level, &[1], &[]);
+        assert_eq!(bench.rekey(store.clone(), &order).unwrap().version, 2);
+        let before = store.names();
+        let again = bench.rekey(store.clone(), &order).unwrap();
+        assert!(again.finished && again.refs.is_empty(), "{again:?}");
+        assert_eq!((again.from_version, again.version), (1, 2));
+        // The purpose of this one is the floor, and it is not there yet.
+        let withdrawing = Rekey { withdraw_old: true, ..order.clone() };
+        assert_eq!(before, store.names());
+        assert_eq!(bench.rekey(store.clone(), &withdrawing).unwrap().refs.len(), 2);
+        assert_eq!(bench.read(&store, "acme/llama@1", &[1]).unwrap_err().code(), Code::BelowFloor);
+        assert!(bench.rekey(store.clone(), &withdrawing).unwrap().refs.is_empty());
+
+        // Other keys, another level, or an age: another order.
+        let younger = Rekey { if_older_s: Some(3600), ..bench.order(level, &[1], &[1, 2]) };
+        let left = bench.rekey(store.clone(), &younger).unwrap();
+        assert!(left.left_alone.is_some() && left.version == 2, "{left:?}");
+        assert_eq!(bench.rekey(store.clone(), &Rekey { if_older_s: None, ..younger }).unwrap().version, 3);
+        let other = if level == Level::NewKey { Level::Reencrypt } else { Level::NewKey };
+        assert_eq!(bench.rekey(store.clone(), &bench.order(other, &[1], &[])).unwrap().version, 4);
+        let anew = Rekey { if_older_s: Some(0), ..bench.order(other, &[1], &[]) };
+        assert_eq!(bench.rekey(store.clone(), &anew).unwrap().version, 5);
     }
 }
 

@@ -1,7 +1,6 @@
 //! `modelfs key`: who opens a version, and under which key it lies.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
@@ -21,7 +20,7 @@ use crate::error::{Code, Error, Result};
 use crate::format::{ManifestDigest, Slot, SlotParams, Slots};
 use crate::keys::{
     Candidate, FloorPolicy, KeySource, Keyring, ModelSelector, Resolved, Resolver, Role, Signer, Wanted,
-    prompt_terminal, unix_now,
+    prompt_terminal,
 };
 use crate::mem::LockedBuf;
 use crate::refuse;
@@ -168,7 +167,8 @@ pub struct RotateArgs {
     /// With --register and no transit key: put the raw key into Vault, where every reader of the record has it
     #[arg(long, requires = "register", conflicts_with = "rewrap")]
     register_raw_key: bool,
-    /// With --new-key or --reencrypt: leave versions alone that are younger than this, as in 7d [default: 1d with --all, else 0s]
+    /// With --new-key or --reencrypt: leave versions alone that are younger than this, as in 7d [default: 1d; without --all only
+    /// of those that such a rotation made]
     #[arg(long, value_name = "AGE")]
     if_older: Option<String>,
     #[command(flatten)]
@@ -377,13 +377,8 @@ fn rotate(args: &RotateArgs, mut layers: Layers, out: &Out) -> Result<()> {
     let bar = SealBar::new(out);
     let work = work(args, &reading, &bar)?;
     let releasers = args.signing.releasers(&reading)?;
-    let if_older = match &args.if_older {
-        Some(text) => parse_duration(text).map_err(|e| e.context("--if-older"))?,
-        None if args.all => Duration::from_secs(86_400),
-        None => Duration::ZERO,
-    };
     if args.all {
-        return rotate_all(args, &mut reading, &work, releasers, if_older, &bar, out);
+        return rotate_all(args, &mut reading, &work, releasers, &bar, out);
     }
     let Some(model) = &args.model else {
         refuse!(Usage, "name a MODEL, or say --all for every model of the store");
@@ -391,7 +386,7 @@ fn rotate(args: &RotateArgs, mut layers: Layers, out: &Out) -> Result<()> {
     let selector: ModelSelector = model.parse()?;
     let releaser = releaser_for(&mut reading, &selector.name, releasers, &work)?;
     let record = args.register.as_deref().map(|at| prepare_record(args, &reading, at, &selector)).transpose()?;
-    let done = runtime()?.block_on(rotate_one(&reading, releaser, &selector.wanted, &work, if_older));
+    let done = runtime()?.block_on(rotate_one(&reading, releaser, &selector.wanted, &work));
     bar.end();
     let done = done?;
     let registered = match &record {
@@ -496,6 +491,11 @@ fn work(args: &RotateArgs, reading: &Reading, bar: &Arc<SealBar>) -> Result<Work
         publishers: Signers::new(&reading.access).publishers(&args.signing.sign)?,
         // With --all once for each model, when none of its tags names an old version any more.
         withdraw_old: args.withdraw_old && !args.all,
+        if_older_s: match &args.if_older {
+            Some(text) => Some(parse_duration(text).map_err(|e| e.context("--if-older"))?.as_secs()),
+            None if args.all => Some(86_400),
+            None => None,
+        },
         threads: std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 16),
         progress: ProgressFn::new(move |progress| shown.show(progress)),
     })))
@@ -549,27 +549,14 @@ fn rotating<'a>(reading: &'a Reading) -> Resolver<'a> {
     Resolver { policy: FloorPolicy { freeze_warn: true, ..resolver.policy }, ..resolver }
 }
 
-async fn rotate_one(
-    reading: &Reading,
-    releaser: Releaser,
-    wanted: &Wanted,
-    work: &Work,
-    if_older: Duration,
-) -> Result<Done> {
+async fn rotate_one(reading: &Reading, releaser: Releaser, wanted: &Wanted, work: &Work) -> Result<Done> {
     let rotator = Rotator { resolver: rotating(reading), releaser };
     match work {
         Work::Edit(edit) => Ok(Done::Edited(rotator.edit(wanted, edit).await?)),
-        Work::Rekey(order) => {
-            let selector =
-                ModelSelector { name: rotator.releaser.chain.model_name.to_string(), wanted: wanted.clone() };
-            let header = rotator.resolver.resolve(&selector, None).await?.header;
-            let age = u64::try_from(unix_now().saturating_sub(header.created_at)).unwrap_or(0);
-            if age < if_older.as_secs() {
-                let why = format!("its data key is {age} s old, --if-older says {} s", if_older.as_secs());
-                return Ok(Done::Untouched { version: header.seq, why });
-            }
-            Ok(Done::Rekeyed(rotator.rekey(wanted, order).await?))
-        }
+        Work::Rekey(order) => Ok(match rotator.rekey(wanted, order).await? {
+            Rekeyed { left_alone: Some(why), version, .. } => Done::Untouched { version, why },
+            rekeyed => Done::Rekeyed(rekeyed),
+        }),
     }
 }
 
@@ -634,7 +621,6 @@ fn rotate_all(
     reading: &mut Reading,
     work: &Work,
     releasers: Vec<Arc<dyn Signer>>,
-    if_older: Duration,
     bar: &SealBar,
     out: &Out,
 ) -> Result<()> {
@@ -658,7 +644,7 @@ fn rotate_all(
                     let wanted = Wanted::Version(version);
                     let done = match withdrawn {
                         Some(why) => Ok(Done::Untouched { version, why }),
-                        None => runtime.block_on(rotate_one(reading, releaser.clone(), &wanted, work, if_older)),
+                        None => runtime.block_on(rotate_one(reading, releaser.clone(), &wanted, work)),
                     };
                     rows.push((model.clone(), Some(version), untouched(done, version, work)));
                 }
@@ -755,7 +741,11 @@ fn described(done: &Done) -> Value {
                 (true, false) => "finished",
                 (true, true) => "unchanged",
             };
-            (status, format!("version {} stands for {}", rekeyed.version, rekeyed.from_version))
+            let detail = match status {
+                "unchanged" => format!("version {} stands for an older one already", rekeyed.version),
+                _ => format!("version {} stands for {}", rekeyed.version, rekeyed.from_version),
+            };
+            (status, detail)
         }
         Done::Withdrawn(withdrawn) => ("withdrawn", format!("every version below {}", withdrawn.below)),
         Done::Untouched { .. } => unreachable!("returned above"),
@@ -822,7 +812,10 @@ fn told_edit(model: &str, edited: &Edited) -> String {
 fn told_rekey(reading: &Reading, model: &str, rekeyed: &Rekeyed) -> String {
     let tags: Vec<&str> = rekeyed.refs.iter().map(|(tag, _)| tag.as_str()).collect();
     if rekeyed.finished && tags.is_empty() {
-        return format!("{model}@{} stands for an older version already, nothing to do", rekeyed.version);
+        return format!(
+            "{model}@{} stands for an older version already, nothing to do (--if-older 0s makes another)",
+            rekeyed.version
+        );
     }
     let mut text = format!(
         "{model}@{} stands for version {} as {}, under a new data key\n  manifest    {}\n  slots       {}\n",

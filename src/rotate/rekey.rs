@@ -2,7 +2,7 @@
 //!
 //! In: a version that channels name, a key that opens it. Out: the next version, of the same files, in its place.
 //! Promises: only channels that still name the old version are moved; a run that died after its first ref is completed by
-//! the next one, without another key; the old version is left to readers who hold it, and to `prune`.
+//! the next one, without another key; one that is complete is not begun anew within a day, unless that is asked for; the old version is left to readers who hold it, and to `prune`.
 //! Held by: tests/rotate.rs.
 
 use std::sync::Arc;
@@ -14,8 +14,8 @@ use super::edit::opens;
 use super::reencrypt::Reencryption;
 use super::{Keys, RACES_MAX, Rotator};
 use crate::crypto::{Dek, ModelKeys, open_manifest};
-use crate::error::{Code, Error, Result};
-use crate::format::limits::ANNOTATIONS_BYTES_MAX;
+use crate::error::{Class, Code, Error, Result};
+use crate::format::limits::{ANNOTATIONS_BYTES_MAX, MANIFEST_BYTES_MAX};
 use crate::format::{
     Lease, Manifest, ManifestBuilder, ManifestDigest, ManifestHeader, NewFile, NewHeader, NewObject, Ref, Slot, Slots,
     Vid,
@@ -29,6 +29,8 @@ use crate::seal::{
 
 /// Where a version says which one it stands for.
 const ANNOTATION: &str = "key_rotation";
+/// For so long an order that is given again is taken for the same one, unless it says how old a version must be.
+const SAME_ORDER_S: u64 = 86_400;
 
 /// How much is new.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -61,6 +63,9 @@ pub struct Rekey {
     pub publishers: Vec<Arc<dyn Signer>>,
     /// Readers who see the new refs refuse every older version; none of those may be named by another tag.
     pub withdraw_old: bool,
+    /// Versions younger than this, in seconds, are left alone. `None`: for a day those that such an order has made, so that
+    /// one that is given again, by a job that is retried, changes nothing.
+    pub if_older_s: Option<u64>,
     /// Chunks opened and sealed at once.
     pub threads: usize,
     pub progress: ProgressFn,
@@ -84,6 +89,9 @@ pub struct Rekeyed {
     /// Labels of the new slots, and of the old ones that none of the keys given opens: they are not in the new version.
     pub slots: Vec<String>,
     pub left_out: Vec<String>,
+    /// Why nothing was done at all: `version` is the one that is there, and too young.
+    #[serde(skip)]
+    pub left_alone: Option<String>,
     pub floor_raised: bool,
     /// Why the floor is not raised to the refs; among the warnings too.
     #[serde(skip)]
@@ -135,28 +143,46 @@ impl Rotator<'_> {
     /// Puts the version that `wanted` names under a new data key, as the next version of every channel that names it.
     ///
     /// # Errors
-    /// What a reader of the version would be told; `NO_KEY` if the keys do not open it; `USAGE` if no channel names it, or if another
-    /// one names what would be withdrawn; `FILE_HASH` for a file that does not have its signed SHA-256; `EXISTS` if its channel was moved meanwhile. What the keys, the signers and the store say.
+    /// What a reader of the version would be told; `NO_KEY` if the keys do not open it; `USAGE` if no channel names it, or if
+    /// another one names what would be withdrawn; `FILE_HASH` for a file that does not have its signed SHA-256; `EXISTS` if
+    /// its channel was moved meanwhile. What the keys, the signers and the store say.
     pub async fn rekey(&self, wanted: &Wanted, order: &Rekey) -> Result<Rekeyed> {
         let old = self.resolve(wanted).await?;
         let mut warnings = Vec::new();
+        let age_s = u64::try_from(self.releaser.now.saturating_sub(old.header.created_at)).unwrap_or(0);
+        let young = order.if_older_s.filter(|least| age_s < *least);
+        let left = |least: u64| left_alone(&old, order, format!("it is {age_s} s old, --if-older says {least} s"));
         let (opened, shut) = match (open(&old, &order.keys).await, &order.to) {
             (Ok(opened), _) => (opened, None),
             // The tag was moved before the run died: the new keys open what it made.
-            (Err(shut), Some(to)) if shut.code() == Code::NoKey => match open(&old, to).await {
-                Ok(opened) => (opened, Some(shut)),
-                Err(_) => return Err(shut),
-            },
+            (Err(shut), to) if shut.code() == Code::NoKey || (young.is_some() && shut.class() == Class::Denied) => {
+                let newer = match to {
+                    Some(to) => open(&old, to).await.ok(),
+                    None => None,
+                };
+                match (newer, young) {
+                    (Some(opened), _) => (opened, Some(shut)),
+                    (None, Some(least)) => return Ok(left(least)),
+                    (None, None) => return Err(shut),
+                }
+            }
             (Err(other), _) => return Err(other),
         };
         if let Some(finished) = self.finish_earlier(&old, &opened, order, &mut warnings).await? {
             return Ok(finished);
         }
+        if let Some(of) = stands_for(&opened.manifest, order.level)
+            && (shut.is_some()
+                || (age_s < order.if_older_s.unwrap_or(SAME_ORDER_S) && has_slots_for(&old, order).await?))
+        {
+            let from = self.seq_of(of).await.unwrap_or(old.header.seq);
+            return self.move_on((from, of), &old, order, &mut warnings).await;
+        }
+        if let Some(least) = young {
+            return Ok(left(least));
+        }
         if let Some(shut) = shut {
-            return match stands_for(&opened.manifest, order.level) {
-                Some(of) => self.move_on((opened.manifest.header().seq, of), &old, order, &mut warnings).await,
-                None => Err(shut),
-            };
+            return Err(shut);
         }
         let channels: Vec<String> =
             self.naming(old.digest, &mut warnings).await?.into_iter().map(|(channel, _)| channel).collect();
@@ -240,10 +266,17 @@ impl Rotator<'_> {
             },
             slots: shown.0,
             left_out: shown.1,
+            left_alone: None,
             floor_raised: unraised.is_none(),
             unraised,
             warnings,
         })
+    }
+
+    /// The number of the version with this manifest, if that is still there.
+    async fn seq_of(&self, digest: ManifestDigest) -> Option<u64> {
+        let bytes = self.releaser.chain.read_manifest(digest, MANIFEST_BYTES_MAX).await.ok()?;
+        ManifestHeader::parse_object(&bytes).ok().map(|(header, _)| header.seq)
     }
 
     /// A version that stands for `old`, or for which `old` stands, while channels still name the older of both: the run that
@@ -344,6 +377,7 @@ impl Rotator<'_> {
             reencrypted_bytes: 0,
             slots: newer.slots.slots.iter().map(|slot| slot.label.clone()).collect(),
             left_out: Vec::new(),
+            left_alone: None,
             floor_raised: moves.unraised.is_none(),
             unraised: moves.unraised,
             warnings: std::mem::take(warnings),
@@ -482,6 +516,42 @@ async fn open(version: &Resolved, keys: &Keys) -> Result<Opened> {
     blocking(move || {
         let (manifest, keys) = open_manifest(&version.manifest_bytes, version.unlock(&keys)?)?;
         Ok(Opened { manifest, keys })
+    })
+    .await
+}
+
+fn left_alone(old: &Resolved, order: &Rekey, why: String) -> Rekeyed {
+    Rekeyed {
+        level: order.level,
+        from_version: old.header.seq,
+        from_manifest: old.digest,
+        version: old.header.seq,
+        manifest: old.digest,
+        vid: old.header.vid,
+        refs: Vec::new(),
+        finished: true,
+        reencrypted_bytes: 0,
+        slots: old.slots.slots.iter().map(|slot| slot.label.clone()).collect(),
+        left_out: Vec::new(),
+        left_alone: Some(why),
+        floor_raised: true,
+        unraised: None,
+        warnings: Vec::new(),
+    }
+}
+
+/// Whether each key that `order` gives a slot has one in this version, as far as that can be seen: whose slot of a public
+/// half it is, only its holder knows.
+async fn has_slots_for(version: &Resolved, order: &Rekey) -> Result<bool> {
+    let (slots, header) = (version.slots.clone(), version.header);
+    let keys = Arc::clone(order.to.as_ref().unwrap_or(&order.keys));
+    blocking(move || {
+        let opening = keys.sources().iter().filter(|source| source.opens()).count();
+        let mut opened = 0;
+        for slot in &slots.slots {
+            opened += usize::from(opens(&keys, &slots, &header, slot)?);
+        }
+        Ok(opened >= opening && slots.slots.len() - opened >= keys.sources().len() - opening)
     })
     .await
 }
