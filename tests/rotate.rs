@@ -790,6 +790,43 @@ fn a_rewrap_raises_the_version_and_asks_for_no_key() {
     assert_eq!(none.code(), Code::NotFound);
 }
 
+/// Slots do not say which key of Vault they are of: one that Vault refuses keeps nobody from the others, and is told.
+#[test]
+fn a_slot_that_vault_does_not_rewrap_is_told_beside_those_that_it_does() {
+    struct Picky(u32);
+    impl Rewrap for Picky {
+        fn rewrap(&self, _: &[u8; 32], wrapped: &str) -> Result<String> {
+            match wrapped {
+                "vault:v1:b3RoZXI=" => Err(Error::new(Code::VaultDenied, "of another key")),
+                other => Ok(format!("vault:v{}:{}", self.0, other.rsplit(':').next().unwrap())),
+            }
+        }
+    }
+    let bench = Bench::new();
+    let store = bench.sealed(&[1], true);
+    let resolved = bench.resolve(&store, MODEL).unwrap();
+    let mut slots = resolved.slots.clone();
+    slots.slots.push(Slot {
+        label: "other".into(),
+        params: SlotParams::VaultTransit,
+        body: b"vault:v1:b3RoZXI=".to_vec(),
+    });
+    store.put(&names::slots(resolved.model_id, resolved.header.vid, 1), slots.encode().unwrap());
+    let rewrap = |version, label: Option<&str>| {
+        let edit = Edit::Rewrap { vault: Arc::new(Picky(version)), label: label.map(str::to_owned) };
+        bench.edit(store.clone(), &edit)
+    };
+    // The second time nothing is to be changed, and the slot is as it was.
+    for written in [true, false] {
+        let edited = rewrap(2, None).unwrap();
+        assert_eq!((edited.written, &edited.refused[..]), (written, &["other".to_owned()][..]));
+        assert_eq!(edited.refusal.unwrap().code(), Code::VaultDenied);
+        assert!(edited.warnings[0].contains("of another key"), "{:?}", edited.warnings);
+    }
+    assert_eq!(rewrap(3, Some("other")).unwrap_err().code(), Code::VaultDenied);
+    assert!(rewrap(3, Some("vault")).unwrap().refused.is_empty());
+}
+
 /// The command line, as an operator types it.
 #[test]
 fn keys_are_listed_added_rotated_and_removed_from_the_command_line() {
@@ -943,4 +980,18 @@ fn a_withdrawn_version_is_listed_as_untouched_when_all_are_rotated() {
     run_ok(&mut two.program.command(&["keygen", "new.key"]));
     let rotated = two.rotate_all(&["--to", "file:new.key"]);
     assert_eq!(rotated, [(2, "rotated".to_owned()), (1, "untouched".to_owned())]);
+}
+
+#[test]
+fn warnings_about_each_version_are_told_when_all_are_rotated() {
+    let two = TwoTags::new();
+    run_ok(&mut two.program.command(&["keygen", "--recipient", "server.key"]));
+    let mut command =
+        two.program.command(&["key", "rotate", two.program.store(), "--all", "--key", &two.program.key()]);
+    command.args(["--to", "recipient:server.key.pub", "--trust"]).arg(two.program.trusted_key());
+    let told = String::from_utf8(run_ok(&mut command).stderr).unwrap();
+    for version in ["acme/a@1", "acme/a@2"] {
+        let line = told.lines().find(|line| line.starts_with(&format!("warning: {version}: ")));
+        assert!(line.is_some_and(|line| line.contains("only its holder opens it")), "{told}");
+    }
 }

@@ -397,7 +397,7 @@ fn rotate(args: &RotateArgs, mut layers: Layers, out: &Out) -> Result<()> {
     match done {
         // What was to be withdrawn is, for whoever sees the new refs; the floor was the purpose all the same.
         Done::Rekeyed(Rekeyed { unraised: Some(failed), .. }) if args.withdraw_old => Err(failed),
-        _ => Ok(()),
+        done => failure(&Ok(done)).map_or(Ok(()), |failed| Err(failed.clone().context("not every slot was rewrapped"))),
     }
 }
 
@@ -660,7 +660,13 @@ fn rotate_all(
         counted.inc(1);
     }
     counted.finish_and_clear();
-    let failed = rows.iter().filter(|(_, _, done)| done.is_err()).count();
+    let failed = rows.iter().filter(|(_, _, done)| failure(done).is_some()).count();
+    for (model, version, done) in &rows {
+        let at = version.map_or_else(|| model.clone(), |version| format!("{model}@{version}"));
+        for warning in done.as_ref().map_or(&[][..], warnings) {
+            out.hint(format!("warning: {}: {warning}", printable(&at)));
+        }
+    }
     let values: Vec<Value> = rows.iter().map(|(model, version, done)| row(model, *version, done)).collect();
     let value = json!({"store": reading.url.to_string(), "versions": values, "failed": failed});
     out.result(&value, || {
@@ -678,12 +684,32 @@ fn rotate_all(
             .collect();
         table(&["model", "version", "status", "detail"], &[false, true, false, false], &lines)
     })?;
-    match rows.iter().find_map(|(_, _, done)| done.as_ref().err()) {
+    match rows.iter().find_map(|(_, _, done)| failure(done)) {
         Some(first) => {
-            let what = format!("{failed} of {} were not rotated, listed above; run it again", rows.len());
+            let what =
+                format!("{failed} of {} were not rotated, or not wholly, listed above; run it again", rows.len());
             Err(Error::new(first.code(), what))
         }
         None => Ok(()),
+    }
+}
+
+/// What of this a job that runs by itself must not take for done: `min_decryption_version` may be raised after it.
+fn failure(done: &Result<Done>) -> Option<&Error> {
+    match done {
+        Err(failed) => Some(failed),
+        Ok(Done::Edited(edited)) => edited.refusal.as_ref(),
+        Ok(Done::Withdrawn(withdrawn)) => withdrawn.unraised.as_ref(),
+        Ok(Done::Rekeyed(_) | Done::Untouched { .. }) => None,
+    }
+}
+
+fn warnings(done: &Done) -> &[String] {
+    match done {
+        Done::Edited(edited) => &edited.warnings,
+        Done::Rekeyed(rekeyed) => &rekeyed.warnings,
+        Done::Withdrawn(withdrawn) => &withdrawn.warnings,
+        Done::Untouched { .. } => &[],
     }
 }
 
@@ -727,11 +753,16 @@ fn described(done: &Done) -> Value {
         Done::Edited(edited) => {
             value["manifest"] = json!(sha256(edited.manifest));
             let status = match (edited.written, edited.finished) {
+                _ if edited.refusal.is_some() => "partial",
                 (true, _) => "rotated",
                 (false, true) => "finished",
                 (false, false) => "unchanged",
             };
-            (status, format!("slots generation {}", edited.generation))
+            let mut detail = format!("slots generation {}", edited.generation);
+            if !edited.refused.is_empty() {
+                detail.push_str(&format!(", not rewrapped: {}", edited.refused.join(", ")));
+            }
+            (status, detail)
         }
         Done::Rekeyed(rekeyed) => {
             value["manifest"] = json!(sha256(rekeyed.manifest));
@@ -756,13 +787,7 @@ fn described(done: &Done) -> Value {
 }
 
 fn tell(reading: &Reading, model: &str, done: &Done, registered: Option<&Registered>, out: &Out) -> Result<()> {
-    let warnings: &[String] = match done {
-        Done::Edited(edited) => &edited.warnings,
-        Done::Rekeyed(rekeyed) => &rekeyed.warnings,
-        Done::Withdrawn(withdrawn) => &withdrawn.warnings,
-        Done::Untouched { .. } => &[],
-    };
-    for warning in warnings {
+    for warning in warnings(done) {
         out.hint(format!("warning: {warning}"));
     }
     let mut value = described(done);

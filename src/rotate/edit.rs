@@ -58,6 +58,11 @@ pub struct Edited {
     pub removed: Vec<String>,
     /// Slots whose transit version rose: label, from, to.
     pub rewrapped: Vec<(String, u32, u32)>,
+    /// Slots that Vault did not rewrap: they open with the old version of their key alone.
+    pub refused: Vec<String>,
+    /// Why the first of them was not.
+    #[serde(skip)]
+    pub refusal: Option<Error>,
     /// The refs written: channel and number.
     pub refs: Vec<(String, u64)>,
     /// False: the slots are in force, and why the floor is not raised to that is among the warnings.
@@ -72,21 +77,23 @@ struct Draft {
     added: Vec<String>,
     removed: Vec<String>,
     rewrapped: Vec<(String, u32, u32)>,
+    refused: Vec<(String, Error)>,
     warnings: Vec<String>,
 }
 
 enum Plan {
     Change(Draft),
-    /// The slots are as wanted; `unless_finished` is the refusal if there was nothing left undone either.
+    /// The slots are as wanted, but for what was refused; `unless_finished` is the refusal if there was nothing left undone
+    /// either.
     Nothing {
         unless_finished: Option<Error>,
-        warnings: Vec<String>,
+        refused: Vec<(String, Error)>,
     },
 }
 
 impl Plan {
     fn done() -> Plan {
-        Plan::Nothing { unless_finished: None, warnings: Vec::new() }
+        Plan::Nothing { unless_finished: None, refused: Vec::new() }
     }
 }
 
@@ -122,6 +129,8 @@ impl Rotator<'_> {
             added: Vec::new(),
             removed: Vec::new(),
             rewrapped: Vec::new(),
+            refused: Vec::new(),
+            refusal: None,
             refs: Vec::new(),
             floor_raised: true,
             warnings: Vec::new(),
@@ -137,10 +146,11 @@ impl Rotator<'_> {
                 edited.written = true;
                 (edited.added, edited.removed, edited.rewrapped) = (draft.added, draft.removed, draft.rewrapped);
                 edited.warnings = draft.warnings;
+                edited.refuse(draft.refused);
             }
-            Plan::Nothing { unless_finished, warnings } => {
+            Plan::Nothing { unless_finished, refused } => {
                 refusal = unless_finished;
-                edited.warnings = warnings;
+                edited.refuse(refused);
             }
         }
         self.demand(version, &mut edited).await?;
@@ -249,6 +259,14 @@ impl Rotator<'_> {
 }
 
 impl Edited {
+    fn refuse(&mut self, refused: Vec<(String, Error)>) {
+        for (label, why) in refused {
+            self.warnings.push(format!("slot {label:?} stays as it is: {}", why.chain()));
+            self.refused.push(label);
+            self.refusal.get_or_insert(why);
+        }
+    }
+
     fn floor(&mut self, unraised: Option<Error>) {
         if let Some(failed) = unraised {
             self.floor_raised = false;
@@ -389,7 +407,7 @@ fn remove(keys: &Keys, label: &str, slots: &Slots, header: &ManifestHeader) -> R
         let there = labels_of(&slots.slots).join(", ");
         let refusal =
             Error::new(Code::NotFound, format!("version {} has no slot {label:?}; its slots are {there}", header.seq));
-        return Ok(Plan::Nothing { unless_finished: Some(refusal), warnings: Vec::new() });
+        return Ok(Plan::Nothing { unless_finished: Some(refusal), refused: Vec::new() });
     }
     if stay.is_empty() {
         refuse!(Usage, "{label:?} is the last slot of version {}: nobody could open it; add another first", header.seq);
@@ -453,7 +471,7 @@ fn replace(keys: &Keys, new: &Keys, label: Option<&str>, slots: &Slots, header: 
 fn rewrap(vault: &dyn Rewrap, label: Option<&str>, slots: &Slots) -> Result<Plan> {
     let context = Slot::transit_context(slots.model_id, slots.vid);
     let mut draft = Draft { slots: slots.slots.clone(), ..Draft::default() };
-    let (mut asked, mut answered, mut refused) = (0, 0, None);
+    let (mut asked, mut answered) = (0, 0);
     for slot in &mut draft.slots {
         let Some(before) = transit_version(slot) else { continue };
         if label.is_some_and(|label| slot.label != label) {
@@ -466,8 +484,7 @@ fn rewrap(vault: &dyn Rewrap, label: Option<&str>, slots: &Slots) -> Result<Plan
             Err(away) if away.class() == Class::Unreachable => return Err(away),
             // Of another key in Vault, most likely: slots do not say which.
             Err(shut) => {
-                draft.warnings.push(format!("slot {:?} stays as it is: {}", slot.label, shut.chain()));
-                refused = Some(shut.context(format!("slot {:?} was not rewrapped", slot.label)));
+                draft.refused.push((slot.label.clone(), shut));
                 continue;
             }
         };
@@ -490,15 +507,17 @@ fn rewrap(vault: &dyn Rewrap, label: Option<&str>, slots: &Slots) -> Result<Plan
         Some(label) => format!("no vault-transit slot {label:?} to rewrap"),
         None => "no vault-transit slot to rewrap".to_owned(),
     };
-    match (asked, answered, refused) {
-        (0, _, _) => {
-            let unless_finished = Some(Error::new(Code::NotFound, none()));
-            Ok(Plan::Nothing { unless_finished, warnings: draft.warnings })
-        }
-        (_, 0, Some(refused)) => Err(refused),
-        _ if draft.rewrapped.is_empty() => Ok(Plan::Nothing { unless_finished: None, warnings: draft.warnings }),
-        _ => Ok(Plan::Change(draft)),
+    if asked == 0 {
+        return Ok(Plan::Nothing { unless_finished: Some(Error::new(Code::NotFound, none())), refused: Vec::new() });
     }
+    if answered == 0 {
+        let (label, shut) = draft.refused.swap_remove(0);
+        return Err(shut.context(format!("slot {label:?} was not rewrapped")));
+    }
+    if draft.rewrapped.is_empty() {
+        return Ok(Plan::Nothing { unless_finished: None, refused: draft.refused });
+    }
+    Ok(Plan::Change(draft))
 }
 
 #[cfg(test)]
