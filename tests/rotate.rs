@@ -722,6 +722,43 @@ fn of_two_editors_at_once_both_edits_are_made() {
     assert_eq!(bench.resolve(&store, MODEL).unwrap().slots.generation, 4);
 }
 
+/// The other one built on what we wrote and deleted it before we had read it back: the edit stands, in theirs. Where the
+/// label that we removed is theirs by then, neither is their slot removed nor is ours said to be gone.
+#[test]
+fn an_edit_that_another_editor_built_on_before_it_was_read_back_is_made() {
+    for label in [Some("third"), None] {
+        let bench = Bench::new();
+        let store = bench.sealed(&[1, 2], false);
+        let slow = Faulty::new(store.clone());
+        slow.on(
+            When::call(Call::ReadSmall).name("/0000000002").once(),
+            Fault::Delay(std::time::Duration::from_millis(1500)),
+        );
+        let removed = std::thread::scope(|scope| {
+            let remove = Edit::Remove { keys: bench.ring(&[1]), label: "key-file-2".into() };
+            let (bench, slow) = (&bench, slow.clone());
+            let removed = scope.spawn(move || bench.edit(slow, &remove));
+            while !store.names().iter().any(|name| name.ends_with("/0000000002")) {
+                assert!(!removed.is_finished(), "it ended before it wrote");
+                std::thread::yield_now();
+            }
+            let label = label.map(str::to_owned);
+            let add = Edit::Add { keys: bench.ring(&[1]), new: bench.ring(&[3]), label };
+            assert_eq!(bench.edit(store.clone(), &add).unwrap().generation, 3);
+            removed.join().unwrap()
+        });
+        match label {
+            Some(_) => assert_eq!(removed.unwrap().generation, 3),
+            None => assert_eq!(removed.unwrap_err().code(), Code::Exists),
+        }
+        assert_eq!(bench.read(&store, MODEL, &[2]).unwrap_err().code(), Code::NoKey);
+        for number in [1, 3] {
+            assert_eq!(bench.read(&store, MODEL, &[number]).unwrap().1, files());
+        }
+        assert_eq!(named(&store, "/k/").len(), 1);
+    }
+}
+
 #[test]
 fn the_last_slot_and_the_last_key_of_the_operator_stay() {
     let bench = Bench::new();

@@ -91,6 +91,16 @@ enum Plan {
     },
 }
 
+/// What became of one try.
+enum Outcome {
+    /// With why it may be a mistake that nothing was to be done.
+    Edited(Edited, Option<Error>),
+    /// Somebody else wrote the next generation first.
+    Lost,
+    /// Ours was there, and is not any more: what came after it was most likely built on it.
+    Replaced,
+}
+
 impl Plan {
     fn done() -> Plan {
         Plan::Nothing { unless_finished: None, refused: Vec::new() }
@@ -105,17 +115,25 @@ impl Rotator<'_> {
     /// for the last slot, for a rest that the keys given do not open; `NOT_FOUND` for a label (or, rewrapping, a kind)
     /// that no slot has. What the new key, the signers and the store say; then the slots are the old or the new ones.
     pub async fn edit(&self, wanted: &Wanted, edit: &Edit) -> Result<Edited> {
+        let mut replaced: Option<Slots> = None;
         for _ in 0..RACES_MAX {
             let version = self.resolve(wanted).await?;
-            if let Some(edited) = self.edit_version(&version, edit).await? {
-                return Ok(edited);
+            if let (Some(before), Edit::Remove { label, .. }) = (&replaced, edit) {
+                check_same_slot(before, &version.slots, label)?;
+            }
+            match self.edit_version(&version, edit).await? {
+                Outcome::Edited(edited, None) => return Ok(edited),
+                // Somebody built on what we wrote before we had looked at it: the edit was made, and is no mistake.
+                Outcome::Edited(edited, Some(_)) if replaced.is_some() => return Ok(edited),
+                Outcome::Edited(_, Some(refusal)) => return Err(refusal),
+                Outcome::Lost => {}
+                Outcome::Replaced => replaced = Some(version.slots),
             }
         }
         refuse!(Exists, "others edited the slots of {} first {RACES_MAX} times in a row; try again later", self.name());
     }
 
-    /// `None`: somebody else wrote the next generation first.
-    async fn edit_version(&self, version: &Resolved, edit: &Edit) -> Result<Option<Edited>> {
+    async fn edit_version(&self, version: &Resolved, edit: &Edit) -> Result<Outcome> {
         let (before, header) = (version.slots.clone(), version.header);
         let planned = edit.clone();
         let plan = blocking(move || planned.plan(&before, &header)).await?;
@@ -139,8 +157,9 @@ impl Rotator<'_> {
         match plan {
             Plan::Change(draft) => {
                 edited.generation = match self.write(version, draft.slots).await {
-                    Ok(generation) => generation,
-                    Err(lost) if lost.code() == Code::Exists => return Ok(None),
+                    Ok(Some(generation)) => generation,
+                    Ok(None) => return Ok(Outcome::Replaced),
+                    Err(lost) if lost.code() == Code::Exists => return Ok(Outcome::Lost),
                     Err(other) => return Err(other),
                 };
                 edited.written = true;
@@ -156,14 +175,12 @@ impl Rotator<'_> {
         self.demand(version, &mut edited).await?;
         let deleted = self.delete_older(edited.vid, edited.generation, &mut edited.warnings).await?;
         edited.finished = !edited.written && (deleted || !edited.refs.is_empty());
-        match refusal {
-            Some(refusal) if !edited.finished => Err(refusal),
-            Some(_) | None => Ok(Some(edited)),
-        }
+        let refusal = refusal.filter(|_| !edited.finished);
+        Ok(Outcome::Edited(edited, refusal))
     }
 
-    /// Writes the generation after that of `version`, and looks at it as a reader will.
-    async fn write(&self, version: &Resolved, slots: Vec<Slot>) -> Result<u32> {
+    /// Writes the generation after that of `version`, and looks at it as a reader will. `None`: it was replaced already.
+    async fn write(&self, version: &Resolved, slots: Vec<Slot>) -> Result<Option<u32>> {
         let chain = &self.releaser.chain;
         chain.store.check_create_only().await?;
         let Some(generation) = version.slots.generation.checked_add(1) else {
@@ -172,23 +189,30 @@ impl Rotator<'_> {
         let made = Slots { generation, slots, ..version.slots.clone() };
         let name = names::slots(chain.model_id, made.vid, generation);
         create(&*chain.store, &name, made.encode()?.into()).await?;
-        let there = async {
-            let newest = chain.slots_generations(made.vid).await?.pop();
-            Ok::<_, Error>((newest, chain.read_slots(made.vid, generation).await?))
-        };
-        let refusal = match there.await {
-            Ok((Some(newest), there)) if newest == generation && there == made => return Ok(generation),
+        let there = chain.read_slots(made.vid, generation).await;
+        // Looked for afterwards: what replaced ours before we could read it is there then.
+        let newest = chain.slots_generations(made.vid).await.map(|mut all| all.pop());
+        let refusal = match (there, newest) {
+            (Ok(there), Ok(newest)) if newest == Some(generation) && there == made => {
+                return Ok(Some(generation));
+            }
             // A number that was used and deleted while we looked elsewhere: ours is nobody's newest.
-            Ok((newest, there)) if newest != Some(generation) && there == made => {
+            (Ok(there), Ok(_)) if there == made => {
                 Error::new(Code::Exists, format!("slots generation {generation} was used before"))
             }
-            Ok(_) => Error::new(
+            // Another editor, who most likely built on ours, is through already: what is there now decides.
+            (Err(gone), Ok(newest)) if gone.code() == Code::NotFound && newest > Some(generation) => {
+                return Ok(None);
+            }
+            (Ok(_), Ok(_)) => Error::new(
                 Code::SlotsFormat,
                 format!("slots generation {generation} is not what was written; the one before it stays in force"),
             ),
             // The store may only be away: what was written was well-formed, so it is left for the next run.
-            Err(lost) if lost.class() == Class::Unreachable => return Err(lost),
-            Err(bad) => bad.context("the new slots cannot be read back; the ones before stay in force"),
+            (Err(lost), _) | (_, Err(lost)) if lost.class() == Class::Unreachable => return Err(lost),
+            (Err(bad), _) | (_, Err(bad)) => {
+                bad.context("the new slots cannot be read back; the ones before stay in force")
+            }
         };
         if let Err(failed) = chain.store.delete(&name).await {
             tracing::error!(%failed, name, "slots that are not to be used stay behind; delete them by hand");
@@ -315,6 +339,21 @@ pub fn transit_version(slot: &Slot) -> Option<u32> {
 
 fn version_of(wrapped: &str) -> Option<u32> {
     wrapped.strip_prefix("vault:v")?.split_once(':')?.0.parse().ok()
+}
+
+/// A label that was ours to remove may be another slot's by now: of a recipient who came in meanwhile, for one.
+///
+/// # Errors
+/// `EXISTS`: neither is that slot taken away, nor is it said that the one meant is gone.
+fn check_same_slot(before: &Slots, now: &Slots, label: &str) -> Result<()> {
+    let other = |slot: &&Slot| slot.label == label && !before.slots.contains(slot);
+    if before.vid == now.vid && now.slots.iter().any(|slot| other(&slot)) {
+        refuse!(
+            Exists,
+            "others edited the slots meanwhile, and {label:?} is another slot now; look with `modelfs key list`, then decide"
+        );
+    }
+    Ok(())
 }
 
 fn check_label_for(new: &Keys, label: Option<&str>) -> Result<()> {
