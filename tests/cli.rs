@@ -6,7 +6,12 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
+use hostile::{Hostile, respond};
 use serde_json::Value;
+
+#[allow(dead_code)]
+#[path = "common/hostile.rs"]
+mod hostile;
 
 const COMMANDS: &[&str] = &[
     "audit",
@@ -501,4 +506,51 @@ fn a_key_that_opens_nothing_ends_with_25() {
     let key = format!("file:{}", home.text("other"));
     home.run(&["cat", &home.text("store"), "acme/m", "config.json", "--key", &key, "--trust", &access[1]])
         .ended(25, "[NO_KEY]");
+}
+
+/// A Vault whose token may read floors, of which there are none, and may not write any.
+fn readers_vault() -> Hostile {
+    Hostile::start(|request, stream| {
+        let (status, body) = match (request.method.as_str(), request.target.ends_with("/auth/token/lookup-self")) {
+            (_, true) => (
+                "200 OK",
+                r#"{"request_id": "r", "lease_id": "", "renewable": false, "lease_duration": 0,
+                "data": {"ttl": 3600, "renewable": false, "expire_time": "2099-01-01T00:00:00Z"},
+                "wrap_info": null, "warnings": null, "auth": null}"#,
+            ),
+            ("GET", false) => ("404 Not Found", r#"{"errors": []}"#),
+            (_, false) => ("403 Forbidden", r#"{"errors": ["permission denied"]}"#),
+        };
+        respond(stream, status, &[("Content-Type", "application/json")], body.as_bytes())
+    })
+}
+
+#[test]
+fn a_machine_that_remembers_nothing_raises_no_floor_and_says_so() {
+    let (home, _) = sealed();
+    let (store, vault) = (home.text("store"), readers_vault());
+    let args = ["floor", &store, "acme/m", "--raise", "--floor", "vault-kv:secret/floor"];
+    let mut command = home.command();
+    command.env("MODELFS_STATE_DIR", home.path("fresh")).env("VAULT_TOKEN", "t").args(args);
+    let ran = Ran(command.args(["--vault-addr", &vault.endpoint()]).output().expect("runs"));
+    ran.ended(2, "nothing is remembered of acme/m here, so nothing was raised");
+}
+
+/// What was published stands and is told; whether the end is an error says what the floor was for.
+#[test]
+fn a_floor_that_cannot_be_raised_is_an_error_of_orders_that_are_for_it_alone() {
+    let (home, access) = sealed();
+    let vault = readers_vault();
+    for (tag, more, code) in [("prod", &[][..], 0), ("latest", &["--min-version", "1"][..], 25)] {
+        let mut command = home.command();
+        command.env("VAULT_TOKEN", "t").args(["tag", &home.text("store"), "acme/m@1", tag, "--json", "--sign"]);
+        command.arg(home.path("s")).args(more).args(&access[..2]);
+        command.args(["--floor", "vault-kv:secret/floor", "--vault-addr", &vault.endpoint()]);
+        let ran = Ran(command.output().expect("runs"));
+        let told = ran.json();
+        assert_eq!((told["written"].as_bool(), told["floor_raised"].as_bool()), (Some(true), Some(false)), "{told}");
+        let why = told["warnings"][0].as_str().expect("one");
+        assert!(why.contains("--raise --floor") && why.contains("permission denied"), "{why}");
+        ran.ended(code, "");
+    }
 }

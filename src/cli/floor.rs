@@ -63,8 +63,21 @@ pub fn run(args: &FloorArgs, mut layers: Layers, out: &Out) -> Result<()> {
         if reading.access.trust.floor.is_none() {
             refuse!(Usage, "--raise raises the floor that --floor names; add --floor vault-kv:MOUNT/PATH");
         }
+        let mut unknown = Vec::new();
         for channel in &channels {
-            floors.raise_pin(&store, model, channel)?;
+            if !floors.raise_pin(&store, model, channel)? {
+                unknown.push(&channel[..]);
+            }
+        }
+        if unknown.len() == channels.len() {
+            refuse!(
+                NoFloor,
+                "nothing is remembered of {} here, so nothing was raised; raise it from a machine that remembers, or publish",
+                args.model
+            );
+        }
+        if !unknown.is_empty() {
+            out.hint(format!("warning: nothing is remembered here of {}: not raised", unknown.join(", ")));
         }
     }
     let mut shown: Vec<(String, &str, RefFloor)> = Vec::new();
