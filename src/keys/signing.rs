@@ -131,6 +131,15 @@ pub fn load_or_create_signing_key(path: &Path) -> Result<(SigningKey, bool)> {
         made.map_err(|err| Error::new(Code::Host, format!("cannot make {}", dir.display())).with_source(err))?;
     }
     match generate_signing_pair(path) {
+        // Left by a first seal that was cut off, or somebody's public key that was put there: only its owner knows.
+        Err(err) if err.code() == Code::Usage && !path.exists() && public_path(path).symlink_metadata().is_ok() => {
+            Err(err.context(format!(
+                "there is {} and no {}: to make a new pair, remove the .pub file if nobody needs it; if the secret half lies \
+                 elsewhere, name it with --sign",
+                public_path(path).display(),
+                path.display()
+            )))
+        }
         Ok(_) => Ok((load_signing_key(path)?, true)),
         // Two first seals at once: the other one's key is as good.
         Err(err) if err.code() == Code::Usage && path.exists() => Ok((load_signing_key(path)?, false)),
@@ -231,6 +240,19 @@ mod tests {
         assert!(public.verify_strict(b"m", &again.sign(b"m")));
         assert_eq!(path.metadata().unwrap().mode() & 0o7777, 0o600);
         assert_eq!(path.parent().unwrap().metadata().unwrap().mode() & 0o777, 0o700);
+    }
+
+    #[test]
+    fn a_public_half_alone_is_not_replaced_and_who_runs_into_it_is_told_what_to_do() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("signing.key");
+        std::fs::write(public_path(&path), b"somebody's").unwrap();
+        let refused = load_or_create_signing_key(&path).unwrap_err();
+        assert_eq!(refused.code(), Code::Usage);
+        assert!(refused.message().contains("remove the .pub file"), "{refused:?}");
+        assert_eq!(std::fs::read(public_path(&path)).unwrap(), b"somebody's");
+        std::fs::remove_file(public_path(&path)).unwrap();
+        assert!(load_or_create_signing_key(&path).unwrap().1);
     }
 
     #[test]
