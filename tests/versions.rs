@@ -1010,10 +1010,12 @@ fn follow(world: &World, said: &mut BTreeMap<String, Vec<u64>>) {
 struct FakePin {
     floors: std::sync::Mutex<BTreeMap<String, RefFloor>>,
     away: std::sync::atomic::AtomicBool,
+    asked: std::sync::atomic::AtomicUsize,
 }
 
 impl FakePin {
     fn ask(&self) -> Result<std::sync::MutexGuard<'_, BTreeMap<String, RefFloor>>> {
+        self.asked.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         if self.away.load(std::sync::atomic::Ordering::Relaxed) {
             return Err(Error::new(Code::VaultSealed, "away"));
         }
@@ -1081,8 +1083,16 @@ fn a_pin_that_is_away_is_a_warning_unless_it_is_required_and_readers_do_not_writ
     let before = pin.floors.lock().unwrap().clone();
     assert_eq!(world.seq(MODEL).unwrap(), 2);
     assert_eq!(*pin.floors.lock().unwrap(), before, "a reader wrote the pin");
+    for tag in ["prod", "canary"] {
+        world.tag(1, tag).unwrap();
+    }
     pin.away.store(true, std::sync::atomic::Ordering::Relaxed);
     assert_eq!(world.seq(MODEL).unwrap(), 2);
+    // A number is judged by all tags: each question may take its whole time.
+    let asked = || pin.asked.load(std::sync::atomic::Ordering::Relaxed);
+    let before = asked();
+    assert_eq!(world.seq("acme/llama@1").unwrap(), 1);
+    assert_eq!(asked() - before, 1);
     world.floors = FloorStore::new(&world.state.path().join("fresh")).pinned(pin.clone(), true);
     assert_eq!(code(world.read(MODEL)), Code::VaultSealed);
 }

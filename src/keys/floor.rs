@@ -309,7 +309,13 @@ impl FloorStore {
     /// `STATE`: what cannot be read is not taken for nothing. `FORK` if this machine and the pin saw two refs of one
     /// number. What the pin says, unless it is only away and not required.
     pub fn load(&self, store: &str, model: ModelId, channel: &str) -> Result<Option<RefFloor>> {
-        self.load_both(store, model, channel)?.merged()
+        self.load_both(store, model, channel, &mut false)?.merged()
+    }
+
+    /// The same of several channels of a model; a pin that is away is asked once, not once for each.
+    pub fn load_all(&self, store: &str, model: ModelId, channels: &[String]) -> Result<Vec<Option<RefFloor>>> {
+        let mut away = false;
+        channels.iter().map(|channel| self.load_both(store, model, channel, &mut away)?.merged()).collect()
     }
 
     /// The same, judged by whoever is about to publish. Where `judge` finds nothing wrong, a pin that a run which died left
@@ -324,7 +330,7 @@ impl FloorStore {
         channel: &str,
         judge: impl FnOnce(Option<&RefFloor>) -> Result<()>,
     ) -> Result<()> {
-        let both = self.load_both(store, model, channel)?;
+        let both = self.load_both(store, model, channel, &mut false)?;
         let (behind, local) = (both.pin_is_behind(), both.local.clone());
         judge(both.merged()?.as_ref())?;
         if let (true, Some(pin), Some(local)) = (behind, &self.pin, local)
@@ -335,16 +341,21 @@ impl FloorStore {
         Ok(())
     }
 
-    fn load_both(&self, store: &str, model: ModelId, channel: &str) -> Result<Both> {
+    /// `away`: that the pin is, as far as it is known; then it is not asked.
+    fn load_both(&self, store: &str, model: ModelId, channel: &str, away: &mut bool) -> Result<Both> {
         let local = self.load_local(store, model, channel)?;
+        if *away {
+            return Ok(Both { local, pinned: None, away: true });
+        }
         match self.load_pinned(store, model, channel) {
             Ok(pinned) => Ok(Both { local, pinned, away: false }),
-            Err(away) if away.class() == Class::Unreachable && !self.pin_required => {
+            Err(silent) if silent.class() == Class::Unreachable && !self.pin_required => {
                 tracing::warn!(
                     channel,
                     "the floor kept elsewhere cannot be asked, the local one counts: {}",
-                    away.chain()
+                    silent.chain()
                 );
+                *away = true;
                 Ok(Both { local, pinned: None, away: true })
             }
             Err(err) => Err(err.context(format!("cannot learn the floor of tag {channel}"))),

@@ -327,17 +327,31 @@ impl Resolver<'_> {
     async fn tags(&self, name: &str) -> Result<Tags> {
         let model = ModelId::of_name(name);
         let mut tags = Tags::default();
-        let shown = self.channels(name).await?;
-        for channel in &shown {
-            let at = Channel { model, name, channel };
-            let floor = self.floor(at)?;
+        let mut channels = self.channels(name).await?;
+        let shown = channels.len();
+        let floors = match self.floors {
+            Some(floors) => {
+                let store = self.source.describe();
+                let remembered = floors.channels(&store, model)?;
+                let gone: Vec<String> = remembered.into_iter().filter(|channel| !channels.contains(channel)).collect();
+                channels.extend(gone);
+                floors.load_all(&store, model, &channels)?
+            }
+            None => vec![None; shown],
+        };
+        for (number, (channel, floor)) in channels.into_iter().zip(floors).enumerate() {
+            if number >= shown {
+                tags.gone.extend(floor);
+                continue;
+            }
+            let at = Channel { model, name, channel: &channel };
             let read = async {
                 let believed = self.believed(at).await?;
                 let newest = self.newest(at, &believed, floor.as_ref()).await?;
                 Ok::<_, Error>((believed, newest))
             };
             match read.await {
-                Ok((believed, newest)) => tags.heads.push(Head { channel: channel.clone(), believed, floor, newest }),
+                Ok((believed, newest)) => tags.heads.push(Head { channel, believed, floor, newest }),
                 Err(none) if none.code() == Code::NotFound && floor.is_none() => {}
                 // Whoever may write the store can make a tag: it takes no version away from the readers of the others.
                 Err(foreign) if matches!(foreign.code(), Code::RefKey | Code::NoTrust) => {
@@ -346,13 +360,6 @@ impl Resolver<'_> {
                     tags.foreign.get_or_insert(foreign);
                 }
                 Err(err) => return Err(err),
-            }
-        }
-        if let Some(floors) = self.floors {
-            for channel in floors.channels(&self.source.describe(), model)? {
-                if !shown.contains(&channel) {
-                    tags.gone.extend(self.floor(Channel { model, name, channel: &channel })?);
-                }
             }
         }
         Ok(tags)
