@@ -58,6 +58,11 @@ pub fn at(mountpoint: &Path) -> Result<Option<Mount>> {
     Ok(at_in(&table()?, mountpoint))
 }
 
+/// Whether `device` (`major:minor`) is mounted exactly at `mountpoint` (absolute, no links), perhaps below another mount.
+pub fn is_at(mountpoint: &Path, device: &str) -> Result<bool> {
+    Ok(is_at_in(&table()?, mountpoint, device))
+}
+
 /// The mounts at and below `folder` (absolute, no links), in the order in which they were made.
 pub fn below(folder: &Path) -> Result<Vec<(PathBuf, Mount)>> {
     Ok(below_in(&table()?, folder))
@@ -88,6 +93,14 @@ fn at_in(mountinfo: &str, mountpoint: &Path) -> Option<Mount> {
         line.split(' ').nth(4).is_some_and(|field| unescape(field) == mountpoint.as_os_str().as_bytes())
     })?;
     parse(line)
+}
+
+fn is_at_in(mountinfo: &str, mountpoint: &Path, device: &str) -> bool {
+    mountinfo.lines().any(|line| {
+        let mut fields = line.split(' ').skip(2);
+        fields.next() == Some(device)
+            && fields.nth(1).is_some_and(|field| unescape(field) == mountpoint.as_os_str().as_bytes())
+    })
 }
 
 /// A mounted filesystem: where, and with which options of its own.
@@ -170,6 +183,9 @@ mod tests {
         assert!(mount.is_ours());
         assert_eq!(at_in(table, Path::new("/mnt/a")), None);
         assert!(!at_in(table, Path::new("/")).expect("found").is_ours());
+        // The lower one is there too, and neither is anywhere else.
+        assert!(is_at_in(table, Path::new("/mnt/a b"), "0:44") && is_at_in(table, Path::new("/mnt/a b"), "0:45"));
+        assert!(!is_at_in(table, Path::new("/mnt/a b"), "0:4") && !is_at_in(table, Path::new("/"), "0:45"));
     }
 
     #[test]

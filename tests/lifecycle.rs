@@ -4,9 +4,11 @@
 #[path = "common/program.rs"]
 mod program;
 
+use std::ffi::CString;
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -151,33 +153,42 @@ fn let_users_open_fuse() {
     fs::set_permissions("/dev/fuse", fs::Permissions::from_mode(0o666)).expect("root changes modes");
 }
 
-#[test]
-fn an_ordinary_user_mounts_through_fusermount3_and_is_told_the_limit_that_is_too_low() {
-    if !can_mount() {
-        return;
+/// A store of an ordinary user's, and the program where that user may read it.
+struct OrdinaryUser {
+    ready: Ready,
+    binary: PathBuf,
+}
+
+const AS_USER: [&str; 3] = ["--reuid=65534", "--regid=65534", "--clear-groups"];
+
+impl OrdinaryUser {
+    /// `None` where the machine has no fusermount3; with CI set that is a must.
+    fn new() -> Option<OrdinaryUser> {
+        if Command::new("fusermount3").arg("--version").output().is_err() {
+            assert!(std::env::var_os("CI").is_none(), "CI needs fuse3");
+            eprintln!("SKIPPED: needs fusermount3");
+            return None;
+        }
+        let_users_open_fuse();
+        let ready = ready();
+        let root = ready.program.root();
+        run_ok(Command::new("chmod").arg("755").arg(root));
+        run_ok(Command::new("chown").args(["-R", "65534:65534"]).arg(root));
+        let binary = root.join("modelfs");
+        fs::copy(env!("CARGO_BIN_EXE_modelfs"), &binary).expect("copy the binary to where the user may read it");
+        Some(OrdinaryUser { ready, binary })
     }
-    if Command::new("fusermount3").arg("--version").output().is_err() {
-        assert!(std::env::var_os("CI").is_none(), "CI needs fuse3");
-        eprintln!("SKIPPED: needs fusermount3");
-        return;
-    }
-    let_users_open_fuse();
-    let Ready { _folder, program } = ready();
-    run_ok(Command::new("chmod").arg("755").arg(program.root()));
-    run_ok(Command::new("chown").args(["-R", "65534:65534"]).arg(program.root()));
-    let binary = program.root().join("modelfs");
-    fs::copy(env!("CARGO_BIN_EXE_modelfs"), &binary).expect("copy the binary to where the user may read it");
-    // CAP_IPC_LOCK stands for a limit that is high enough: where root may not raise hard limits it is the only way.
-    let as_user = |may_lock: bool, arguments: &[&str]| {
-        let mut command = program.command(&[]);
-        let envs: Vec<_> = command.get_envs().map(|(k, v)| (k.to_owned(), v.map(ToOwned::to_owned))).collect();
-        command = Command::new("prlimit");
-        command.arg("--memlock=8388608:8388608").args(["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]);
+
+    /// CAP_IPC_LOCK stands for a limit that is high enough: where root may not raise hard limits it is the only way.
+    fn command(&self, may_lock: bool, arguments: &[&str]) -> Command {
+        let program = &self.ready.program;
+        let mut command = Command::new("prlimit");
+        command.arg("--memlock=8388608:8388608").arg("setpriv").args(AS_USER);
         if may_lock {
             command.args(["--inh-caps=+ipc_lock", "--ambient-caps=+ipc_lock"]);
         }
-        command.arg("--").arg(&binary).args(arguments);
-        for (name, value) in envs {
+        command.arg("--").arg(&self.binary).args(arguments);
+        for (name, value) in program.command(&[]).get_envs() {
             match value {
                 Some(value) => command.env(name, value),
                 None => command.env_remove(name),
@@ -185,34 +196,171 @@ fn an_ordinary_user_mounts_through_fusermount3_and_is_told_the_limit_that_is_too
         }
         command.env("XDG_RUNTIME_DIR", program.root().join("tmp")).current_dir(program.root());
         command
-    };
-    let (store, key) = (program.store().to_owned(), program.key());
-    let mountpoint = program.mountpoint().to_str().expect("utf-8");
-    let trusted = program.trusted_key();
-    let trusted = trusted.to_str().expect("utf-8");
-    let mount = ["mount", &store, mountpoint, "--key", &key, "--trust", trusted, "--cache", "64MiB", "--daemon"];
+    }
 
-    let refused = as_user(false, &mount).output().expect("runs");
+    fn mount(&self, may_lock: bool) -> Command {
+        let program = &self.ready.program;
+        let mut command = self.command(may_lock, &["mount", program.store()]);
+        command.arg(program.mountpoint()).args(["--key", &program.key(), "--trust"]).arg(program.trusted_key());
+        command.args(["--cache", "64MiB", "--daemon"]);
+        command
+    }
+
+    /// Who answers for the mountpoint.
+    fn pid(&self) -> u64 {
+        let status = run_ok(self.command(false, &["status", "--json"]).arg(self.ready.program.mountpoint()));
+        let status: serde_json::Value = serde_json::from_slice(&status.stdout).expect("JSON");
+        status["pid"].as_u64().expect("a number")
+    }
+}
+
+#[test]
+fn an_ordinary_user_mounts_through_fusermount3_and_is_told_the_limit_that_is_too_low() {
+    if !can_mount() {
+        return;
+    }
+    let Some(user) = OrdinaryUser::new() else { return };
+    let program = &user.ready.program;
+    let mountpoint = program.mountpoint().to_str().expect("utf-8");
+
+    let refused = user.mount(false).output().expect("runs");
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert_eq!(refused.status.code(), Some(2), "{said}");
     assert!(said.contains("MEMLOCK") && said.contains("8.0 MiB") && said.contains("ulimit -l"), "{said}");
     assert!(!is_mountpoint(program.mountpoint()));
 
-    run_ok(&mut as_user(true, &mount));
+    run_ok(&mut user.mount(true));
     // Only the mounting user gets in, root included.
     let root = fs::read_dir(program.mountpoint()).expect_err("root is another user");
     assert_eq!(root.raw_os_error(), Some(libc::EACCES));
     let sum = |path: &str| {
-        let output = run_ok(
-            Command::new("setpriv")
-                .args(["--reuid=65534", "--regid=65534", "--clear-groups", "--", "sha256sum", path])
-                .current_dir("/"),
-        );
+        let output = run_ok(Command::new("setpriv").args(AS_USER).args(["--", "sha256sum", path]).current_dir("/"));
         String::from_utf8_lossy(&output.stdout).split(' ').next().expect("a sum").to_owned()
     };
     let plain = program.root().join("source/weights.bin");
     assert_eq!(sum(&format!("{mountpoint}/acme/m/weights.bin")), sum(plain.to_str().expect("utf-8")));
-    run_ok(&mut as_user(false, &["umount", mountpoint]));
+    run_ok(&mut user.command(false, &["umount", mountpoint]));
+    assert!(!is_mountpoint(program.mountpoint()));
+}
+
+/// Lets the next mount have a log of its own; this one's, later.
+fn keep_log(program: &Program) -> impl Fn() -> String {
+    let kept = program.root().join("first.log");
+    fs::rename(program.root().join("daemon.log"), &kept).expect("renamed");
+    move || fs::read_to_string(&kept).unwrap_or_default()
+}
+
+/// The process that says how the mount is.
+fn who_answers(program: &Program) -> Option<u64> {
+    let status = program.command(&["status", "--json"]).arg(program.mountpoint()).output().expect("runs");
+    serde_json::from_slice::<serde_json::Value>(&status.stdout).unwrap_or_default()["pid"].as_u64()
+}
+
+/// What `umount -l` leaves to its holders and what is mounted there next are two mounts, of two daemons.
+#[test]
+fn a_mount_taken_off_while_in_use_leaves_its_successor_alone() {
+    if !can_mount() {
+        return;
+    }
+    let Ready { _folder, program } = ready();
+    let answers = || who_answers(&program);
+    for end in ["its last file is closed", "SIGTERM"] {
+        let first = program.mount(&["--open", "lazy", "--cache", "128MiB"]);
+        program.until("the first one's answer", || answers() == Some(first.pid().into()));
+        let held = File::open(program.mountpoint().join("acme/m/config.json")).expect("open");
+        run_ok(Command::new("umount").arg("-l").arg(program.mountpoint()));
+        assert!(!is_mountpoint(program.mountpoint()));
+        // As long as nobody else is there it answers, to be locked or ended.
+        assert_eq!(answers(), Some(first.pid().into()), "{end}");
+
+        let first_log = keep_log(&program);
+        let second = program.mount(&["--cache", "128MiB"]);
+        program.until("the second one's answer", || answers() == Some(second.pid().into()));
+        let status = run_ok(program.command(&["status", "--json"]).arg(program.mountpoint()));
+        let status: serde_json::Value = serde_json::from_slice(&status.stdout).expect("JSON");
+        assert!(status["http"].is_string(), "no metrics beside it: {status}");
+        let mut bytes = [0; 14];
+        held.read_exact_at(&mut bytes, 0).expect("the first one serves its holders");
+        match end {
+            "SIGTERM" => first.signal(libc::SIGTERM),
+            _ => drop(held),
+        }
+        // 24: the kernel had not let go yet of what it served past the daemon.
+        let code = first.exit_code(Duration::from_secs(20));
+        assert!([0, 24].contains(&code), "{end}: {code}: {}", first_log());
+
+        assert!(is_mountpoint(program.mountpoint()), "{end}: the second one was taken off");
+        assert!(fs::read(program.mountpoint().join("acme/m/weights.bin")).expect("read") == weights(), "{end}");
+        assert_eq!(answers(), Some(second.pid().into()), "{end}");
+        run_ok(program.command(&["umount"]).arg(program.mountpoint()));
+        assert_eq!(second.exit_code(Duration::from_secs(15)), 0, "{end}: {}", program.log());
+        assert!(!is_mountpoint(program.mountpoint()), "{end}");
+    }
+}
+
+/// Once a mount is gone the kernel gives its device number to the next one.
+#[test]
+fn a_daemon_that_hears_late_of_its_unmount_leaves_its_successor_alone() {
+    if !can_mount() {
+        return;
+    }
+    let Ready { _folder, program } = ready();
+    let first = program.mount(&["--cache", "128MiB"]);
+    program.until("its answer", || who_answers(&program) == Some(first.pid().into()));
+    first.signal(libc::SIGSTOP);
+    let place = CString::new(program.mountpoint().to_str().expect("utf-8")).expect("no NUL");
+    // umount(8) would ask the daemon first.
+    // SAFETY: a NUL-terminated path that lives through the call.
+    assert_eq!(unsafe { libc::umount2(place.as_ptr(), 0) }, 0, "{}", std::io::Error::last_os_error());
+    let first_log = keep_log(&program);
+    let second = program.mount(&["--cache", "128MiB"]);
+    // It waits a while for who has the control socket, and says then who that is.
+    program.until("the second one's word", || program.log().contains(&format!("pid {} answers for", first.pid())));
+    first.signal(libc::SIGCONT);
+    assert_eq!(first.exit_code(Duration::from_secs(20)), 0, "{}", first_log());
+    assert!(is_mountpoint(program.mountpoint()), "the second one was taken off");
+    assert!(fs::read(program.mountpoint().join("acme/m/weights.bin")).expect("read") == weights());
+    second.unmount();
+}
+
+#[test]
+fn an_ordinary_users_mount_taken_off_while_in_use_leaves_its_successor_alone() {
+    if !can_mount() {
+        return;
+    }
+    let Some(user) = OrdinaryUser::new() else { return };
+    let program = &user.ready.program;
+    let mountpoint = program.mountpoint().to_str().expect("utf-8");
+    run_ok(&mut user.mount(true));
+    let first = user.pid();
+    let hold = format!("exec sleep 60 < {mountpoint}/acme/m/config.json");
+    let mut holder = Command::new("setpriv")
+        .args(AS_USER)
+        .args(["--", "sh", "-c", &hold])
+        .current_dir("/")
+        .spawn()
+        .expect("setpriv");
+    let held = || fs::read_link(format!("/proc/{}/fd/0", holder.id())).is_ok_and(|it| it.starts_with(mountpoint));
+    program.until("the holder", held);
+    run_ok(
+        Command::new("setpriv")
+            .args(AS_USER)
+            .args(["--", "fusermount3", "-u", "-z", "--", mountpoint])
+            .current_dir("/"),
+    );
+
+    run_ok(&mut user.mount(true));
+    let second = user.pid();
+    holder.kill().expect("killed");
+    holder.wait().expect("waited");
+    // Not our child: gone, or waited for by nobody.
+    let is_over = |pid: u64| fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| stat.contains(") Z "));
+    program.until("the first one's end", || is_over(first));
+
+    assert_ne!(first, second);
+    assert!(is_mountpoint(program.mountpoint()), "the second one was taken off");
+    assert_eq!(user.pid(), second);
+    run_ok(&mut user.command(false, &["umount", mountpoint]));
     assert!(!is_mountpoint(program.mountpoint()));
 }
 

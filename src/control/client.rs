@@ -56,11 +56,21 @@ pub fn ask_at(socket: &Path, request: Request, wait: Duration) -> Result<serde_j
         };
         Error::new(code, format!("cannot reach the control socket {}", socket.display())).with_source(e)
     })?;
-    check_daemon(&stream, socket)?;
-    let sent = write_line(&stream, &RequestLine { request });
+    ask_over(&stream, socket, request, wait)
+}
+
+/// The same over a connection to `socket`.
+pub(super) fn ask_over(
+    stream: &UnixStream,
+    socket: &Path,
+    request: Request,
+    wait: Duration,
+) -> Result<serde_json::Value> {
+    check_daemon(stream, socket)?;
+    let sent = write_line(stream, &RequestLine { request });
     // Whoever is turned away is told so before he has said what he wants.
     let line =
-        read_line(&stream, REPLY_BYTES_MAX, wait.max(LINE_TIMEOUT)).map_err(|unheard| sent.err().unwrap_or(unheard))?;
+        read_line(stream, REPLY_BYTES_MAX, wait.max(LINE_TIMEOUT)).map_err(|unheard| sent.err().unwrap_or(unheard))?;
     match serde_json::from_slice(&line) {
         Ok(ReplyLine::Ok(value)) => Ok(value),
         Ok(ReplyLine::Error { code, message }) => Err(Error::new(code_named(&code), message)),

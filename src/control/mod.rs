@@ -1,6 +1,7 @@
 //! How `status`, `top`, `umount`, `lock` and `sessions` talk to a running mount: one unix socket a mount, one JSON line each way.
 //!
-//! In: a mountpoint (either side computes the same socket path from it) and, on the server's side, a [`ControlTarget`].
+//! In: a mountpoint (either side computes the same socket path from it) and, on the server's side, a [`ControlTarget`]. The
+//! path is the newest mount's: one that was taken off while in use gives it up to its successor.
 //! Out: the target's answer, or its error with the same code the daemon had.
 //! Promises: only the mounting user and root are answered, and those whom roles name, each what its role may (`roles`): the
 //! kernel's word on the peer decides. Without roles the socket is 0600 as well, with them its folder can be passed through
@@ -52,6 +53,8 @@ pub enum Request {
     Reload { model: Option<String> },
     /// Unmount, wipe and end; the answer comes when it is done.
     Stop,
+    /// Give the socket's name up, which the asker needs for the mount that is at the place by now.
+    GiveWay,
     /// Which parts of a model's files are in memory.
     Map(MapRequest),
     /// Who may read.
@@ -64,7 +67,7 @@ impl Request {
         match self {
             Request::Status | Request::Map(_) => Role::Viewer,
             Request::Reload { .. } | Request::Access(_) => Role::Operator,
-            Request::Stop => Role::Admin,
+            Request::Stop | Request::GiveWay => Role::Admin,
         }
     }
 
@@ -93,6 +96,7 @@ impl Request {
             Request::Map(_) => "map".into(),
             Request::Reload { model } => of("reload", model),
             Request::Stop => "stop".into(),
+            Request::GiveWay => "give way".into(),
             Request::Access(AccessRequest::Lock { model }) => of("lock", model),
             Request::Access(AccessRequest::Unlock { model }) => of("unlock", model),
             Request::Access(AccessRequest::Sessions) => "sessions".into(),

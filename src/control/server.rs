@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 
+use super::client::ask_over;
 use super::{
     AccessRequest, LINE_TIMEOUT, MapRequest, Peer, REQUEST_BYTES_MAX, Rates, ReplyLine, Request, RequestLine, Role,
     anyone_named, own_dir, read_line, write_line,
@@ -35,6 +36,9 @@ const OTHERS_BURST: u32 = 30;
 const OWN_PER_SECOND: u32 = 200;
 const OWN_BURST: u32 = 1000;
 
+/// As often may others take a socket's name that was just given up, before it is left to them.
+const NAME_TRIES: usize = 8;
+
 /// Whom a mount answers, and where that is told.
 #[derive(Default)]
 pub struct Rules {
@@ -44,6 +48,7 @@ pub struct Rules {
 
 /// What all answers of one socket share.
 struct Door {
+    name: Arc<Name>,
     mountpoint: PathBuf,
     target: Arc<dyn ControlTarget>,
     rules: Rules,
@@ -76,6 +81,12 @@ pub trait ControlTarget: Send + Sync {
     /// `Held` naming who still held files when the mount was detached.
     fn stop(&self) -> Result<serde_json::Value>;
 
+    /// Lets go of what it has by the name of its place, for the mount that is there by now.
+    ///
+    /// # Errors
+    /// `MountPoint` while its own mount is there.
+    fn give_way(&self) -> Result<()>;
+
     /// Locks, unlocks, lists and shuts out sessions. Locking waits for no reader.
     ///
     /// # Errors
@@ -85,16 +96,68 @@ pub trait ControlTarget: Send + Sync {
 
 /// The listening socket; dropping it stops listening, lets a reply under way finish, and removes the socket file.
 pub struct ControlServer {
-    path: PathBuf,
-    retired: AtomicBool,
+    name: Arc<Name>,
     wake: OwnedFd,
     thread: Option<JoinHandle<()>>,
+}
+
+/// The name of a listening socket, ours to take away once: later it may be the next mount's.
+struct Name {
+    path: PathBuf,
+    retired: AtomicBool,
+}
+
+impl Name {
+    fn retire(&self) {
+        if !self.retired.swap(true, Ordering::AcqRel) {
+            remove(&self.path);
+        }
+    }
+}
+
+impl Drop for Name {
+    fn drop(&mut self) {
+        self.retire();
+    }
+}
+
+/// A socket that listens at `path`. Whoever listens there is asked to give way; what nobody listens on is replaced.
+///
+/// # Errors
+/// `MountPoint` if somebody does not give way.
+fn listen_at(path: &Path, mode: u32, mountpoint: &Path) -> Result<UnixListener> {
+    let fault = |what: &str, e: io::Error| Error::new(Code::State, format!("{what} {}", path.display())).with_source(e);
+    for _ in 0..NAME_TRIES {
+        let other = match UnixStream::connect(path) {
+            Ok(other) => other,
+            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
+                remove(path);
+                let listener = UnixListener::bind(path).map_err(|e| fault("cannot listen on", e))?;
+                std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))
+                    .map_err(|e| fault("cannot protect", e))?;
+                return Ok(listener);
+            }
+            Err(e) => return Err(fault("cannot tell whether somebody listens on", e)),
+        };
+        let pid = Peer::of(&other)?.pid;
+        match ask_over(&other, path, Request::GiveWay, LINE_TIMEOUT) {
+            Ok(_) => {}
+            // He ended meanwhile.
+            Err(_) if path.symlink_metadata().is_err() => {}
+            Err(refused) => {
+                let (place, socket) = (mountpoint.display(), path.display());
+                let told = format!("pid {pid} answers for {place} at {socket} already; end it first");
+                return Err(Error::new(Code::MountPoint, told).with_source(refused));
+            }
+        }
+    }
+    Err(Error::new(Code::MountPoint, format!("others listen on {} again and again", path.display())))
 }
 
 /// Listens for `mountpoint` (canonical).
 ///
 /// # Errors
-/// `MountPoint` if a living mount already answers there; `State` if the folder is not ours alone.
+/// `MountPoint` if a mount that is there already answers for it; `State` if the folder is not ours alone.
 pub fn serve(mountpoint: &Path, target: Arc<dyn ControlTarget>, rules: Rules) -> Result<ControlServer> {
     serve_at(super::socket_path(mountpoint)?, mountpoint, target, rules)
 }
@@ -107,19 +170,10 @@ pub(super) fn serve_at(
 ) -> Result<ControlServer> {
     let open = anyone_named(&rules.roles);
     own_dir(path.parent().expect("a socket path is a folder and a name"), open)?;
-    if path.symlink_metadata().is_ok() {
-        if UnixStream::connect(&path).is_ok() {
-            return Err(Error::new(
-                Code::MountPoint,
-                "a modelfs mount already answers for this mountpoint; `modelfs umount` it first",
-            ));
-        }
-        remove(&path);
-    }
-    let fault = |what: &str, e: io::Error| Error::new(Code::State, format!("{what} {}", path.display())).with_source(e);
-    let listener = UnixListener::bind(&path).map_err(|e| fault("cannot listen on", e))?;
-    let mode = if open { 0o666 } else { 0o600 };
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).map_err(|e| fault("cannot protect", e))?;
+    let listener = listen_at(&path, if open { 0o666 } else { 0o600 }, mountpoint)?;
+    let name = Arc::new(Name { path, retired: AtomicBool::new(false) });
+    let fault =
+        |what: &str, e: io::Error| Error::new(Code::State, format!("{what} {}", name.path.display())).with_source(e);
     listener.set_nonblocking(true).map_err(|e| fault("cannot listen on", e))?;
     // SAFETY: eventfd takes no pointers; the descriptor is owned by nobody else.
     let wake = unsafe {
@@ -129,7 +183,9 @@ pub(super) fn serve_at(
         }
         OwnedFd::from_raw_fd(fd)
     };
+    let wake_seen = wake.try_clone().map_err(|e| fault("cannot listen on", e))?;
     let door = Door {
+        name: name.clone(),
         mountpoint: mountpoint.to_owned(),
         target,
         rules,
@@ -138,32 +194,28 @@ pub(super) fn serve_at(
         busy: AtomicUsize::new(0),
         busy_others: AtomicUsize::new(0),
     };
-    let wake_seen = wake.try_clone().map_err(|e| fault("cannot listen on", e))?;
     let thread = std::thread::Builder::new()
         .name("control".into())
         .spawn(move || listen(&listener, &wake_seen, &Arc::new(door)))
         .map_err(|e| fault("cannot start a thread for", e))?;
-    Ok(ControlServer { path, retired: AtomicBool::new(false), wake, thread: Some(thread) })
+    Ok(ControlServer { name, wake, thread: Some(thread) })
 }
 
 impl ControlServer {
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.name.path
     }
 
     /// Takes the socket's name away, so that the next mount on this mountpoint finds the place free; replies under way go
     /// on. Call it before the last answer is given: whoever hears it may mount again at once.
     pub fn retire(&self) {
-        if !self.retired.swap(true, Ordering::AcqRel) {
-            remove(&self.path);
-        }
+        self.name.retire();
     }
 }
 
 impl Drop for ControlServer {
     fn drop(&mut self) {
         // Gone first: who comes now finds nothing, instead of a socket that nobody answers.
-        // Only once: by now the name may be the next mount's.
         self.retire();
         let one = 1u64.to_ne_bytes();
         // SAFETY: eight bytes from a live array to an eventfd we own.
@@ -288,6 +340,12 @@ impl Admitted {
             Request::Map(asked) => target.map(&asked),
             Request::Reload { model } => target.reload(model.as_deref()),
             Request::Stop => target.stop(),
+            Request::GiveWay => {
+                target.give_way()?;
+                // Before the answer is given, as whenever the name changes hands.
+                self.door.name.retire();
+                Ok(serde_json::Value::Null)
+            }
             Request::Access(request) => target.access(request),
         }
     }
@@ -365,7 +423,11 @@ mod tests {
     use super::super::ask_at;
     use super::*;
 
-    struct Fake;
+    #[derive(Default)]
+    struct Fake {
+        /// Its mount has left the tree.
+        gone: bool,
+    }
     impl ControlTarget for Fake {
         fn status(&self) -> serde_json::Value {
             serde_json::json!({"mountpoint": "/mnt/x", "pid": 7})
@@ -379,13 +441,16 @@ mod tests {
         fn stop(&self) -> Result<serde_json::Value> {
             Err(Error::new(Code::Held, "pid 12 (python) holds acme/model.safetensors"))
         }
+        fn give_way(&self) -> Result<()> {
+            if self.gone { Ok(()) } else { Err(Error::new(Code::MountPoint, "still mounted")) }
+        }
         fn access(&self, request: AccessRequest) -> Result<serde_json::Value> {
             Ok(serde_json::json!({"asked": format!("{request:?}")}))
         }
     }
 
     fn at(path: PathBuf, rules: Rules) -> Result<ControlServer> {
-        serve_at(path, Path::new("/mnt/x"), Arc::new(Fake), rules)
+        serve_at(path, Path::new("/mnt/x"), Arc::new(Fake::default()), rules)
     }
 
     fn served() -> (tempfile::TempDir, ControlServer) {
@@ -546,7 +611,10 @@ mod tests {
     fn a_second_mount_is_refused_while_the_first_lives_and_a_stale_socket_is_replaced() {
         let (dir, server) = served();
         let path = server.path().to_path_buf();
-        assert_eq!(at(path.clone(), Rules::default()).err().expect("refused").code(), Code::MountPoint);
+        let refused = at(path.clone(), Rules::default()).err().expect("refused");
+        assert_eq!(refused.code(), Code::MountPoint);
+        let own = format!("pid {} answers for /mnt/x at {}", std::process::id(), path.display());
+        assert!(refused.message().contains(&own) && refused.chain().contains("still mounted"), "{refused:?}");
         drop(server);
         assert!(!path.exists(), "dropping removes the socket");
         drop(UnixListener::bind(&path).expect("a socket whose owner is gone"));
@@ -556,6 +624,20 @@ mod tests {
 
         assert!(ask_at(again.path(), Request::Status, Duration::from_secs(5)).is_ok());
         drop(dir);
+    }
+
+    #[test]
+    fn one_whose_mount_is_gone_gives_way_and_never_takes_its_successors_socket() {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let path = dir.path().join("run/a.sock");
+        let gone = Arc::new(Fake { gone: true });
+        let old = serve_at(path.clone(), Path::new("/mnt/x"), gone, Rules::default()).expect("served");
+        let new = at(path.clone(), Rules::default()).expect("the old one gives way");
+        drop(old);
+        assert!(ask_at(&path, Request::Status, Duration::from_secs(5)).is_ok());
+        assert_eq!(at(path.clone(), Rules::default()).err().expect("it stands").code(), Code::MountPoint);
+        drop(new);
+        assert!(!path.exists());
     }
 
     #[test]

@@ -3,20 +3,23 @@
 //! In: a [`ModelFs`], a mountpoint. Out: a running session; later: unmounted, or lazily detached with the holders named.
 //! Promises: the mountpoint is opened once, without following a link in its last part, and mounted on by that descriptor,
 //! so that nobody can swap it in between; always read-only, nosuid, nodev, noexec; an ordinary user goes through
-//! fusermount3; nothing here opens a file inside the mount, so the daemon never waits for itself.
-//! Not here: when to stop and what to wipe (`daemon`).
-//! Held by: tests/mount.rs.
+//! fusermount3; nothing here opens a file inside the mount, so the daemon never waits for itself; an attachment is known by
+//! its device number, and whatever else is mounted at its place is left alone; what fails leaves nothing in the tree.
+//! Not here: when to stop and what to wipe (`host`).
+//! Held by: tests/mount.rs, tests/lifecycle.rs.
 
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use fuser::{BackgroundSession, Config, MountOption, Session, SessionACL};
+pub use fuser::BackgroundSession;
+use fuser::{Config, Session, SessionACL};
 
 use super::inherited::Given;
 use super::{ModelFs, dead};
@@ -44,9 +47,14 @@ pub struct MountLook {
     pub allow_other: bool,
 }
 
-/// A mount of ours.
+/// A mount of ours. Once it has left the tree another may be mounted at its place, by another daemon, while this one still
+/// serves those who hold its files: so it is known by its device, not by its place alone.
 pub struct Attachment {
     mountpoint: PathBuf,
+    /// `major:minor`; only another's need not be known. Nobody else gets it as long as the connection lives.
+    device: Option<String>,
+    /// The kernel's end of the session, to ask whether it lives.
+    connection: OwnedFd,
     by: By,
 }
 
@@ -65,46 +73,72 @@ enum By {
 pub fn attach(fs: ModelFs, mountpoint: &Path, look: &MountLook) -> Result<(BackgroundSession, Attachment)> {
     dead::clear(mountpoint)?;
     let (place, real_path) = open_mountpoint(mountpoint)?;
-    let by_helper = !mem::has_cap_sys_admin();
+    if mem::has_cap_sys_admin() {
+        return attach_at(fs, &place, real_path, look);
+    }
+    attach_by_helper(fs, &real_path, look).inspect_err(|_| {
+        // The helper may have mounted before something failed; without us that is dead.
+        if let Err(error) = dead::clear(&real_path) {
+            tracing::warn!("{}", error.chain());
+        }
+    })
+}
+
+fn attach_at(
+    fs: ModelFs,
+    place: &OwnedFd,
+    real_path: PathBuf,
+    look: &MountLook,
+) -> Result<(BackgroundSession, Attachment)> {
+    let refused = |e: io::Error| {
+        Error::new(Code::Host, format!("the kernel refused to mount on {}", real_path.display())).with_source(e)
+    };
+    let device = open_device()?;
+    let mount = make_mount(&device, look).map_err(refused)?;
+    let number = device_of(&mount).map_err(refused)?;
+    let connection = device.try_clone().map_err(refused)?;
+    let session = start(fs, device, look)?;
+    // Last: whatever failed before has left nothing in the tree, and the session ends with the mount that nobody can reach.
+    move_onto(&mount, place).map_err(refused)?;
+    let attachment = Attachment { mountpoint: real_path, device: Some(number), connection, by: By::Ourselves };
+    attachment.set_read_ahead();
+    Ok((session, attachment))
+}
+
+/// The helper puts it into the tree before anybody answers.
+fn attach_by_helper(fs: ModelFs, place: &Path, look: &MountLook) -> Result<(BackgroundSession, Attachment)> {
+    let refused = |e| helper_refused(place, e);
+    let device = mount_by_helper(place, look).map_err(refused)?;
+    let connection = device.try_clone().map_err(refused)?;
+    let number = mounts::at(place)?.filter(mounts::Mount::is_ours).map(|mount| mount.device).ok_or_else(|| {
+        Error::new(Code::Host, format!("what fusermount3 mounted on {} was taken off at once", place.display()))
+    })?;
+    let attachment = Attachment { mountpoint: place.to_owned(), device: Some(number), connection, by: By::Fusermount };
+    let session = start(fs, device, look).inspect_err(|_| {
+        if let Err(error) = attachment.detach() {
+            tracing::warn!("a dead mount stays: {}", error.chain());
+        }
+    })?;
+    attachment.set_read_ahead();
+    Ok((session, attachment))
+}
+
+/// Greets the kernel and answers from now on.
+///
+/// fuser is given the device and not the mountpoint: what it mounts itself it takes off by path when the session is over, and
+/// by then another may be mounted there.
+fn start(fs: ModelFs, device: OwnedFd, look: &MountLook) -> Result<BackgroundSession> {
     let mut config = Config::default();
     config.n_threads = Some(request_threads());
     config.clone_fd = true;
     config.acl = if look.allow_other { SessionACL::All } else { SessionACL::Owner };
-    let session = if by_helper {
-        config.mount_options = vec![
-            MountOption::RO,
-            MountOption::NoSuid,
-            MountOption::NoDev,
-            MountOption::NoExec,
-            MountOption::NoAtime,
-            MountOption::DefaultPermissions,
-            // fusermount3 splits its options at commas.
-            MountOption::FSName(look.source.replace(',', "_")),
-            MountOption::Subtype("modelfs".into()),
-        ];
-        Session::new(fs.clone(), &real_path, &config).map_err(|e| helper_refused(&real_path, e))?
-    } else {
-        let device = open_device()?;
-        let mount = make_mount(&device, look).map_err(|e| {
-            Error::new(Code::Host, format!("the kernel refused to mount on {}", real_path.display())).with_source(e)
-        })?;
-        let session = Session::from_fd(fs.clone(), device, config.acl, config)
-            .map_err(|e| Error::new(Code::Host, "the kernel's FUSE handshake failed").with_source(e))?;
-        move_onto(&mount, &place).map_err(|e| {
-            Error::new(Code::Host, format!("the kernel refused to mount on {}", real_path.display())).with_source(e)
-        })?;
-        session
-    };
+    let session = Session::from_fd(fs.clone(), device, config.acl, config)
+        .map_err(|e| Error::new(Code::Host, "the kernel's FUSE handshake failed").with_source(e))?;
     fs.set_notifier(session.notifier());
     if fs.passthrough() {
         fs.set_passthrough(backing_accepted(&fs, &session));
     }
-    let background =
-        session.spawn().map_err(|e| Error::new(Code::Host, "cannot start the FUSE threads").with_source(e))?;
-    let by = if by_helper { By::Fusermount } else { By::Ourselves };
-    let attachment = Attachment { mountpoint: real_path, by };
-    attachment.set_read_ahead();
-    Ok((background, attachment))
+    session.spawn().map_err(|e| Error::new(Code::Host, "cannot start the FUSE threads").with_source(e))
 }
 
 /// Starts answering on a mount that somebody else has made.
@@ -119,13 +153,18 @@ pub fn attach_given(fs: ModelFs, given: &Given, look: &MountLook) -> Result<(Bac
     // The kernel lets in whom the mount's options let in, and the mount's user need not be ours.
     let by_kernel = look.allow_other || given.lets_others_in().is_some();
     config.acl = if by_kernel { SessionACL::All } else { SessionACL::Owner };
-    let session = Session::from_fd(fs.clone(), given.claim()?, config.acl, config)
+    let device = given.claim()?;
+    let connection = device
+        .try_clone()
+        .map_err(|e| Error::new(Code::Host, "cannot have a second descriptor of /dev/fuse").with_source(e))?;
+    let session = Session::from_fd(fs.clone(), device, config.acl, config)
         .map_err(|e| Error::new(Code::Host, "the kernel's FUSE handshake failed").with_source(e))?;
     fs.set_notifier(session.notifier());
     fs.set_passthrough(false);
     let background =
         session.spawn().map_err(|e| Error::new(Code::Host, "cannot start the FUSE threads").with_source(e))?;
-    let attachment = Attachment { mountpoint: given.name(), by: By::Another(given.clone()) };
+    let (mountpoint, device) = (given.name(), given.device_number());
+    let attachment = Attachment { mountpoint, device, connection, by: By::Another(given.clone()) };
     attachment.set_read_ahead();
     Ok((background, attachment))
 }
@@ -178,6 +217,67 @@ fn helper_refused(mountpoint: &Path, error: io::Error) -> Error {
         _ => "",
     };
     Error::new(Code::Host, format!("fusermount3 could not mount on {}{hint}", mountpoint.display())).with_source(error)
+}
+
+/// Has fusermount3 mount, and takes the device that it hands over.
+fn mount_by_helper(mountpoint: &Path, look: &MountLook) -> io::Result<OwnedFd> {
+    let mut options = "ro,nosuid,nodev,noexec,noatime,default_permissions,subtype=modelfs".to_owned();
+    if look.allow_other {
+        options.push_str(",allow_other");
+    }
+    // fusermount3 splits its options at commas.
+    options.push_str(",fsname=");
+    options.push_str(&look.source.replace(',', "_"));
+    let (ours, theirs) = UnixStream::pair()?;
+    let mut helper = Command::new("fusermount3");
+    // Its end of the pair comes as standard input, which it reads nothing from.
+    helper.arg("-o").arg(options).arg("--").arg(mountpoint).env("_FUSE_COMMFD", "0").stdin(OwnedFd::from(theirs));
+    let output = processes::output(&mut helper)?;
+    // Our copy of its end: with it open a helper that sent nothing would be waited for.
+    drop(helper);
+    if output.status.success() {
+        return receive_descriptor(&ours);
+    }
+    let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    let not_allowed = said.contains("user_allow_other") || said.contains("ermission denied");
+    Err(io::Error::new(if not_allowed { io::ErrorKind::PermissionDenied } else { io::ErrorKind::Other }, said))
+}
+
+/// The one descriptor that was sent, closed to programs that we start.
+fn receive_descriptor(from: &UnixStream) -> io::Result<OwnedFd> {
+    let mut byte = 0u8;
+    let mut part = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
+    // Aligned as a header is, and room for one.
+    let mut control = [0u64; 3];
+    // SAFETY: a msghdr is plain numbers and pointers, for which zeros are a fit start; what it points to lives through the
+    // call, with its true length. The kernel has filled what CMSG_FIRSTHDR finds, and a descriptor that it made for us is
+    // nobody else's.
+    unsafe {
+        let mut message: libc::msghdr = std::mem::zeroed();
+        message.msg_iov = &raw mut part;
+        message.msg_iovlen = 1;
+        message.msg_control = control.as_mut_ptr().cast();
+        message.msg_controllen = size_of_val(&control) as _;
+        check(libc::recvmsg(from.as_raw_fd(), &raw mut message, libc::MSG_CMSG_CLOEXEC) as libc::c_long)?;
+        let first = libc::CMSG_FIRSTHDR(&raw const message);
+        if first.is_null() || ((*first).cmsg_level, (*first).cmsg_type) != (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "fusermount3 handed no device over"));
+        }
+        Ok(OwnedFd::from_raw_fd(libc::CMSG_DATA(first).cast::<RawFd>().read_unaligned()))
+    }
+}
+
+/// `major:minor` of a mount, in the tree or not, without a question to whoever serves it.
+fn device_of(mount: &OwnedFd) -> io::Result<String> {
+    let mut about = std::mem::MaybeUninit::<libc::statx>::zeroed();
+    let flags = libc::AT_EMPTY_PATH | libc::AT_STATX_DONT_SYNC;
+    // SAFETY: an open descriptor, an empty string and a buffer of the kernel's size, for which zeros are fit, alive through
+    // the call.
+    let about = unsafe {
+        check(libc::statx(mount.as_raw_fd(), c"".as_ptr(), flags, 0, about.as_mut_ptr()).into())?;
+        about.assume_init()
+    };
+    Ok(format!("{}:{}", about.stx_dev_major, about.stx_dev_minor))
 }
 
 fn check(result: libc::c_long) -> io::Result<libc::c_long> {
@@ -279,9 +379,25 @@ impl Attachment {
         &self.mountpoint
     }
 
-    /// Whether the mount is still in this process's mount table. Another's need not be: it lives as long as its session.
+    /// Whether it is what this process finds at its place: not taken off, and nothing mounted over it. Another's need not be
+    /// in sight: it lives as long as its session.
     pub fn is_mounted(&self) -> bool {
-        self.is_given() || self.device_number().is_some()
+        self.is_given()
+            || mounts::at(&self.mountpoint).ok().flatten().is_some_and(|mount| self.device == Some(mount.device))
+    }
+
+    /// Whether it lives and is in the tree at its place, perhaps below another mount. What cannot be seen counts as there.
+    pub fn stands(&self) -> bool {
+        if self.is_over() {
+            return false;
+        }
+        if let By::Another(given) = &self.by
+            && !given.is_seen()
+        {
+            return true;
+        }
+        let Some(device) = &self.device else { return true };
+        mounts::is_at(&self.mountpoint, device).unwrap_or(true)
     }
 
     /// Whether somebody else mounted, and unmounts: until then readers have to be refused, not only kept out.
@@ -290,11 +406,8 @@ impl Attachment {
     }
 
     /// `major:minor` of the mount.
-    pub fn device_number(&self) -> Option<String> {
-        if let By::Another(given) = &self.by {
-            return given.device_number();
-        }
-        mounts::at(&self.mountpoint).ok().flatten().filter(mounts::Mount::is_ours).map(|mount| mount.device)
+    pub fn device_number(&self) -> Option<&str> {
+        self.device.as_deref()
     }
 
     /// Best effort: only root may, and without it cold sequential reads come in smaller pieces.
@@ -306,17 +419,31 @@ impl Attachment {
         }
     }
 
+    /// Whether what is at its place is this very mount, alive or dead, and may be taken off.
+    fn is_there(&self) -> bool {
+        // The connection is asked after the table: while it lives, nobody else has our device number. Once it is closed a mount
+        // of that number is ours only if it is dead; one that does not say so is left alone.
+        self.is_mounted() && (!self.is_over() || dead::is_dead(&self.mountpoint).unwrap_or(false))
+    }
+
+    /// Whether the kernel has closed the connection: the last of the mount is gone, or somebody cut it.
+    fn is_over(&self) -> bool {
+        let mut poll = libc::pollfd { fd: self.connection.as_raw_fd(), events: 0, revents: 0 };
+        // SAFETY: one pollfd that outlives the call, which does not wait.
+        unsafe { libc::poll(&raw mut poll, 1, 0) == 1 && poll.revents & libc::POLLERR != 0 }
+    }
+
     /// Asks the kernel to unmount. `Ok(false)`: somebody still holds files. What another mounted is only cut off from us.
     pub fn unmount(&self) -> Result<bool> {
-        if !self.is_mounted() {
-            return Ok(true);
-        }
         match &self.by {
             By::Another(given) => {
-                // Where we may not, the connection ends with this process.
-                given.abort();
+                // Where we may not, the connection ends with this process. Once it is over its number may be another's.
+                if !self.is_over() {
+                    given.abort();
+                }
                 return Ok(true);
             }
+            By::Fusermount | By::Ourselves if !self.is_there() => return Ok(true),
             By::Fusermount => return self.run_helper(&["-u"]),
             By::Ourselves => {}
         }
@@ -333,11 +460,9 @@ impl Attachment {
 
     /// Takes the mount out of the tree although files are open: nobody new can enter.
     pub fn detach(&self) -> Result<()> {
-        if !self.is_mounted() {
-            return Ok(());
-        }
         match &self.by {
             By::Another(_) => return Ok(()),
+            By::Fusermount | By::Ourselves if !self.is_there() => return Ok(()),
             By::Fusermount => return self.run_helper(&["-u", "-z"]).map(drop),
             By::Ourselves => {}
         }
@@ -348,6 +473,7 @@ impl Attachment {
         Error::new(Code::Host, format!("cannot unmount {}", self.mountpoint.display())).with_source(error)
     }
 
+    /// Right after [`Attachment::is_there`]: the kernel takes off whatever is at the path by now.
     fn umount2(&self, flags: libc::c_int) -> io::Result<()> {
         let path = CString::new(self.mountpoint.as_os_str().as_bytes()).expect("a path from the kernel holds no NUL");
         // SAFETY: a NUL-terminated path that lives through the call.

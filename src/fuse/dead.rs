@@ -33,13 +33,8 @@ pub fn clear(mountpoint: &Path) -> Result<()> {
         if !mounts::at(mountpoint)?.is_some_and(|mount| mount.is_ours()) {
             return Ok(());
         }
-        // A descriptor on the mount itself: what is mounted over it later is another one.
-        let root = File::options()
-            .read(true)
-            .custom_flags(libc::O_PATH | libc::O_NOFOLLOW | libc::O_CLOEXEC)
-            .open(mountpoint)
-            .map_err(|e| cannot(mountpoint, "cannot be looked at", e))?;
-        if !is_dead(&root, mountpoint)? {
+        let root = root_of(mountpoint)?;
+        if !is_dead_root(&root, mountpoint)? {
             return Ok(());
         }
         take_off(&root, mountpoint)?;
@@ -48,12 +43,29 @@ pub fn clear(mountpoint: &Path) -> Result<()> {
     refuse!(MountPoint, "{} has more than {STACKED_MAX} dead mounts on it; `umount -l` them", mountpoint.display())
 }
 
+/// Whether the mount on `mountpoint` is one whose connection the kernel has closed.
+///
+/// # Errors
+/// `MOUNT_POINT` if it does not answer but is not dead either; `HOST` for what the kernel refused.
+pub fn is_dead(mountpoint: &Path) -> Result<bool> {
+    is_dead_root(&root_of(mountpoint)?, mountpoint)
+}
+
+/// A descriptor on the mount itself: what is mounted over it later is another one.
+fn root_of(mountpoint: &Path) -> Result<File> {
+    File::options()
+        .read(true)
+        .custom_flags(libc::O_PATH | libc::O_NOFOLLOW | libc::O_CLOEXEC)
+        .open(mountpoint)
+        .map_err(|e| cannot(mountpoint, "cannot be looked at", e))
+}
+
 fn cannot(mountpoint: &Path, what: &str, error: io::Error) -> Error {
     Error::new(Code::Host, format!("the dead mount on {} {what}", mountpoint.display())).with_source(error)
 }
 
 /// Whether the kernel says so. Asked in a thread: a daemon that hangs answers never.
-fn is_dead(root: &File, mountpoint: &Path) -> Result<bool> {
+fn is_dead_root(root: &File, mountpoint: &Path) -> Result<bool> {
     let root = root.try_clone().map_err(|e| cannot(mountpoint, "cannot be looked at", e))?;
     let (tell, told) = mpsc::channel();
     std::thread::Builder::new()

@@ -83,6 +83,11 @@ impl Given {
         }
     }
 
+    /// Whether its folder was in sight when it was handed over.
+    pub fn is_seen(&self) -> bool {
+        self.seen.is_some()
+    }
+
     /// `major:minor`, where the kernel tells.
     pub fn device_number(&self) -> Option<String> {
         self.connection.map(|minor| format!("0:{minor}"))

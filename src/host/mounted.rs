@@ -699,7 +699,7 @@ impl Mounted {
         let facts = doctor::Facts {
             cache_bytes: self.host.cache.budget().total(),
             mount: self.attachment.device_number().map(|device| doctor::MountFacts {
-                device,
+                device: device.to_owned(),
                 passthrough: Some(self.fs.passthrough()),
                 no_passthrough: self.plan.no_passthrough,
                 huge_page_short_bytes: None,
@@ -787,6 +787,19 @@ impl ControlTarget for Mounted {
 
     fn reload(&self, model: Option<&str>) -> Result<Value> {
         Mounted::reload(self, model)
+    }
+
+    fn give_way(&self) -> Result<()> {
+        let (mountpoint, pid) = (self.mountpoint().display(), std::process::id());
+        if self.attachment.stands() {
+            refuse!(MountPoint, "the mount that pid {pid} serves is still there; `modelfs umount {mountpoint}`");
+        }
+        tracing::warn!(
+            "another mount is at {mountpoint}: this one, taken off while in use, ends when its last file is closed, or when \
+             pid {pid} is told to by SIGTERM"
+        );
+        self.host.retire_server();
+        Ok(())
     }
 
     fn stop(&self) -> Result<Value> {

@@ -84,6 +84,15 @@ impl Program {
         Mount { child, mountpoint: self.mountpoint() }
     }
 
+    /// Waits for `done`; what did not come is told with the log of the mount.
+    pub fn until(&self, what: &str, done: impl Fn() -> bool) {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while !done() {
+            assert!(Instant::now() < deadline, "{what} did not come within 30 s: {}", self.log());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.root.join("daemon.log")).unwrap_or_default()
     }
