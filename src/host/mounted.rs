@@ -24,7 +24,7 @@ use crate::crypto::Verify;
 use crate::doctor;
 use crate::error::{Code, Error, Result};
 use crate::format::limits::CHUNK_LOG2_DEFAULT;
-use crate::fuse::attach::{self, Attachment, MountLook};
+use crate::fuse::attach::{self, Attachment, BackgroundSession, MountLook};
 use crate::fuse::{Behaviour, ModelFs, Place};
 use crate::models::admits;
 use crate::models::{self, Versions};
@@ -179,7 +179,18 @@ impl Mounted {
                 host.telemetry.events.emit(&Event::new(Kind::Mount).actor(actor).subject(subject))
             })
         });
-        let attached = recorded.and_then(|()| may_enter()).and_then(|()| match &plan.given {
+        // Before the mount: one that nobody waits for would stay in the tree, dead, when its session ends.
+        let (hand_over, begun) = mpsc::channel::<(BackgroundSession, Arc<Mounted>)>();
+        let waiter = std::thread::Builder::new().name("session".into()).spawn(move || {
+            let Ok((session, mounted)) = begun.recv() else { return };
+            if let Err(error) = session.join() {
+                tracing::warn!("the kernel's session ended with {error}");
+            }
+            mounted.session_ended();
+        });
+        let waited_for = waiter.map_err(|e| Error::new(Code::Host, "cannot start the session thread").with_source(e));
+        let ready_to_enter = recorded.and(waited_for).and_then(|_| may_enter());
+        let attached = ready_to_enter.and_then(|()| match &plan.given {
             Some(given) => attach::attach_given(fs.clone(), given, &look),
             None => attach::attach(fs.clone(), &plan.mountpoint, &look),
         });
@@ -211,16 +222,7 @@ impl Mounted {
             hurry: AtomicBool::new(false),
             gone: watch::Sender::new(false),
         });
-        let watched = mounted.clone();
-        std::thread::Builder::new()
-            .name("session".into())
-            .spawn(move || {
-                if let Err(error) = session.join() {
-                    tracing::warn!("the kernel's session ended with {error}");
-                }
-                watched.session_ended();
-            })
-            .map_err(|e| Error::new(Code::Host, "cannot start the session thread").with_source(e))?;
+        hand_over.send((session, mounted.clone())).expect("the session thread waits for it");
         mounted.look_after();
         login.0 = None;
         Ok(mounted)
