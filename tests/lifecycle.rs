@@ -364,6 +364,24 @@ fn an_ordinary_users_mount_taken_off_while_in_use_leaves_its_successor_alone() {
     assert!(!is_mountpoint(program.mountpoint()));
 }
 
+#[test]
+fn modelfs_umount_is_done_when_its_mount_is_gone_whatever_lies_below() {
+    if !can_mount() {
+        return;
+    }
+    let Ready { _folder, program } = ready();
+    run_ok(Command::new("mount").args(["-t", "tmpfs", "below"]).arg(program.mountpoint()));
+    let mut mount = program.command(&["mount", program.store()]);
+    mount.arg(program.mountpoint()).args(["--key", &program.key(), "--cache", "128MiB", "--daemon", "--trust"]);
+    let mounted = mount.arg(program.trusted_key()).output().expect("runs");
+    let taken_off = program.command(&["umount", "--timeout", "20s"]).arg(program.mountpoint()).output().expect("runs");
+    let stays = is_mountpoint(program.mountpoint());
+    run_ok(Command::new("umount").arg(program.mountpoint()));
+    assert!(mounted.status.success(), "{}", String::from_utf8_lossy(&mounted.stderr));
+    assert!(taken_off.status.success(), "{}", String::from_utf8_lossy(&taken_off.stderr));
+    assert!(stays && !is_mountpoint(program.mountpoint()), "one mount lay below");
+}
+
 /// The descriptor table is part of the promise: nothing of ours keeps the mount busy.
 #[test]
 fn the_daemon_holds_no_descriptor_on_its_own_mount() {

@@ -37,9 +37,13 @@ fusermount3 without the right to.";
 pub fn run(args: &UmountArgs, out: &Out) -> Result<()> {
     let wait = units::parse_duration(&args.timeout).map_err(|e| e.context("--timeout"))?;
     let mountpoint = mounts::canonical(&args.mountpoint)?;
+    // What lies below it may be a mount too, and stays.
+    let before = mounts::at(&mountpoint)?.filter(mounts::Mount::is_ours);
     let how = match control::ask(&mountpoint, Request::Stop, wait) {
         Ok(_) => {
-            wait_until_gone(&mountpoint, wait)?;
+            if let Some(mount) = before {
+                wait_until_gone(&mountpoint, &mount.device, wait)?;
+            }
             "stopped"
         }
         Err(e) if e.code() == Code::NotMounted => {
@@ -52,9 +56,9 @@ pub fn run(args: &UmountArgs, out: &Out) -> Result<()> {
     out.result(&value, || if out.quiet { String::new() } else { format!("{}: {how}", mountpoint.display()) })
 }
 
-fn wait_until_gone(mountpoint: &Path, wait: Duration) -> Result<()> {
+fn wait_until_gone(mountpoint: &Path, device: &str, wait: Duration) -> Result<()> {
     let until = Instant::now() + wait;
-    while mounts::at(mountpoint)?.is_some() {
+    while mounts::is_at(mountpoint, device)? {
         if Instant::now() >= until {
             return Err(Error::new(
                 Code::Deadline,
