@@ -382,6 +382,30 @@ fn modelfs_umount_is_done_when_its_mount_is_gone_whatever_lies_below() {
     assert!(stays && !is_mountpoint(program.mountpoint()), "one mount lay below");
 }
 
+#[test]
+fn modelfs_umount_takes_no_other_fuse_mount_off() {
+    if !can_mount() {
+        return;
+    }
+    let Ready { _folder, program } = ready();
+    let device = File::options().read(true).write(true).open("/dev/fuse").expect("/dev/fuse");
+    let options = format!("fd={},rootmode=40000,user_id=0,group_id=0", device.as_raw_fd());
+    let text = |text: &str| CString::new(text).expect("no NUL");
+    let (place, options) = (text(program.mountpoint().to_str().expect("utf-8")), text(&options));
+    // SAFETY: NUL-terminated words that live through the call.
+    let mounted =
+        unsafe { libc::mount(c"other".as_ptr(), place.as_ptr(), c"fuse".as_ptr(), 0, options.as_ptr().cast()) };
+    assert_eq!(mounted, 0, "{}", std::io::Error::last_os_error());
+    // Nobody serves it: it is dead, and nobody waits for an answer.
+    drop(device);
+    let refused = program.command(&["umount"]).arg(program.mountpoint()).output().expect("runs");
+    let stays = is_mountpoint(program.mountpoint());
+    run_ok(Command::new("umount").arg("-l").arg(program.mountpoint()));
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert!(!refused.status.success() && said.contains("not one of modelfs"), "{said}");
+    assert!(stays, "it was taken off");
+}
+
 /// The descriptor table is part of the promise: nothing of ours keeps the mount busy.
 #[test]
 fn the_daemon_holds_no_descriptor_on_its_own_mount() {

@@ -77,7 +77,7 @@ fn wait_until_gone(mountpoint: &Path, device: &str, wait: Duration) -> Result<()
 /// Without a daemon: only what is ours, only while nobody holds it.
 fn take_off(mountpoint: &Path) -> Result<()> {
     match mounts::at(mountpoint)? {
-        Some(mount) if mount.is_ours() || mount.kind == "fuse" => {}
+        Some(mount) if mount.is_ours() => {}
         Some(mount) => {
             return Err(Error::new(
                 Code::NotMounted,
