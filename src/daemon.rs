@@ -8,13 +8,12 @@
 //! Held by: tests/mount.rs, tests/e2e.sh.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio::signal::unix::{Signal, SignalKind};
 
 use crate::config::MountPlan;
 use crate::error::{Code, Error, Result};
-use crate::host::{HOLD_GRACE, Host, HostPlan, Mounted, listen_for};
+use crate::host::{Decision, HOLD_GRACE, Host, HostPlan, Mounted, listen_for};
 use crate::ready::await_store;
 use crate::{mem, mounts, notify};
 
@@ -103,12 +102,10 @@ async fn mount_unless_told(
     plan: MountPlan,
     signals: &mut Signals,
 ) -> Result<(Arc<Mounted>, Option<&'static str>)> {
-    // Whoever is first to set it decides: the signal that nothing is mounted, or the mount that it will be.
-    let decided = Arc::new(AtomicBool::new(false));
-    let gave_up = || Error::new(Code::Stopping, "told to stop before the mount was made");
+    let decision = Decision::default();
     let opening = tokio::task::spawn_blocking({
-        let (host, decided) = (host.clone(), decided.clone());
-        move || host.mount_if(plan, || if decided.swap(true, Ordering::SeqCst) { Err(gave_up()) } else { Ok(()) })
+        let (host, decision) = (host.clone(), decision.clone());
+        move || host.mount_if(plan, || decision.enter())
     });
     tokio::pin!(opening);
     let mut told_early = None;
@@ -120,7 +117,7 @@ async fn mount_unless_told(
             }
             told = signals.next() => if let Told::Stop(signal) = told {
                 // As before anything listened; the thread that still asks the store ends with the process.
-                if !decided.swap(true, Ordering::SeqCst) {
+                if decision.give_up() {
                     mem::end_by(if signal == "SIGINT" { libc::SIGINT } else { libc::SIGTERM });
                 }
                 told_early = Some(signal);

@@ -19,6 +19,7 @@ pub use lock::Revoker;
 pub use mounted::{HOLD_GRACE, Mounted, Ready};
 pub use profiling::REPLAY_SHARE;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, SystemTime};
 
@@ -34,6 +35,7 @@ use crate::mem::{self, Arena, ArenaPlan, Hardening};
 use crate::models::Pool;
 use crate::observe::{Alerts, Probe, Server, Watched};
 use crate::read::{BUFFER_BYTES, GatherBuffers};
+use crate::refuse;
 use crate::telemetry::Telemetry;
 use crate::telemetry::events::{Event, Kind, Severity};
 
@@ -76,6 +78,29 @@ pub fn reload_on_hangup(host: &Arc<Host>) -> Result<()> {
         }
     });
     Ok(())
+}
+
+/// Whether a mount is made although its process is told to stop meanwhile: who is first decides, once.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Decision(Arc<AtomicBool>);
+
+impl Decision {
+    /// For [`Host::mount_if`].
+    ///
+    /// # Errors
+    /// `STOPPING` if it was given up.
+    pub(crate) fn enter(&self) -> Result<()> {
+        if self.0.swap(true, Ordering::SeqCst) {
+            refuse!(Stopping, "told to stop before the mount was made");
+        }
+        Ok(())
+    }
+
+    /// Nothing is in the tree then, and nothing will be. `false`: it is being made; half of one would be a dead mount, so it is
+    /// waited for and ended.
+    pub(crate) fn give_up(&self) -> bool {
+        !self.0.swap(true, Ordering::SeqCst)
+    }
 }
 
 /// What the mounts of a process have in common.
@@ -378,5 +403,20 @@ impl Host {
                 return;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_given_up_is_not_mounted_and_what_is_being_mounted_is_not_given_up() {
+        let early = Decision::default();
+        assert!(early.give_up());
+        assert_eq!(early.clone().enter().expect_err("given up").code(), Code::Stopping);
+        let late = Decision::default();
+        late.clone().enter().expect("nobody gave it up");
+        assert!(!late.give_up());
     }
 }

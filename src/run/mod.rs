@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use crate::config::MountPlan;
 use crate::error::{Code, Error, Result};
-use crate::host::{Host, HostPlan, Mounted};
+use crate::host::{Decision, Host, HostPlan, Mounted};
 use crate::processes::{self, Change};
 use crate::ready::await_store;
 use crate::{mem, mounts, notify};
@@ -144,35 +144,37 @@ enum Begun {
 
 /// Mounts in a thread of its own, so that a signal is heard while a store is slow.
 fn mount(host: &Arc<Host>, mut plan: MountPlan, signals: &Signals) -> Result<Begun> {
+    let decision = Decision::default();
     let work = std::thread::Builder::new().name("mount".into()).spawn({
-        let host = host.clone();
+        let (host, decision) = (host.clone(), decision.clone());
         move || {
             plan.access.store.telemetry = host.telemetry().clone();
             await_store(&mut plan, host.runtime())?;
-            host.mount(plan)
+            host.mount_if(plan, || decision.enter())
         }
     });
     let work = work.map_err(|e| Error::new(Code::Host, "cannot start a thread").with_source(e))?;
-    let mut stopped: Option<(u8, Instant)> = None;
+    let mut stopped: Option<(u8, Instant, bool)> = None;
     while !work.is_finished() {
         match signals.next(POLL) {
             Some(signal) if signals::ends(signal) && stopped.is_none() => {
                 tracing::info!("told to stop by signal {signal} before the command was started");
-                stopped = Some((signal as u8, Instant::now() + GIVE_UP_GRACE));
+                stopped = Some((signal as u8, Instant::now() + GIVE_UP_GRACE, decision.give_up()));
             }
             Some(_) | None => {}
         }
-        if let Some((signal, until)) = stopped
+        if let Some((signal, until, given_up)) = stopped
+            && given_up
             && Instant::now() >= until
         {
-            // Nothing is mounted yet, and what was fetched goes with the process.
+            // Nothing is mounted and nothing will be, and what was fetched goes with the process.
             return Ok(Begun::Stopped(signal));
         }
     }
     let mounted = work.join().map_err(|_| Error::new(Code::Host, "the thread that mounts died"))?;
     match stopped {
         None => Ok(Begun::Mounted(mounted?)),
-        Some((signal, _)) => {
+        Some((signal, ..)) => {
             if let Ok(mounted) = mounted {
                 end(host, &mounted, signals);
             }
