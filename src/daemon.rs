@@ -2,7 +2,7 @@
 //!
 //! In: a checked [`MountPlan`]. Out: when it ended, and how.
 //! Promises: every refusal comes before the mount; SIGTERM, SIGINT, `umount` and `modelfs umount` all end with the mount
-//! gone, keys and plaintext wiped; a second signal ends the grace that programs have to let go; SIGHUP reloads, and never
+//! gone, keys and plaintext wiped, while a store is waited for too, and as process 1 of a container; a second signal ends the grace that programs have to let go; SIGHUP reloads, and never
 //! ends anything.
 //! Not here: what mounting and ending are (`host`), going into the background (`cli`).
 //! Held by: tests/mount.rs, tests/e2e.sh.
@@ -34,10 +34,8 @@ pub fn run(plan: MountPlan, ready: impl FnOnce(&Ready)) -> Result<()> {
 fn live(mut plan: MountPlan, ready: impl FnOnce(&Ready)) -> Result<()> {
     let host = Host::start_alone(&HostPlan { cache_bytes: plan.cache_bytes, oversight: plan.oversight.clone() })?;
     let runtime = host.runtime().clone();
-    // Before anything listens for signals: whoever ends a wait for a store ends the process.
     plan.access.store.telemetry = host.telemetry().clone();
-    await_store(&mut plan, &runtime)?;
-    // Listening before the mount exists: a signal at any later moment finds a handler.
+    // Before anything is waited for: to process 1 of a container the kernel delivers no signal that has no handler.
     let mut signals = {
         let _in_runtime = runtime.enter();
         Signals::listen()?
@@ -95,17 +93,20 @@ fn live(mut plan: MountPlan, ready: impl FnOnce(&Ready)) -> Result<()> {
     outcome
 }
 
-/// Mounts, unless told to stop before anything is in the tree: a store that says nothing keeps nobody waiting. Told later
-/// than that, the mount is made whole first, and the signal handed back: half of one would be a dead mount.
+/// Waits for the store and mounts, unless told to stop before anything is in the tree: a store that says nothing keeps nobody
+/// waiting. Told later than that, the mount is made whole first, and the signal handed back.
 async fn mount_unless_told(
     host: &Arc<Host>,
-    plan: MountPlan,
+    mut plan: MountPlan,
     signals: &mut Signals,
 ) -> Result<(Arc<Mounted>, Option<&'static str>)> {
     let decision = Decision::default();
     let opening = tokio::task::spawn_blocking({
         let (host, decision) = (host.clone(), decision.clone());
-        move || host.mount_if(plan, || decision.enter())
+        move || {
+            await_store(&mut plan, host.runtime())?;
+            host.mount_if(plan, || decision.enter())
+        }
     });
     tokio::pin!(opening);
     let mut told_early = None;
@@ -116,7 +117,7 @@ async fn mount_unless_told(
                 return Ok((mounted, told_early));
             }
             told = signals.next() => if let Told::Stop(signal) = told {
-                // As before anything listened; the thread that still asks the store ends with the process.
+                // As if nothing listened; the thread that still asks the store ends with the process.
                 if decision.give_up() {
                     mem::end_by(if signal == "SIGINT" { libc::SIGINT } else { libc::SIGTERM });
                 }

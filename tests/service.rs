@@ -179,6 +179,60 @@ fn a_store_that_comes_while_the_start_waits_is_mounted_and_one_that_does_not_is_
     assert!(child.wait().expect("ended").success());
 }
 
+#[test]
+fn a_wait_for_a_store_ends_at_once_when_told_to_also_as_process_1_of_a_container() {
+    use std::os::unix::process::ExitStatusExt;
+    if !can_mount() {
+        return;
+    }
+    let sealed = sealed();
+    fs::remove_dir_all(sealed.program.store()).expect("no store yet");
+    let log = sealed.program.root().join("wait.log");
+    let waits = |command: &mut Command| {
+        let mut child = command.stderr(fs::File::create(&log).expect("log")).spawn().expect("runs");
+        let deadline = Instant::now() + Duration::from_secs(30);
+        let said = || fs::read_to_string(&log).expect("text");
+        while !said().contains("not ready yet") {
+            assert!(Instant::now() < deadline && child.try_wait().expect("looked").is_none(), "{}", said());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        child
+    };
+    let ends = |mut child: std::process::Child, pid: i32| {
+        let told = Instant::now();
+        // SAFETY: the pid of a child, or of a child's child, that nobody has waited for.
+        unsafe { libc::kill(pid, libc::SIGTERM) };
+        loop {
+            if let Some(status) = child.try_wait().expect("looked") {
+                return status;
+            }
+            if told.elapsed() > Duration::from_secs(10) {
+                let _ = child.kill();
+                panic!("it goes on waiting: {}", fs::read_to_string(&log).expect("text"));
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    };
+    let mut plain = sealed.command(&["--ready-timeout", "60s"]);
+    let child = waits(&mut plain);
+    let pid = child.id() as i32;
+    assert_eq!(ends(child, pid).signal(), Some(libc::SIGTERM));
+
+    let mut inside = Command::new("unshare");
+    inside.args(["--pid", "--fork", "--kill-child", "--mount-proc", "--"]).arg(plain.get_program());
+    inside.args(plain.get_args()).current_dir(sealed.program.root()).stdout(Stdio::null());
+    for (name, value) in plain.get_envs() {
+        match value {
+            Some(value) => inside.env(name, value),
+            None => inside.env_remove(name),
+        };
+    }
+    let child = waits(&mut inside);
+    let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", child.id())).expect("its children");
+    let pid = children.trim().parse().expect("one child");
+    assert_eq!(ends(child, pid).code(), Some(128 + libc::SIGTERM));
+}
+
 fn until(what: &str, done: impl Fn() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(30);
     while !done() {
