@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::{
-    HTTP_EXTENSION, LINE_TIMEOUT, REPLY_BYTES_MAX, ROOT_DIR, ReplyLine, Request, RequestLine, check_daemon, code_named,
-    read_line, socket_dirs, socket_name, write_line,
+    HTTP_EXTENSION, LINE_TIMEOUT, REPLY_BYTES_MAX, ROOT_DIR, ReplyLine, Request, RequestLine, Turn, check_daemon,
+    code_named, read_line, socket_dirs, socket_name, write_line,
 };
 use crate::error::{Code, Error, Result};
 use crate::mounts;
@@ -123,14 +123,23 @@ fn list_mounts_in(dir: &Path) -> Result<Vec<MountInfo>> {
     for socket in sockets {
         match ask_at(&socket, Request::Status, LINE_TIMEOUT) {
             // Only a refused connection says that nobody listens any more.
-            Err(e) if e.code() == Code::NotMounted => {
-                drop(std::fs::remove_file(&socket));
-                drop(std::fs::remove_file(socket.with_extension(HTTP_EXTENSION)));
-            }
+            Err(e) if e.code() == Code::NotMounted => remove_dead(&socket),
             status => mounts.push(MountInfo { socket, status }),
         }
     }
     Ok(mounts)
+}
+
+/// Takes away a socket that nobody listens on, and what lies beside it. Another time, where somebody is making sockets just
+/// now: it may be this one.
+fn remove_dead(socket: &Path) {
+    let Some(_turn) = Turn::take_free(socket.parent().expect("a socket path is a folder and a name")) else {
+        return;
+    };
+    if UnixStream::connect(socket).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused) {
+        drop(std::fs::remove_file(socket));
+        drop(std::fs::remove_file(socket.with_extension(HTTP_EXTENSION)));
+    }
 }
 
 #[cfg(test)]
@@ -147,6 +156,18 @@ mod tests {
 
         assert!(mounts.is_empty(), "{mounts:?}");
         assert!(!stale.exists());
+    }
+
+    #[test]
+    fn listing_leaves_a_socket_that_is_being_made() {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let young = dir.path().join("0123.sock");
+        // Bound by then, and not listening yet.
+        let turn = Turn::take(dir.path()).expect("free");
+        drop(std::os::unix::net::UnixListener::bind(&young).expect("bound"));
+        assert!(list_mounts_in(dir.path()).expect("listed").is_empty() && young.exists());
+        drop(turn);
+        assert!(list_mounts_in(dir.path()).expect("listed").is_empty() && !young.exists());
     }
 
     #[test]

@@ -26,11 +26,12 @@ pub use roles::{Peer, Role, anyone_named};
 pub use server::{ControlServer, ControlTarget, Rules, serve};
 pub use sessions::{SessionFile, SessionInfo, Taken, sessions};
 
+use std::fs::File;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -42,6 +43,12 @@ pub const REQUEST_BYTES_MAX: usize = 4 << 10;
 pub const REPLY_BYTES_MAX: usize = 8 << 20;
 /// How long either side may take to send its line once connected.
 pub const LINE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long a folder is waited for that another has; it is taken for a few system calls.
+const TURN_WAIT: Duration = Duration::from_secs(1);
+
+/// How often it is looked meanwhile.
+const TURN_POLL: Duration = Duration::from_millis(5);
 
 /// What can be asked of a mount.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -230,6 +237,36 @@ fn own_dir(dir: &Path, passable: bool) -> Result<()> {
         })?;
     }
     Ok(())
+}
+
+/// The right to make a socket in a folder, or to take away one that nobody listens on: between bind and listen a socket looks
+/// like one whose owner is gone. It ends when dropped, or with the process.
+struct Turn {
+    _locked: File,
+}
+
+impl Turn {
+    /// `None` after [`TURN_WAIT`]: whoever has it for so long is stopped, and nobody is to be without a socket for that.
+    fn take(dir: &Path) -> Option<Turn> {
+        let until = Instant::now() + TURN_WAIT;
+        loop {
+            match Turn::take_free(dir) {
+                Some(turn) => return Some(turn),
+                None if Instant::now() < until => std::thread::sleep(TURN_POLL),
+                None => {
+                    tracing::debug!("another process has {} locked, and does not let it go", dir.display());
+                    return None;
+                }
+            }
+        }
+    }
+
+    /// `None`: somebody else has it.
+    fn take_free(dir: &Path) -> Option<Turn> {
+        let folder = File::open(dir).ok()?;
+        folder.try_lock().ok()?;
+        Some(Turn { _locked: folder })
+    }
 }
 
 /// At the caller's end: the same user, root, or for root whoever owns the folder of the socket.

@@ -15,7 +15,7 @@ use std::thread::JoinHandle;
 use super::client::ask_over;
 use super::{
     AccessRequest, LINE_TIMEOUT, MapRequest, Peer, REQUEST_BYTES_MAX, Rates, ReplyLine, Request, RequestLine, Role,
-    anyone_named, own_dir, read_line, write_line,
+    Turn, anyone_named, own_dir, read_line, write_line,
 };
 use crate::config::oversight::RolesPlan;
 use crate::error::{Code, Error, Result};
@@ -128,6 +128,7 @@ impl Drop for Name {
 fn listen_at(path: &Path, mode: u32, mountpoint: &Path) -> Result<UnixListener> {
     let fault = |what: &str, e: io::Error| Error::new(Code::State, format!("{what} {}", path.display())).with_source(e);
     for _ in 0..NAME_TRIES {
+        let turn = Turn::take(path.parent().expect("a socket path is a folder and a name"));
         let other = match UnixStream::connect(path) {
             Ok(other) => other,
             Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
@@ -139,6 +140,8 @@ fn listen_at(path: &Path, mode: u32, mountpoint: &Path) -> Result<UnixListener> 
             }
             Err(e) => return Err(fault("cannot tell whether somebody listens on", e)),
         };
+        // Nobody else is to wait for his answer.
+        drop(turn);
         let pid = Peer::of(&other)?.pid;
         match ask_over(&other, path, Request::GiveWay, LINE_TIMEOUT) {
             Ok(_) => {}
@@ -638,6 +641,14 @@ mod tests {
         assert_eq!(at(path.clone(), Rules::default()).err().expect("it stands").code(), Code::MountPoint);
         drop(new);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn one_that_is_stopped_while_it_makes_a_socket_leaves_others_theirs() {
+        let (dir, _server) = served();
+        let _turn = Turn::take(&dir.path().join("run")).expect("free");
+        let other = at(dir.path().join("run/b.sock"), Rules::default()).expect("served");
+        assert!(ask_at(other.path(), Request::Status, Duration::from_secs(5)).is_ok());
     }
 
     #[test]
