@@ -85,7 +85,7 @@ impl Request {
             Request::Reload { .. } | Request::Access(AccessRequest::Unlock { .. } | AccessRequest::LetIn { .. }) => {
                 true
             }
-            Request::Status | Request::Map(_) | Request::Stop => false,
+            Request::Status | Request::Map(_) | Request::Stop | Request::GiveWay => false,
             Request::Access(AccessRequest::Lock { .. } | AccessRequest::Sessions | AccessRequest::ShutOut { .. }) => {
                 false
             }

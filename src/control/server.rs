@@ -567,6 +567,10 @@ mod tests {
                 self.0.lock().expect("a test").push("stop".into());
                 Ok(serde_json::json!({}))
             }
+            fn give_way(&self) -> Result<()> {
+                self.0.lock().expect("a test").push("give way".into());
+                Ok(())
+            }
             fn access(&self, request: AccessRequest) -> Result<serde_json::Value> {
                 self.0.lock().expect("a test").push(Request::Access(request).told());
                 Ok(serde_json::json!({}))
