@@ -212,8 +212,9 @@ pub fn audit(layers: &Layers) -> Result<AuditPlan> {
         refuse!(Usage, "audit=off contradicts audit-file and audit-journal; drop one of them");
     }
     // Who asks for a key or a second place of checkpoints takes it that there is a log.
-    if !asked && !(of_any.is_empty() && of_files.is_empty()) {
-        let names = [of_any, of_files].concat().join(", ");
+    let for_nothing = [of_any, of_files.clone()].concat();
+    if !asked && !for_nothing.is_empty() {
+        let names = for_nothing.join(", ");
         refuse!(
             Usage,
             "nothing is audited, and {names} is for the audit log; add audit-file=PATH or audit-journal, or drop it"

@@ -400,7 +400,8 @@ fn answer(stream: &UnixStream, admitted: &Admitted) {
         let what = line.request.told();
         let done = admitted.perform(line.request);
         // What gives is on record since before it was begun; if it then came to nothing, that is told too.
-        if !looks && !(gives && done.is_ok()) {
+        let told_before = gives && done.is_ok();
+        if !looks && !told_before {
             admitted.tell(&what, &done);
         }
         done

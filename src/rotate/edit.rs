@@ -94,7 +94,7 @@ enum Plan {
 /// What became of one try.
 enum Outcome {
     /// With why it may be a mistake that nothing was to be done.
-    Edited(Edited, Option<Error>),
+    Edited(Box<Edited>, Option<Error>),
     /// Somebody else wrote the next generation first.
     Lost,
     /// Ours was there, and is not any more: what came after it was most likely built on it.
@@ -122,9 +122,9 @@ impl Rotator<'_> {
                 check_same_slot(before, &version.slots, label)?;
             }
             match self.edit_version(&version, edit).await? {
-                Outcome::Edited(edited, None) => return Ok(edited),
+                Outcome::Edited(edited, None) => return Ok(*edited),
                 // Somebody built on what we wrote before we had looked at it: the edit was made, and is no mistake.
-                Outcome::Edited(edited, Some(_)) if replaced.is_some() => return Ok(edited),
+                Outcome::Edited(edited, Some(_)) if replaced.is_some() => return Ok(*edited),
                 Outcome::Edited(_, Some(refusal)) => return Err(refusal),
                 Outcome::Lost => {}
                 Outcome::Replaced => replaced = Some(version.slots),
@@ -176,7 +176,7 @@ impl Rotator<'_> {
         let deleted = self.delete_older(edited.vid, edited.generation, &mut edited.warnings).await?;
         edited.finished = !edited.written && (deleted || !edited.refs.is_empty());
         let refusal = refusal.filter(|_| !edited.finished);
-        Ok(Outcome::Edited(edited, refusal))
+        Ok(Outcome::Edited(Box::new(edited), refusal))
     }
 
     /// Writes the generation after that of `version`, and looks at it as a reader will. `None`: it was replaced already.

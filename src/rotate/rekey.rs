@@ -288,10 +288,10 @@ impl Rotator<'_> {
         order: &Rekey,
         warnings: &mut Vec<String>,
     ) -> Result<Option<Rekeyed>> {
-        if let Some(of) = stands_for(&opened.manifest, order.level) {
-            if let Some((_, head)) = self.naming(of, warnings).await?.first() {
-                return self.move_on((head.seq, of), old, order, warnings).await.map(Some);
-            }
+        if let Some(of) = stands_for(&opened.manifest, order.level)
+            && let Some((_, head)) = self.naming(of, warnings).await?.first()
+        {
+            return self.move_on((head.seq, of), old, order, warnings).await.map(Some);
         }
         let mut seen = vec![old.digest];
         for (channel, head) in self.heads(warnings).await? {
