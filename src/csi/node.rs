@@ -28,7 +28,7 @@ use crate::refuse;
 /// How long an unpublish waits for programs: the kubelet has ended the pod's before.
 const HOLD_GRACE: Duration = Duration::from_secs(5);
 /// How long the end of the driver waits for calls that are under way: what they publish is to be let go too.
-const BUSY_GRACE: Duration = Duration::from_secs(10);
+const BUSY_GRACE: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
 /// How often it looks meanwhile.
 const BUSY_POLL: Duration = Duration::from_millis(50);
 /// Room for the tokens of the most volumes: each takes a page or two.
@@ -74,8 +74,8 @@ pub struct Node {
 }
 
 enum Slot {
-    /// A call is under way.
-    Busy,
+    /// A call is under way, for a volume that is there or for none.
+    Busy(Option<Arc<dyn Shown>>),
     Published(Box<Volume>),
 }
 
@@ -147,7 +147,7 @@ impl Node {
         if let Some(gone) = claim.had.take() {
             // Somebody unmounted it behind our back: what it held is let go before it is mounted once more.
             tracing::warn!(target = %claim.target.display(), "the volume was unmounted outside the driver");
-            if let Err(error) = self.let_go(&claim.target, &gone) {
+            if let Err(error) = self.let_go(&claim.target, &*gone.shown) {
                 claim.had = Some(gone);
                 return Err(error.into());
             }
@@ -249,7 +249,7 @@ impl Node {
         let target = targets::check(&self.settings.kubelet_dir, &request.target_path)?;
         let mut claim = self.claim(&target, None)?;
         if let Some(volume) = claim.had.take() {
-            if let Err(error) = self.let_go(&target, &volume) {
+            if let Err(error) = self.let_go(&target, &*volume.shown) {
                 claim.had = Some(volume);
                 return Err(error.into());
             }
@@ -261,7 +261,7 @@ impl Node {
     }
 
     /// Lets every volume go at once, as at the driver's end: pods that run lose what they do not hold. What the kubelet means to
-    /// publish again stays in the tree as a dead mount. Blocking.
+    /// publish again stays in the tree as a dead mount, also where a call of it waits for Vault. Blocking.
     pub fn stop(&self) {
         let until = Instant::now() + BUSY_GRACE;
         loop {
@@ -274,44 +274,62 @@ impl Node {
             std::thread::scope(|all| {
                 for (target, slot) in published {
                     all.spawn(move || {
-                        if let Slot::Published(volume) = slot
-                            && let Err(error) = self.leave(&target, &volume)
-                        {
-                            tracing::error!("{}", error.chain());
+                        if let Slot::Published(volume) = slot {
+                            self.leave(&target, &*volume.shown);
                         }
                     });
                 }
             });
-            if !any_busy || Instant::now() >= until {
+            if !any_busy {
                 return;
+            }
+            if Instant::now() >= until {
+                break;
             }
             std::thread::sleep(BUSY_POLL);
         }
+        // Their calls fail with the mount, or come too late to matter.
+        let busy: Vec<_> = lock(&self.volumes)
+            .iter()
+            .filter_map(|(target, slot)| match slot {
+                Slot::Busy(shown) => Some((target.clone(), shown.clone()?)),
+                Slot::Published(volume) => Some((target.clone(), volume.shown.clone())),
+            })
+            .collect();
+        std::thread::scope(|all| {
+            for (target, shown) in busy {
+                all.spawn(move || self.leave(&target, &*shown));
+            }
+        });
     }
 
-    fn leave(&self, target: &Path, volume: &Volume) -> Result<()> {
-        if !targets::is_wanted(target) || !volume.shown.is_mounted() {
-            return self.let_go(target, volume);
+    fn leave(&self, target: &Path, shown: &dyn Shown) {
+        let left = if targets::is_wanted(target) && shown.is_mounted() {
+            let left = shown.abandon();
+            self.forget(target);
+            left
+        } else {
+            self.let_go(target, shown)
+        };
+        if let Err(error) = left {
+            tracing::error!("{}", error.chain());
         }
-        let left = volume.shown.abandon();
-        self.forget(target);
-        left
     }
 
     /// Whether a volume of this driver is mounted at `target`.
     fn stands(&self, target: &Path) -> bool {
         let shown = match lock(&self.volumes).get(target) {
             Some(Slot::Published(volume)) => volume.shown.clone(),
-            Some(Slot::Busy) | None => return false,
+            Some(Slot::Busy(_)) | None => return false,
         };
         shown.is_mounted()
     }
 
     /// # Errors
     /// Only if it is still mounted afterwards.
-    fn let_go(&self, target: &Path, volume: &Volume) -> Result<()> {
-        match volume.shown.unmount(HOLD_GRACE) {
-            Err(error) if volume.shown.is_mounted() => return Err(error),
+    fn let_go(&self, target: &Path, shown: &dyn Shown) -> Result<()> {
+        match shown.unmount(HOLD_GRACE) {
+            Err(error) if shown.is_mounted() => return Err(error),
             // Somebody held files; the mount is gone from the tree all the same, and what they do not hold is wiped.
             Err(error) => tracing::warn!("{}: {}", target.display(), error.chain()),
             Ok(()) => {}
@@ -356,13 +374,17 @@ impl Node {
                 format!("{} volumes are published on this node, the most that --max-volumes allows", volumes.len()),
             ));
         }
-        match volumes.insert(target.to_owned(), Slot::Busy) {
-            Some(Slot::Busy) => {
-                Err(Refusal::new(GrpcCode::Aborted, format!("a call for {} is still under way", target.display())))
+        let had = match volumes.remove(target) {
+            Some(busy @ Slot::Busy(_)) => {
+                volumes.insert(target.to_owned(), busy);
+                let what = format!("a call for {} is still under way", target.display());
+                return Err(Refusal::new(GrpcCode::Aborted, what));
             }
-            Some(Slot::Published(volume)) => Ok(Claim { node: self, target: target.to_owned(), had: Some(volume) }),
-            None => Ok(Claim { node: self, target: target.to_owned(), had: None }),
-        }
+            Some(Slot::Published(volume)) => Some(volume),
+            None => None,
+        };
+        volumes.insert(target.to_owned(), Slot::Busy(had.as_ref().map(|volume| volume.shown.clone())));
+        Ok(Claim { node: self, target: target.to_owned(), had })
     }
 
     /// How many tokens lie in the private folder.

@@ -21,6 +21,8 @@ struct Stage {
     keys_gone: AtomicBool,
     rechecks: AtomicUsize,
     mounts: AtomicUsize,
+    /// Vault does not answer a recheck until the test lets go of this.
+    hanging: Mutex<()>,
     /// What the next mount or recheck meets.
     trouble: Mutex<Option<Code>>,
     tokens: Mutex<Vec<Vec<u8>>>,
@@ -70,6 +72,7 @@ impl Shown for FakeMount {
     }
     fn recheck(&self) -> Result<()> {
         self.0.rechecks.fetch_add(1, Ordering::Relaxed);
+        drop(self.0.hanging.lock().expect("alone"));
         self.0.meet()
     }
     fn unmount(&self, _: Duration) -> Result<()> {
@@ -363,4 +366,25 @@ fn calls_for_one_target_do_not_overlap_and_volumes_are_bounded() {
     bench.node.publish(&third).expect("there is room again");
     bench.node.stop();
     assert_eq!(bench.node.publish(&third).expect_err("nobody would let go of it").code, GrpcCode::Unavailable);
+}
+
+/// A republish that waits for Vault has the volume; the driver ends before the answer.
+#[test]
+fn at_the_end_a_volume_that_a_call_still_waits_with_is_left_dead_too() {
+    let Some(bench) = bench(Duration::ZERO) else { return };
+    bench.publish().expect("published");
+    bench.wanted();
+    let hanging = bench.stage.hanging.lock().expect("alone");
+    std::thread::scope(|all| {
+        all.spawn(|| bench.publish());
+        let until = Instant::now() + Duration::from_secs(20);
+        while bench.stage.rechecks.load(Ordering::Relaxed) == 0 {
+            assert!(Instant::now() < until, "no recheck");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        bench.node.stop();
+        let left = bench.stage.abandoned.load(Ordering::Relaxed);
+        drop(hanging);
+        assert!(left, "a bare folder is to be");
+    });
 }

@@ -28,7 +28,7 @@ impl<'a> Machine<'a> {
 }
 
 const CAP_IPC_LOCK: u32 = 14;
-pub(super) const CAP_SYS_ADMIN: u32 = 21;
+const CAP_SYS_ADMIN: u32 = 21;
 
 impl Machine<'_> {
     pub fn text(&self, path: &str) -> Option<String> {
@@ -139,13 +139,32 @@ pub(super) fn kernel(machine: &Machine<'_>) -> Option<Said> {
     }
 }
 
+/// By choice.
+fn does_without(machine: &Machine<'_>) -> bool {
+    machine.facts.mount.as_ref().is_some_and(|mount| mount.no_passthrough)
+        || machine.facts.setup.as_ref().is_some_and(|setup| setup.no_passthrough)
+}
+
+/// Why no reader can hold pages of ours, as far as that is known.
+pub(super) fn why_no_passthrough(machine: &Machine<'_>) -> Option<String> {
+    if does_without(machine) {
+        return Some("no-passthrough is set".into());
+    }
+    if !machine.has_capability(CAP_SYS_ADMIN) {
+        return Some("there is no CAP_SYS_ADMIN".into());
+    }
+    match &machine.facts.fuse {
+        Some(Ok(fuse)) => fuse.passthrough.as_ref().err().map(|why| format!("the kernel has no passthrough ({why})")),
+        Some(Err(_)) | None => None,
+    }
+}
+
 pub(super) fn passthrough(machine: &Machine<'_>) -> Option<Said> {
     const WANTED: &str = "whole files read and mapped without the daemon, 2 to 10 times as fast";
-    let mount = machine.facts.mount.as_ref();
-    if mount.is_some_and(|mount| mount.no_passthrough) {
+    if does_without(machine) {
         return fine("the mount does without it, as no-passthrough says", WANTED);
     }
-    let mount = mount.and_then(|mount| mount.passthrough);
+    let mount = machine.facts.mount.as_ref().and_then(|mount| mount.passthrough);
     if mount == Some(true) {
         return fine("the mount uses it", WANTED);
     }

@@ -133,7 +133,8 @@ pub fn gather(cache_bytes: u64, setup: Option<Setup>, wanted: &[String], wait: D
         can_pin: asked(&["io-uring"]).then(|| mem::can_pin().map_err(|e| e.to_string())),
         clock_kept: clock_kept(),
         mount: None,
-        fuse: (may_mount && !given && asked(&["mount-right", "passthrough", "fuse-features"])).then(trial::fuse),
+        fuse: (may_mount && !given && asked(&["mount-right", "passthrough", "fuse-features", "io-uring"]))
+            .then(trial::fuse),
         tmpfs_refuses_swap: asked(&["tmpfs-noswap"]).then(mem::tmpfs_refuses_swap).flatten(),
         gpu: asked(&["gpu"]).then(gpu::look),
         setup,

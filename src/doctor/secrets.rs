@@ -3,7 +3,7 @@
 //! What modelfs closes for itself (`mem`) stays open for the programs that read models, and those hold plaintext too.
 //! Held by: `doctor::tests`, tests/doctor.sh.
 
-use super::machine::CAP_SYS_ADMIN;
+use super::machine::why_no_passthrough;
 use super::{Info, Machine, Said, Warning, fine, hint};
 
 pub(super) fn clock(machine: &Machine<'_>) -> Option<Said> {
@@ -127,8 +127,8 @@ fn freed_is_zeroed(machine: &Machine<'_>) -> Option<bool> {
 /// tried as well as looked up: seccomp forbids it in containers whatever the setting is.
 pub(super) fn io_uring(machine: &Machine<'_>) -> Option<Said> {
     const WANTED: &str = "io_uring, through which `lock` overwrites what readers still hold";
-    if !machine.has_capability(CAP_SYS_ADMIN) {
-        return fine("no CAP_SYS_ADMIN, so no passthrough: readers hold no pages of ours", WANTED);
+    if let Some(why) = why_no_passthrough(machine) {
+        return fine(format!("not needed: {why}, so readers hold no pages of ours"), WANTED);
     }
     let setting = machine.text("proc/sys/kernel/io_uring_disabled");
     let (seen, fix) = match (setting.as_deref(), machine.facts.can_pin.as_ref()?) {

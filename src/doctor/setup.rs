@@ -29,6 +29,8 @@ pub struct Setup {
     pub access: Option<Access>,
     /// Chunks are believed by their tags alone.
     pub tags_only: bool,
+    /// The kernel is to serve no file by itself.
+    pub no_passthrough: bool,
     pub policy: Option<PathBuf>,
     pub oversight: Oversight,
     pub state_dir: Option<PathBuf>,
@@ -73,6 +75,7 @@ impl Setup {
             mountpoint: plan.given.is_none().then(|| plan.mountpoint.clone()),
             access: Some(plan.access.clone()),
             tags_only: plan.verify == Verify::Aead,
+            no_passthrough: plan.no_passthrough,
             policy: plan.policy.clone(),
             oversight: plan.oversight.clone(),
             given: plan.given.is_some(),
@@ -98,13 +101,14 @@ impl Setup {
             let mut access = Access::from_layers(&layers)?.anchored()?;
             let oversight = Oversight::from_layers(&layers)?;
             let tags_only = layers.parse("verify", |word| Ok(word == "aead"))?.unwrap_or(false);
+            let no_passthrough = layers.switch("no-passthrough")?;
             let policy = layers.parse("policy", |path| Ok(PathBuf::from(path)))?;
             crate::reading::connect(&mut access)?;
-            Ok((access, oversight, tags_only, policy))
+            Ok(Setup { access: Some(access), oversight, tags_only, no_passthrough, policy, ..Setup::default() })
         });
         match read {
-            Ok((access, oversight, tags_only, policy)) => {
-                Setup { access: Some(access), oversight, tags_only, policy, ..setup }
+            Ok(Setup { access, oversight, tags_only, no_passthrough, policy, .. }) => {
+                Setup { access, oversight, tags_only, no_passthrough, policy, ..setup }
             }
             Err(error) => Setup { refused: Some(error), ..setup },
         }

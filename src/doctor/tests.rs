@@ -317,10 +317,21 @@ fn a_lock_that_cannot_wipe_fails_a_strict_check_whoever_forbids_io_uring() {
     for setting in [Some("0"), Some("1"), None] {
         assert_eq!(tried(setting, Ok(())).severity, Severity::Fine, "{setting:?}: it is allowed to us");
     }
-    let facts = Facts { can_pin: Some(Err("EPERM".into())), ..good_facts() };
-    let changes = [(NO_RIGHTS.0, Some(NO_RIGHTS.1)), ("proc/cmdline", Some("quiet"))];
-    let without = found(&findings(&changes, &facts), "io-uring");
-    assert!(without.severity == Severity::Fine && without.seen.contains("no passthrough"), "{without:?}");
+    let seen = |changes: &[_], spoil: fn(&mut Facts)| {
+        let mut facts = Facts { can_pin: Some(Err("EPERM".into())), ..good_facts() };
+        spoil(&mut facts);
+        let finding = found(&findings(&[&[("proc/cmdline", Some("quiet"))], changes].concat(), &facts), "io-uring");
+        assert_eq!(finding.severity, Severity::Fine, "{finding:?}");
+        finding.seen
+    };
+    assert!(seen(&[(NO_RIGHTS.0, Some(NO_RIGHTS.1))], |_| {}).contains("CAP_SYS_ADMIN"));
+    assert!(seen(&[], |f| f.mount.as_mut().expect("given").no_passthrough = true).contains("no-passthrough is set"));
+    let without = |f: &mut Facts| f.setup = Some(Setup { no_passthrough: true, ..Setup::default() });
+    assert!(seen(&[], without).contains("no-passthrough is set"));
+    let old = |f: &mut Facts| {
+        f.fuse = Some(Ok(Fuse { protocol: (7, 38), features: u64::MAX, passthrough: Err("ENOTTY".into()) }))
+    };
+    assert!(seen(&[], old).contains("ENOTTY"));
 }
 
 /// docs/HARDENING.md says that it is never needed.

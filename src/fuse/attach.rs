@@ -17,6 +17,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Mutex;
 
 pub use fuser::BackgroundSession;
 use fuser::{Config, Session, SessionACL};
@@ -53,8 +54,9 @@ pub struct Attachment {
     mountpoint: PathBuf,
     /// `major:minor`; only another's need not be known. Nobody else gets it as long as the connection lives.
     device: Option<String>,
-    /// The kernel's end of the session, to ask whether it lives.
-    connection: OwnedFd,
+    /// The kernel's end of the session, to ask whether it lives; `None` once it does not. As long as any descriptor of it is
+    /// open the kernel keeps readers waiting for answers.
+    connection: Mutex<Option<OwnedFd>>,
     by: By,
 }
 
@@ -100,7 +102,12 @@ fn attach_at(
     let session = start(fs, device, look)?;
     // Last: whatever failed before has left nothing in the tree, and the session ends with the mount that nobody can reach.
     move_onto(&mount, place).map_err(refused)?;
-    let attachment = Attachment { mountpoint: real_path, device: Some(number), connection, by: By::Ourselves };
+    let attachment = Attachment {
+        mountpoint: real_path,
+        device: Some(number),
+        connection: Mutex::new(Some(connection)),
+        by: By::Ourselves,
+    };
     attachment.set_read_ahead();
     Ok((session, attachment))
 }
@@ -113,7 +120,12 @@ fn attach_by_helper(fs: ModelFs, place: &Path, look: &MountLook) -> Result<(Back
     let number = mounts::at(place)?.filter(mounts::Mount::is_ours).map(|mount| mount.device).ok_or_else(|| {
         Error::new(Code::Host, format!("what fusermount3 mounted on {} was taken off at once", place.display()))
     })?;
-    let attachment = Attachment { mountpoint: place.to_owned(), device: Some(number), connection, by: By::Fusermount };
+    let attachment = Attachment {
+        mountpoint: place.to_owned(),
+        device: Some(number),
+        connection: Mutex::new(Some(connection)),
+        by: By::Fusermount,
+    };
     let session = start(fs, device, look).inspect_err(|_| {
         if let Err(error) = attachment.detach() {
             tracing::warn!("a dead mount stays: {}", error.chain());
@@ -164,7 +176,8 @@ pub fn attach_given(fs: ModelFs, given: &Given, look: &MountLook) -> Result<(Bac
     let background =
         session.spawn().map_err(|e| Error::new(Code::Host, "cannot start the FUSE threads").with_source(e))?;
     let (mountpoint, device) = (given.name(), given.device_number());
-    let attachment = Attachment { mountpoint, device, connection, by: By::Another(given.clone()) };
+    let attachment =
+        Attachment { mountpoint, device, connection: Mutex::new(Some(connection)), by: By::Another(given.clone()) };
     attachment.set_read_ahead();
     Ok((background, attachment))
 }
@@ -420,7 +433,7 @@ impl Attachment {
     }
 
     /// Whether what is at its place is this very mount, alive or dead, and may be taken off.
-    fn is_there(&self) -> bool {
+    pub fn is_there(&self) -> bool {
         // The connection is asked after the table: while it lives, nobody else has our device number. Once it is closed a mount
         // of that number is ours only if it is dead; one that does not say so is left alone.
         self.is_mounted() && (!self.is_over() || dead::is_dead(&self.mountpoint).unwrap_or(false))
@@ -428,9 +441,16 @@ impl Attachment {
 
     /// Whether the kernel has closed the connection: the last of the mount is gone, or somebody cut it.
     fn is_over(&self) -> bool {
-        let mut poll = libc::pollfd { fd: self.connection.as_raw_fd(), events: 0, revents: 0 };
+        let connection = self.connection.lock().expect("a thread died asking the connection");
+        let Some(connection) = &*connection else { return true };
+        let mut poll = libc::pollfd { fd: connection.as_raw_fd(), events: 0, revents: 0 };
         // SAFETY: one pollfd that outlives the call, which does not wait.
         unsafe { libc::poll(&raw mut poll, 1, 0) == 1 && poll.revents & libc::POLLERR != 0 }
+    }
+
+    /// The session is over: nobody answers any more, and whoever still holds files is to be told so.
+    pub fn close(&self) {
+        self.connection.lock().expect("a thread died asking the connection").take();
     }
 
     /// Asks the kernel to unmount. `Ok(false)`: somebody still holds files. What another mounted is only cut off from us.

@@ -73,8 +73,6 @@ struct Refusals {
     right: Option<String>,
     /// Vault has taken its token.
     vault: Option<String>,
-    /// It ends: nothing lets anybody in again.
-    ended: bool,
 }
 
 impl Refusals {
@@ -97,6 +95,8 @@ pub struct Mounted {
     /// The kernel has closed the connection.
     session_over: (Mutex<bool>, Condvar),
     refusals: Mutex<Refusals>,
+    /// It ends: nothing lets anybody in again. Not among the refusals, of which a change may wait for Vault or a wipe.
+    closed: AtomicBool,
     profiling: Mutex<Option<Profiling>>,
     control: Mutex<Option<ControlServer>>,
     /// What looks after the mount: watchers of idleness, keys and versions.
@@ -215,6 +215,7 @@ impl Mounted {
             started: Instant::now(),
             session_over: (Mutex::new(false), Condvar::new()),
             refusals: Mutex::default(),
+            closed: AtomicBool::new(false),
             profiling: Mutex::default(),
             control: Mutex::default(),
             tasks: Mutex::default(),
@@ -370,7 +371,7 @@ impl Mounted {
 
     /// The mount ends: whatever is said later, nobody is let in again.
     fn refuse_for_good(&self) {
-        self.refusals.lock().expect("a thread died holding the refusals").ended = true;
+        self.closed.store(true, Ordering::SeqCst);
         self.fs.refuse_all(true);
     }
 
@@ -380,7 +381,7 @@ impl Mounted {
         // Held to the end, so that what is in force is what was said last.
         let mut refusals = self.refusals.lock().expect("a thread died holding the refusals");
         change(&mut refusals);
-        if refusals.ended {
+        if self.closed.load(Ordering::SeqCst) {
             return Ok(());
         }
         let was = self.fs.refuses_all();
@@ -391,11 +392,12 @@ impl Mounted {
                 tracing::warn!("{mountpoint} refuses its readers: {why}");
                 self.tell(Event::new(Kind::Lock).severity(Severity::High).detail(why));
             }
-            self.fs.drop_all_pages();
-            // Each time it is said: an operator may have unlocked it meanwhile.
+            // Each time it is said: an operator may have unlocked it meanwhile. Before the pages, which reads that wait for a
+            // store hold, and which a lock ends.
             if self.plan.on_key_loss == OnKeyLoss::Lock {
                 self.versions.refuse();
             }
+            self.fs.drop_all_pages();
         } else if was {
             // The keys first: whoever is let in reads at once.
             let mut lost = self.versions.regain(Vec::new());
@@ -405,6 +407,10 @@ impl Mounted {
                 lost = self.versions.regain(opened);
             }
             self.fs.refuse_all(false);
+            if self.closed.load(Ordering::SeqCst) {
+                self.fs.refuse_all(true);
+                return Ok(());
+            }
             tracing::warn!("{mountpoint} serves its readers again");
             self.tell(Event::new(Kind::Unlock));
         }
@@ -546,6 +552,11 @@ impl Mounted {
     /// # Errors
     /// `HELD` naming who still held files; `HOST` if the kernel refused: then it is still mounted.
     pub fn unmount(&self, grace: Duration) -> Result<()> {
+        self.take_off(grace, None)
+    }
+
+    /// `broken`: what ended it, if nobody did.
+    fn take_off(&self, grace: Duration, broken: Option<Error>) -> Result<()> {
         let mut outcome = self.outcome.lock().expect("a thread died ending the mount");
         if let Some(known) = &*outcome {
             return known.clone();
@@ -566,9 +577,10 @@ impl Mounted {
             self.attachment.detach()?;
         }
         let held_bytes = self.wipe(unmounted);
-        let ended = match unmounted && held_bytes == 0 {
-            true => Ok(()),
-            false => Err(self.still_held("detached", &holders, held_bytes)),
+        let ended = match (broken, unmounted && held_bytes == 0) {
+            (Some(broken), _) => Err(broken),
+            (None, true) => Ok(()),
+            (None, false) => Err(self.still_held("detached", &holders, held_bytes)),
         };
         self.end(&mut outcome, ended)
     }
@@ -683,14 +695,20 @@ impl Mounted {
     }
 
     /// The kernel has closed the connection: we unmounted, or somebody else did, or the last holder of a detached mount let
-    /// go.
+    /// go. Or it broke while it was mounted (somebody aborted it, a request could not be read): then whoever runs us is to
+    /// start us again, and is not told that it ended because it should.
     fn session_ended(&self) {
         let (over, told) = &self.session_over;
         *over.lock().expect("a thread died ending the session") = true;
         told.notify_all();
-        if let Err(error) = self.unmount(Duration::ZERO) {
+        let broken = (!self.attachment.is_given() && self.attachment.is_there()).then(|| {
+            let at = self.mountpoint().display();
+            Error::new(Code::Host, format!("the connection of {at} to the kernel broke although nobody unmounted it"))
+        });
+        if let Err(error) = self.take_off(Duration::ZERO, broken) {
             tracing::debug!("{}", error.chain());
         }
+        self.attachment.close();
         self.fs.drop_backings(true);
         self.host.cache.remove_gate(&self.gate);
         self.close_control();
