@@ -7,7 +7,7 @@ mod program;
 use std::ffi::CString;
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -82,6 +82,26 @@ fn held_files_delay_the_end_by_ten_seconds_then_the_holder_is_named_and_the_exit
     assert_eq!(after.raw_os_error(), Some(libc::ENOTCONN));
     sleeper.kill().expect("kill");
     sleeper.wait().expect("wait");
+}
+
+/// A service manager starts again after a fault, and not after an end (24).
+#[test]
+fn a_connection_that_breaks_while_files_are_held_is_a_fault_and_no_end() {
+    if !can_mount() {
+        return;
+    }
+    let Ready { _folder, program } = ready();
+    let control = tempfile::tempdir().expect("a folder");
+    run_ok(Command::new("mount").args(["-t", "fusectl", "none"]).arg(control.path()));
+    let mount = program.mount(&["--cache", "128MiB"]);
+    let held = File::open(program.mountpoint().join("acme/m/config.json")).expect("open");
+    let device = held.metadata().expect("stat").dev();
+    fs::write(control.path().join(libc::minor(device).to_string()).join("abort"), "1").expect("aborted");
+    run_ok(Command::new("umount").arg(control.path()));
+    assert_eq!(mount.exit_code(Duration::from_secs(15)), 1, "{}", program.log());
+    assert!(!is_mountpoint(program.mountpoint()), "the next start finds the place free");
+    assert!(program.log().contains("although nobody unmounted it"), "{}", program.log());
+    assert_eq!(fs::read(program.mountpoint()).expect_err("a folder").raw_os_error(), Some(libc::EISDIR));
 }
 
 #[test]
