@@ -25,7 +25,8 @@ fi
 
 work=$(mktemp -d "${TMPDIR:-/tmp}/modelfs-csi.XXXXXX")
 for name in $(compgen -e | grep -E '^(MODELFS|MODEL|VAULT|AWS)_' | grep -vE '^MODELFS_TEST_[A-Z_]+$'); do unset "$name"; done
-export HOME=$work/home XDG_CONFIG_HOME=$work/config MODELFS_STATE_DIR=$work/state
+# What `ls` says of a dead mount is looked for in English.
+export LC_ALL=C HOME=$work/home XDG_CONFIG_HOME=$work/config MODELFS_STATE_DIR=$work/state
 driver_pid=""
 # shellcheck disable=SC2317 # called by the trap
 cleanup() {

@@ -35,7 +35,8 @@ if [[ -n $lacking ]]; then
 fi
 
 work=$(mktemp -d "${TMPDIR:-/tmp}/modelfs-kube.XXXXXX")
-export MODELFS_TEST_CACHE=$cache HOME=$work/home XDG_CONFIG_HOME=$work/config MODELFS_STATE_DIR=$work/state
+# What `ls` says of a dead mount is looked for in English.
+export LC_ALL=C MODELFS_TEST_CACHE=$cache HOME=$work/home XDG_CONFIG_HOME=$work/config MODELFS_STATE_DIR=$work/state
 mkdir -p "$HOME" "$work/bin" "$work/minio"
 for name in $(compgen -e | grep -E '^(MODELFS|MODEL|VAULT|AWS)_' | grep -vE '^MODELFS_(TEST_[A-Z_]+|STATE_DIR)$'); do unset "$name"; done
 cleanup() {
