@@ -781,6 +781,44 @@ fn a_checkpoint_that_cannot_be_told_elsewhere_refuses_too() {
     genuine(&scene.verify());
 }
 
+#[test]
+fn nothing_is_shown_to_be_on_its_way_once_all_is_where_it_belongs() {
+    let mut scene = Scene::new();
+    scene.plan.checkpoint_records = 1;
+    let telemetry = Arc::new(Telemetry::default());
+    let audit = audit::start(&scene.plan, &telemetry).expect("opened").expect("a log");
+    for number in 0..300 {
+        telemetry.events.emit(&open_event(number)).expect("recorded");
+        // Whoever hands a checkpoint over and the thread that has it already done must not overtake each other.
+        until("a checkpoint is on its way for ever", || telemetry.snapshot().audit_pending_since == 0);
+    }
+    audit.close();
+}
+
+#[test]
+fn a_log_whose_disk_filled_at_a_rotation_goes_on_from_its_newest_closed_file() {
+    let mut scene = Scene::new();
+    scene.plan.file_bytes_max = 4000;
+    scene.write(40);
+    let mut closed = audit::closed(scene.path()).expect("files");
+    let (number, newest) = closed.pop().expect("closed files");
+    let away = scene.dir.path().join("archive");
+    fs::create_dir(&away).expect("mkdir");
+    let mut moved = Vec::new();
+    for (_, file) in &closed {
+        moved.push(away.join(file.file_name().expect("a name")));
+        fs::rename(file, &moved[moved.len() - 1]).expect("moved");
+    }
+    // As at that moment: it is begun, and there was no room for a line.
+    scene.put(&[]);
+    fs::remove_file(scene.checkpoints()).expect("removed");
+    scene.plan.file_bytes_max = 1 << 20;
+    scene.write(3);
+    assert_eq!(audit::closed(scene.path()).expect("files"), [(number, newest.clone())]);
+    moved.extend([newest, scene.path().to_owned()]);
+    genuine(&verify(&moved, &[scene.key], None).expect("read"));
+}
+
 /// A share whose server has gone away: whoever asks it waits, until it is taken off.
 struct Gone {
     at: PathBuf,
@@ -820,7 +858,7 @@ fn until(what: &str, mut done: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(20);
     while !done() {
         assert!(Instant::now() < deadline, "{what}");
-        std::thread::sleep(Duration::from_millis(20));
+        std::thread::sleep(Duration::from_millis(2));
     }
 }
 

@@ -372,23 +372,26 @@ impl Shared {
 
     /// Gives the thread something to bring to the disk.
     fn hand_over(&self, give: impl FnOnce(&mut Work)) {
-        let since = {
-            let mut work = self.work.lock().expect("a thread died holding the audit work");
-            give(&mut work);
+        self.change(|work| {
+            give(work);
             work.due = None;
             work.handed.get_or_insert_with(Instant::now);
-            work.since()
-        };
+        });
         self.wake.notify_all();
-        self.show(since);
     }
 
-    /// Shows since when a checkpoint is on its way. With nothing locked: ours may be the last hold on our own sink.
-    fn show(&self, since: Option<Instant>) {
+    /// Changes what is on its way, and shows since when something is, before anybody else can change it: of two who show it
+    /// later, the one with the older word may be the last.
+    fn change(&self, change: impl FnOnce(&mut Work)) {
         let unix = |since: Instant| (record::now() / 1_000_000).saturating_sub(since.elapsed().as_secs()).max(1);
-        if let Some(telemetry) = self.telemetry.upgrade() {
-            telemetry.audit_pending_since.set(since.map_or(0, unix));
+        // Let go of when nothing is locked any more: ours may be the last hold on our own sink.
+        let telemetry = self.telemetry.upgrade();
+        let mut work = self.work.lock().expect("a thread died holding the audit work");
+        change(&mut work);
+        if let Some(telemetry) = &telemetry {
+            telemetry.audit_pending_since.set(work.since().map_or(0, unix));
         }
+        drop(work);
     }
 
     /// A last checkpoint, then the thread may go.
@@ -573,15 +576,12 @@ impl Shared {
                 let mut writer = self.writer();
                 self.tell(&mut writer, error);
             }
-            let since = {
-                let mut work = self.work.lock().expect("a thread died holding the audit work");
+            self.change(|work| {
                 work.failed = failed;
                 if pending.is_empty() {
                     work.taken = None;
                 }
-                work.since()
-            };
-            self.show(since);
+            });
             if due {
                 let mut writer = self.writer();
                 if writer.since > 0 {
