@@ -309,15 +309,14 @@ fn last_tail(path: &Path) -> Result<Option<Tail>> {
 
 /// The last whole record of a file.
 pub fn tail_of(path: &Path) -> Result<Option<Tail>> {
-    let open = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path);
-    tail(path, &open.map_err(failed("read", path))?)
+    Ok(tail_and_time_of(path)?.map(|(tail, _)| tail))
 }
 
-/// When the last record of a file was written.
-pub fn last_time(path: &Path) -> Result<Option<u64>> {
+/// The last whole record of a file, and when it was written, in microseconds since 1970.
+pub fn tail_and_time_of(path: &Path) -> Result<Option<(Tail, Option<u64>)>> {
     let open = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path);
-    let (_, line) = last_lines(path, &open.map_err(failed("read", path))?)?;
-    Ok(Link::of(&line).and_then(|link| parse_stamp(link.time)))
+    let (tail, line) = last_lines(path, &open.map_err(failed("read", path))?)?;
+    Ok(tail.map(|tail| (tail, Link::of(&line).and_then(|link| parse_stamp(link.time)))))
 }
 
 fn read_at(path: &Path, file: &File, range: std::ops::Range<u64>) -> Result<Vec<u8>> {

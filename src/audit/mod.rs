@@ -566,7 +566,12 @@ impl Shared {
             };
             let mut failed = None;
             pending.retain(|(path, sync)| match self.finish(path.as_deref(), sync, elsewhere.as_mut()) {
-                Ok(()) => false,
+                Ok(()) => {
+                    if path.is_some() {
+                        look = Instant::now();
+                    }
+                    false
+                }
                 Err(error) => {
                     failed.get_or_insert(error);
                     true
@@ -594,8 +599,15 @@ impl Shared {
                 }
             }
             if look <= Instant::now() {
-                look = Instant::now() + RETENTION_LOOK;
-                self.retain();
+                // One at a time: what removes it is to be on the disk before the next, and a checkpoint that was handed over
+                // meanwhile waits for one file and not for hundreds. An end waits for no more than that either.
+                let more = self.retain() && !stop;
+                look = Instant::now()
+                    + match more {
+                        true if pending.is_empty() => Duration::ZERO,
+                        true => RETRY,
+                        false => RETENTION_LOOK,
+                    };
             }
             let work = self.work.lock().expect("a thread died holding the audit work");
             if stop && work.sync.is_none() && work.closed.is_empty() {
@@ -622,49 +634,53 @@ impl Shared {
                 }
             });
             drop(made);
-            self.retain();
         }
         Ok(())
     }
 
-    /// Removes closed files whose last record is older than they are to be kept, each with a record of that.
-    fn retain(&self) {
-        let (Some(keep), Some(path)) = (self.plan.keep, &self.plan.file) else { return };
+    /// Removes the oldest closed file if its last record is older than it is to be kept, with a record of that. Whether it did.
+    fn retain(&self) -> bool {
+        let (Some(keep), Some(path)) = (self.plan.keep, &self.plan.file) else { return false };
         let oldest = record::now().saturating_sub(u64::try_from(keep.as_micros()).unwrap_or(u64::MAX));
-        let old = |(number, path): (u64, PathBuf)| -> Result<Option<(u64, PathBuf, Tail)>> {
-            let Some(tail) = file::tail_of(&path)? else { return Ok(None) };
-            let last = file::last_time(&path)?;
-            Ok(last.is_some_and(|last| last < oldest).then_some((number, path, tail)))
-        };
         let files = match file::closed(path) {
             Ok(files) => files,
-            Err(error) => return tracing::warn!("old audit files are not looked for: {}", error.chain()),
+            Err(error) => {
+                tracing::warn!("old audit files are not looked for: {}", error.chain());
+                return false;
+            }
         };
         // In order: a log without its middle would look like one that was tampered with.
-        for (number, path, tail) in files.into_iter().map_while(|file| old(file).ok().flatten()) {
-            let mut writer = self.writer();
-            let detail = format!("{} was older than it is to be kept, and is removed", path.display());
-            let more = More {
-                number: Some(number),
-                last: Some(tail.seq),
-                sha256: Some(hex::encode(tail.hash).into()),
-                detail: Some(detail.into()),
-                ..More::default()
-            };
-            let told = self.pay(&mut writer).and_then(|()| self.put(&mut writer, &mut Record::own(own::REMOVED, more)));
-            // Signed before the file goes: whoever verifies the log believes no other record of it.
-            let told = told.and_then(|()| {
-                writer.owed = true;
-                self.pay(&mut writer)
-            });
-            drop(writer);
-            let gone = told.and_then(|()| {
-                let _ = std::fs::remove_file(file::beside(&path, "index"));
-                std::fs::remove_file(&path)
-                    .map_err(|e| Error::new(Code::Audit, format!("cannot remove {}", path.display())).with_source(e))
-            });
-            if let Err(error) = gone {
-                return tracing::warn!("an old audit file stays: {}", error.chain());
+        let Some((number, path)) = files.into_iter().next() else { return false };
+        let Ok(Some((tail, Some(last)))) = file::tail_and_time_of(&path) else { return false };
+        if last >= oldest {
+            return false;
+        }
+        let mut writer = self.writer();
+        let detail = format!("{} was older than it is to be kept, and is removed", path.display());
+        let more = More {
+            number: Some(number),
+            last: Some(tail.seq),
+            sha256: Some(hex::encode(tail.hash).into()),
+            detail: Some(detail.into()),
+            ..More::default()
+        };
+        let told = self.pay(&mut writer).and_then(|()| self.put(&mut writer, &mut Record::own(own::REMOVED, more)));
+        // Signed before the file goes: whoever verifies the log believes no other record of it.
+        let told = told.and_then(|()| {
+            writer.owed = true;
+            self.pay(&mut writer)
+        });
+        drop(writer);
+        let gone = told.and_then(|()| {
+            let _ = std::fs::remove_file(file::beside(&path, "index"));
+            std::fs::remove_file(&path)
+                .map_err(|e| Error::new(Code::Audit, format!("cannot remove {}", path.display())).with_source(e))
+        });
+        match gone {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::warn!("an old audit file stays: {}", error.chain());
+                false
             }
         }
     }
