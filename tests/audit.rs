@@ -873,7 +873,7 @@ fn with_share(mode: AuditMode) -> (Scene, PathBuf) {
     fs::create_dir(&share).expect("mkdir");
     scene.plan.checkpoint_file = Some(share.join("checkpoints"));
     (scene.plan.mode, scene.plan.checkpoint_records) = (mode, 5);
-    scene.plan.stuck_after = Duration::from_millis(500);
+    scene.plan.refuse_after = Duration::from_millis(500);
     (scene, share)
 }
 
@@ -893,6 +893,11 @@ fn a_share_that_hangs_refuses_too_and_holds_up_no_end() {
         error.is_some()
     });
     let error = error.expect("refused");
+    let began = Instant::now();
+    for number in 0..5 {
+        assert!(telemetry.events.emit(&open_event(number)).is_err(), "it hangs still");
+    }
+    assert!(began.elapsed() < Duration::from_secs(2), "once it is known to hang nobody waits: {:?}", began.elapsed());
     assert_eq!(error.code(), Code::Audit, "{error:?}");
     assert!(error.chain().contains("on its way") && error.chain().contains("share/checkpoints"), "{error:?}");
     assert!(telemetry.audit_failures.get() > 0);

@@ -8,8 +8,9 @@
 //! ```
 //! In: events of `telemetry::events`, an [`AuditPlan`]. Out: JSON lines; each holds the hash of the one before it.
 //! Promises: a record is written when [`Sink::take`] returns Ok, and with `audit=required` an Err says that it is not, so
-//! that what it tells of does not happen; nor does it where a checkpoint hangs on its way; what could not be recorded is counted, told, and stands in the log as a gap once it
-//! can be written again; a checkpoint that is elsewhere names what is on the disk.
+//! that what it tells of does not happen; nor does it where a checkpoint hangs on its way; what could not be recorded is
+//! counted, told, and stands in the log as a gap once it can be written again; a checkpoint that is elsewhere names what is
+//! on the disk.
 //! `record`: one line. `file`: the files. `verify`: what is wrong with a log, and where. `index`, `show`: finding records.
 //! Not here: what is an event (whoever emits it), who may read the log (the modes of its files).
 //! Spec: docs/AUDIT.md. Held by: the tests of each file, tests/audit.rs, tests/audit.sh; benches/audit.rs for what it costs.
@@ -47,6 +48,10 @@ const RETENTION_LOOK: Duration = Duration::from_secs(3600);
 
 /// How long after a checkpoint did not reach the disk it is tried again.
 const RETRY: Duration = Duration::from_secs(1);
+
+/// Whoever finds that the thread hangs looks again so many times, so long after one another.
+const LOOKS: u32 = 10;
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
 /// A failure that goes on is told again after this.
 const TELL_AGAIN: Duration = Duration::from_secs(60);
@@ -98,6 +103,10 @@ struct Work {
     /// Since when the oldest of the above waits, and the oldest that the thread has taken and not brought to its end.
     handed: Option<Instant>,
     taken: Option<Instant>,
+    /// Since when the thread is at the piece of work that it is at; None while it waits for some.
+    busy: Option<Instant>,
+    /// The piece that it was found to hang in.
+    hangs: Option<Instant>,
     /// Why the last checkpoint is not on the disk, or not elsewhere.
     failed: Option<Error>,
     stop: bool,
@@ -111,13 +120,9 @@ impl Work {
         self.taken.or(self.handed)
     }
 
-    /// How long the oldest checkpoint has been on its way, or has been due with nobody making it: the thread hangs in a disk
-    /// or a share that answers neither yes nor no.
-    fn waits(&self) -> Duration {
-        if self.ended {
-            return Duration::ZERO;
-        }
-        self.since().into_iter().chain(self.due).min().map_or(Duration::ZERO, |since| since.elapsed())
+    /// The piece of work that the thread has been at for longer than `most`.
+    fn late(&self, most: Duration) -> Option<Instant> {
+        self.busy.filter(|since| !self.ended && since.elapsed() > most)
     }
 }
 
@@ -311,8 +316,8 @@ impl Shared {
     }
 
     fn take(&self, event: &Event) -> Result<()> {
-        let mut writer = self.writer();
         let (failed, stuck) = self.not_synced();
+        let mut writer = self.writer();
         let recorded = match (failed.or_else(|| stuck.clone()), stuck) {
             (Some(error), _) if self.required() => Err(error),
             (_, stuck) => {
@@ -354,20 +359,42 @@ impl Shared {
         Ok(())
     }
 
-    /// Why the last checkpoint is not where it belongs, and, where nobody says why, that one has been on its way for too long.
+    /// Why the last checkpoint is not where it belongs, and, where nobody says why, that the thread hangs on its way there, in
+    /// a disk or a share that answers neither yes nor no. Nobody may hold the writer: the thread may wait for it.
+    ///
+    /// The clock goes on while a process is frozen as a whole (a container that is paused, SIGSTOP), and says nothing of a disk
+    /// then. So whoever finds the thread late first gives it a second in which it need only be seen to come on; a share that
+    /// hangs costs that once. In pieces: a second that passes in one go may be one of those in which nothing ran.
     fn not_synced(&self) -> (Option<Error>, Option<Error>) {
-        let work = self.work.lock().expect("a thread died holding the audit work");
-        let waits = work.waits();
-        let stuck = (waits > self.plan.stuck_after).then(|| {
+        let most = self.plan.refuse_after;
+        let mut work = self.work.lock().expect("a thread died holding the audit work");
+        let mut late = work.late(most);
+        for _ in 0..LOOKS {
+            if late.is_none() || work.hangs == late {
+                break;
+            }
+            work = (self.wake.wait_timeout_while(work, LOOK_AGAIN, |work| work.busy == late && !work.ended))
+                .expect("a thread died holding the audit work")
+                .0;
+            late = work.late(most).filter(|since| late == Some(*since));
+        }
+        work.hangs = late;
+        let stuck = late.map(|since| {
             let places = [&self.plan.file, &self.plan.checkpoint_file];
             let places: Vec<String> = places.into_iter().flatten().map(|path| path.display().to_string()).collect();
-            let (seconds, places) = (waits.as_secs(), places.join(" and "));
+            let (seconds, places) = (since.elapsed().as_secs(), places.join(" and "));
             Error::new(
                 Code::Audit,
                 format!("a checkpoint has been on its way for {seconds} s; look whether the disk of {places} answers"),
             )
         });
         (work.failed.clone(), stuck)
+    }
+
+    /// The thread begins another piece of work.
+    fn comes_on(&self) {
+        self.work.lock().expect("a thread died holding the audit work").busy = Some(Instant::now());
+        self.wake.notify_all();
     }
 
     /// Gives the thread something to bring to the disk.
@@ -538,6 +565,8 @@ impl Shared {
         loop {
             let (due, stop) = {
                 let mut work = self.work.lock().expect("a thread died holding the audit work");
+                work.busy = None;
+                self.wake.notify_all();
                 loop {
                     let now = Instant::now();
                     let until = work.due.map_or(look, |due| due.min(look));
@@ -556,6 +585,7 @@ impl Shared {
                     pending.retain(|(path, _)| path.is_some());
                     pending.push((None, sync));
                 }
+                work.busy = Some(Instant::now());
                 let handed = work.handed.take();
                 work.taken = work.taken.or(handed);
                 let due = work.due.is_some_and(|due| due <= Instant::now());
@@ -565,16 +595,19 @@ impl Shared {
                 (due, work.stop)
             };
             let mut failed = None;
-            pending.retain(|(path, sync)| match self.finish(path.as_deref(), sync, elsewhere.as_mut()) {
-                Ok(()) => {
-                    if path.is_some() {
-                        look = Instant::now();
+            pending.retain(|(path, sync)| {
+                self.comes_on();
+                match self.finish(path.as_deref(), sync, elsewhere.as_mut()) {
+                    Ok(()) => {
+                        if path.is_some() {
+                            look = Instant::now();
+                        }
+                        false
                     }
-                    false
-                }
-                Err(error) => {
-                    failed.get_or_insert(error);
-                    true
+                    Err(error) => {
+                        failed.get_or_insert(error);
+                        true
+                    }
                 }
             });
             if let Some(error) = &failed {
@@ -587,6 +620,7 @@ impl Shared {
                     work.taken = None;
                 }
             });
+            self.comes_on();
             if due {
                 let mut writer = self.writer();
                 if writer.since > 0 {
@@ -601,6 +635,7 @@ impl Shared {
             if look <= Instant::now() {
                 // One at a time: what removes it is to be on the disk before the next, and a checkpoint that was handed over
                 // meanwhile waits for one file and not for hundreds. An end waits for no more than that either.
+                self.comes_on();
                 let more = self.retain() && !stop;
                 look = Instant::now()
                     + match more {
@@ -731,4 +766,66 @@ impl Elsewhere {
 /// Whether a line is a record, for tests and tools that read logs.
 pub fn is_record(line: &[u8]) -> bool {
     Link::of(line).is_some()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn opened(folder: &Path) -> Audit {
+        let plan = AuditPlan {
+            mode: AuditMode::Required,
+            file: Some(folder.join("log")),
+            checkpoint_records: 1,
+            refuse_after: Duration::from_millis(20),
+            ..AuditPlan::default()
+        };
+        Audit::open(&plan, Weak::new()).expect("opened").0
+    }
+
+    /// As the thread was when the whole process was frozen, and is when it runs again.
+    fn at_work_since_long(audit: &Audit) {
+        audit.take(&Event::new(Kind::Open)).expect("recorded");
+        // What it was handed is done, and it waits for more.
+        let waits = |work: &Work| work.since().is_none() && work.busy.is_none();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !waits(&audit.shared.work.lock().expect("nobody died")) {
+            assert!(Instant::now() < deadline, "the thread comes to no end");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        audit.shared.comes_on();
+        std::thread::sleep(Duration::from_millis(50));
+    }
+
+    #[test]
+    fn a_thread_that_was_frozen_with_all_others_is_given_the_time_to_go_on() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let audit = opened(folder.path());
+        at_work_since_long(&audit);
+        std::thread::scope(|scope| {
+            let shared = &audit.shared;
+            scope.spawn(move || {
+                std::thread::sleep(Duration::from_millis(150));
+                shared.work.lock().expect("nobody died").busy = None;
+                shared.wake.notify_all();
+            });
+            audit.take(&Event::new(Kind::Open)).expect("recorded as soon as it goes on");
+        });
+        audit.take(&Event::new(Kind::Open)).expect("recorded");
+    }
+
+    #[test]
+    fn a_thread_that_hangs_refuses_after_a_second_and_then_at_once() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let audit = opened(folder.path());
+        at_work_since_long(&audit);
+        let began = Instant::now();
+        let error = audit.take(&Event::new(Kind::Open)).expect_err("nobody goes on");
+        assert!(error.chain().contains("on its way"), "{error:?}");
+        let (first, again) = (began.elapsed(), Instant::now());
+        audit.take(&Event::new(Kind::Open)).expect_err("still nobody");
+        assert!(again.elapsed() < LOOK_AGAIN * LOOKS / 2 && first >= LOOK_AGAIN * LOOKS / 2, "{first:?}");
+        audit.shared.work.lock().expect("nobody died").busy = None;
+        audit.take(&Event::new(Kind::Open)).expect("recorded");
+    }
 }

@@ -62,9 +62,11 @@ pub struct AuditPlan {
     pub file_bytes_max: u64,
     /// Closed files older than this are removed; `None`: never.
     pub keep: Option<Duration>,
-    /// A checkpoint that is neither on the disk and elsewhere nor refused after this is taken for one that will not be. No
-    /// option: long enough for a disk that is only busy, and short for what goes unrecorded meanwhile.
+    /// Where a checkpoint has been on its way to the disk and elsewhere for so long, somebody is told.
     pub stuck_after: Duration,
+    /// And where the disk and the place elsewhere have had it for so long, it will never be there. No option: long enough
+    /// for a disk that is sound and has a lot to write, and short for what is vouched for by nothing meanwhile.
+    pub refuse_after: Duration,
 }
 
 impl Default for AuditPlan {
@@ -80,6 +82,7 @@ impl Default for AuditPlan {
             file_bytes_max: 256 << 20,
             keep: None,
             stuck_after: Duration::from_secs(30),
+            refuse_after: Duration::from_secs(120),
         }
     }
 }
@@ -203,6 +206,7 @@ pub fn audit(layers: &Layers) -> Result<AuditPlan> {
         file_bytes_max: layers.parse("audit-file-bytes", units::parse_size)?.unwrap_or(usual.file_bytes_max),
         keep: layers.parse("audit-keep", units::parse_duration)?,
         stuck_after: usual.stuck_after,
+        refuse_after: usual.refuse_after,
     };
     if plan.mode != AuditMode::Off && !asked {
         let by = layers.get("audit").map_or(String::new(), |setting| format!("{setting}: "));
