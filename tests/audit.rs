@@ -918,7 +918,8 @@ fn a_share_that_hangs_refuses_too_and_holds_up_no_end() {
     }
     let began = Instant::now();
     audit.close();
-    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    // With an unmount's 10 s it must stay below the 25 s of `modelfs umount` in the unit, and systemd's 30 s.
+    assert!(began.elapsed() < Duration::from_secs(13), "{:?}", began.elapsed());
     assert_eq!(text(&scene.lines().pop().expect("lines"), "kind"), "checkpoint", "the log itself has its end");
     genuine(&scene.verify_alone());
     drop(gone);

@@ -49,6 +49,10 @@ const RETENTION_LOOK: Duration = Duration::from_secs(3600);
 /// How long after a checkpoint did not reach the disk it is tried again.
 const RETRY: Duration = Duration::from_secs(1);
 
+/// The end of a process waits so long for its last checkpoint. An unmount before it waits up to 10 s for readers; both are over
+/// before systemd kills (modelfs@.service: TimeoutStopSec).
+const END_WAIT: Duration = Duration::from_secs(10);
+
 /// Whoever finds that the thread hangs looks again so many times, so long after one another.
 const LOOKS: u32 = 10;
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
@@ -234,7 +238,7 @@ impl Audit {
     }
 
     /// The end: a last checkpoint, on the disk and elsewhere. Records that come later are written all the same. A disk or a
-    /// share that hangs holds the end up for [`AuditPlan::stuck_after`] and no longer.
+    /// share that hangs holds the end up for 10 s and no longer.
     pub fn close(&self) {
         let Some(worker) = self.worker.lock().expect("a thread died ending the audit log").take() else { return };
         let shared = self.shared.clone();
@@ -246,16 +250,15 @@ impl Audit {
         if worker.thread().id() == std::thread::current().id() {
             return;
         }
-        let most = self.shared.plan.stuck_after;
         let work = self.shared.work.lock().expect("a thread died holding the audit work");
-        let (work, _) = (self.shared.wake.wait_timeout_while(work, most, |work| !work.ended))
+        let (work, _) = (self.shared.wake.wait_timeout_while(work, END_WAIT, |work| !work.ended))
             .expect("a thread died holding the audit work");
         let ended = work.ended;
         drop(work);
         if !ended {
             tracing::error!(
                 "the end of the audit log is left to itself: a disk or share of it has not answered for {} s",
-                most.as_secs()
+                END_WAIT.as_secs()
             );
         } else if worker.join().is_err() {
             tracing::error!("the thread of the audit log died");
