@@ -828,7 +828,7 @@ fn streamed_zip(entries: &[(&str, &[u8])], deflated: bool) -> Vec<u8> {
 }
 
 #[test]
-fn entries_that_only_the_directory_of_a_zip_archive_delimits_are_found_where_it_is_at_hand_and_unread_elsewhere() {
+fn stored_entries_of_a_streamed_zip_archive_end_by_its_directory_or_by_what_is_true_of_them() {
     let root = hostile();
     let (weights, gguf) = (planted::safetensors(), planted::gguf());
     let planted = streamed_zip(&[("readme", b"hello"), ("empty", b""), ("m/w", &weights), ("m/g", &gguf)], false);
@@ -845,21 +845,38 @@ fn entries_that_only_the_directory_of_a_zip_archive_delimits_are_found_where_it_
     }
 
     let class = noise(9000);
-    // What is clean is clean, and what deflates is clean in a pipe too.
+    // What is clean is clean, in a pipe and a layer too.
     let files: [(&str, &[u8]); 3] =
         [("META-INF/", b""), ("META-INF/MANIFEST.MF", b"Manifest-Version: 1.0"), ("A.class", &class)];
     write(root.path(), "clean/stored.jar", &streamed_zip(&files, false));
     write(root.path(), "clean/deflated.jar", &streamed_zip(&files, true));
     write(root.path(), "clean/deflated.jar.gz", &gzip(&streamed_zip(&files, true)));
+    write(root.path(), "clean/stored.jar.zst", &zstd(&streamed_zip(&files, false)));
+    write(root.path(), "clean/image.tar", &image_of(&gzip(&tar_of(&[("app/a.jar", &streamed_zip(&files, false))]))));
     let (code, report, err, _) = apart(&root.path().join("clean"), &[]);
     assert_eq!((code, &report["unread"], &report["findings"]), (0, &json!([]), &json!([])), "{err}");
 
-    // Nothing is at hand of what comes through a decoder or a pipe.
+    // Of what comes through a decoder or a pipe no directory is at hand: each entry ends where what follows is true of it.
     write(root.path(), "packed/a.zip.gz", &gzip(&planted));
-    refused(&root.path().join("packed"), &[], "does not tell where it ends");
-    let (code, out, _) = modelfs(&["scan", "--json", "-"], Some(&planted));
+    let report = look_at(&root.path().join("packed"));
+    assert_eq!((paths(&report), report.unread.len()), (vec!["a.zip!m/g".to_owned(), "a.zip!m/w".to_owned()], 0));
+    write(root.path(), "layer/image.tar", &image_of(&gzip(&tar_of(&[("srv/a.zip", &planted)]))));
+    let report = look_at(&root.path().join("layer/image.tar"));
+    assert_eq!((paths(&report).len(), report.unread.len()), (2, 0), "{report:?}");
+
+    // Where it is true of none, the first is looked at, and the rest unread.
+    let spoilt = |archive: &[u8]| {
+        let mut archive = archive.to_vec();
+        let told = archive.windows(4).position(|four| four == b"PK\x07\x08").expect("sizes");
+        archive[told + 4] ^= 1;
+        archive
+    };
+    write(root.path(), "spoilt/a.zip.gz", &gzip(&spoilt(&planted)));
+    refused(&root.path().join("spoilt"), &[], "does not tell where it ends");
+    let (code, out, _) = modelfs(&["scan", "--json", "-"], Some(&spoilt(&planted)));
     assert_eq!(code, 20, "{out}");
-    write(root.path(), "first/a.zip.gz", &gzip(&streamed_zip(&[("w", &weights), ("readme", b"hello")], false)));
+    let first = streamed_zip(&[("w", &weights), ("readme", b"hello")], false);
+    write(root.path(), "first/a.zip.gz", &gzip(&spoilt(&first)));
     let report = look_at(&root.path().join("first"));
     assert_eq!(
         (paths(&report), report.unread.len()),

@@ -1,18 +1,19 @@
 //! The entries of a zip archive, read forwards like a stream. The directory at the end is asked for one thing: how long an
-//! entry is that does not tell it itself (stored, its size told after it), where the source is a place in a file.
+//! entry is that does not tell it itself (stored, its size told after it), where the source is a place in a file. In a pipe or a
+//! packed layer nobody has the directory yet: there such an entry ends where what follows is true of it, checksum and length.
 //!
 //! In: a [`Source`] at the first local header (hostile). Out: each entry's name and plain bytes.
-//! Promises: total; an entry whose end nothing tells is shown with all that follows it, and ends the walk, which is said
-//! ([`End::Unknown`]); an entry that cannot be unpacked does not, where its length is known. What the directory tells is
+//! Promises: total, and linear; an entry whose end nothing tells is shown with all that follows it, and ends the walk, which is
+//! said ([`End::Unknown`]); an entry that cannot be unpacked does not, where its length is known. What the directory tells is
 //! believed only where it leads to the next header.
-//! Held by: tests/scan.rs.
+//! Held by: the tests below, tests/scan.rs.
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
 use std::sync::Arc;
 
-use super::source::{FileRange, Inflated, Limited, Meter, Source, broken, fill};
+use super::source::{FileRange, Inflated, Limited, Meter, Source, broken, drain, fill};
 
 /// How a walk ended.
 #[derive(Debug, PartialEq, Eq)]
@@ -26,7 +27,7 @@ pub(super) enum End {
 /// An entry that `each` is shown.
 pub(super) struct Entry {
     pub name: Vec<u8>,
-    /// Its end is known without unpacking it.
+    /// Its end is known, or looked for, without unpacking it.
     pub delimited: bool,
     /// Why its bytes are not shown, and the length it claims to have.
     pub closed: Option<(&'static str, u64)>,
@@ -36,6 +37,10 @@ pub(super) struct Entry {
 const DIRECTORY_ENTRIES_MAX: u64 = 1 << 18;
 
 const LOCAL: u32 = 0x0403_4b50;
+/// Before the checksum and sizes behind an entry, from most writers.
+const TOLD: [u8; 4] = *b"PK\x07\x08";
+/// That mark, a checksum, two sizes of 8 bytes, and the mark of what follows.
+const TOLD_BYTES_MAX: usize = 4 + 4 + 8 + 8 + 4;
 const DIRECTORY: [u32; 3] = [0x0201_4b50, 0x0605_4b50, 0x0606_4b50];
 const ENCRYPTED: u16 = 1;
 const SIZES_FOLLOW: u16 = 1 << 3;
@@ -47,7 +52,7 @@ pub(super) fn walk(
 ) -> io::Result<End> {
     let place = source.place().zip(source.left());
     let mut directory = None;
-    let mut stream = Stream { inner: BufReader::with_capacity(16 << 10, source), at: 0 };
+    let mut stream = Stream::new(source);
     // Read already, where the end of an entry was found by it.
     let mut next = None;
     loop {
@@ -88,6 +93,23 @@ pub(super) fn walk(
         }
         entry.delimited = !follow;
         match (local.method, follow, entry.closed.is_some()) {
+            // A directory that is at hand and does not tell of the entry contradicts whatever stands behind it.
+            (method, true, is_closed) if place.is_none() && (method == 0 || is_closed) => {
+                let mut told = ToldAfter::new(&mut stream, is_closed);
+                if !is_closed {
+                    // What is broken in it holds nobody up: the end is looked for in any case.
+                    entry.delimited = true;
+                    each(&entry, &mut told)?;
+                }
+                told.skip(u64::MAX)?;
+                let Some(end) = told.end else { return Ok(End::Unknown) };
+                stream.consume(end.bytes);
+                if let Some((_, plain)) = &mut entry.closed {
+                    *plain = end.plain;
+                    entry.delimited = true;
+                    each(&entry, &mut Limited { inner: &mut stream, left: 0 })?;
+                }
+            }
             (_, true, true) => return Ok(End::Unknown),
             (0, true, false) => {
                 each(&entry, &mut stream)?;
@@ -295,37 +317,169 @@ fn is_mark(four: [u8; 4]) -> bool {
     mark == LOCAL || DIRECTORY.contains(&mark)
 }
 
+/// A stored entry of which nobody knows how long it is, up to where what stands behind it is true of it.
+struct ToldAfter<'s, 'a> {
+    stream: &'s mut Stream<'a>,
+    /// The checksum is of bytes that are not there: encrypted, or packed. Their length and the mark behind them say enough.
+    is_closed: bool,
+    crc: flate2::Crc,
+    /// Bytes that were read.
+    len: u64,
+    /// What stands behind them; None before the end, and at the end of the archive.
+    end: Option<Told>,
+}
+
+/// What stands behind an entry.
+#[derive(Debug, PartialEq, Eq)]
+struct Told {
+    crc: u32,
+    plain: u64,
+    /// What it takes itself.
+    bytes: usize,
+}
+
+impl Told {
+    /// What `ahead` begins with, if it tells of an entry of `len` bytes.
+    fn of(ahead: &[u8], len: u64, is_closed: bool) -> Option<Told> {
+        let marked = ahead.starts_with(&TOLD);
+        if is_closed && !marked {
+            return None;
+        }
+        let mark = if marked { TOLD.len() } else { 0 };
+        // The wide ones first: of nothing both tell with zeros.
+        [8, 4].into_iter().find_map(|wide| {
+            let bytes = mark + 4 + 2 * wide;
+            let fields = ahead.get(mark..bytes)?;
+            let size = |at| if wide == 8 { u64_at(fields, at) } else { u64::from(u32_at(fields, at)) };
+            let (packed, plain) = (size(4), size(4 + wide));
+            let next = ahead.get(bytes..bytes + 4).and_then(|four| <[u8; 4]>::try_from(four).ok());
+            // Signatures of Android may stand behind the last entry: there its own mark and the checksum do.
+            let surely = next.is_some_and(is_mark) || (marked && !is_closed);
+            (packed == len && (plain == len || is_closed) && surely).then(|| Told {
+                crc: u32_at(fields, 0),
+                plain,
+                bytes,
+            })
+        })
+    }
+}
+
+impl<'s, 'a> ToldAfter<'s, 'a> {
+    fn new(stream: &'s mut Stream<'a>, is_closed: bool) -> ToldAfter<'s, 'a> {
+        ToldAfter { stream, is_closed, crc: flate2::Crc::new(), len: 0, end: None }
+    }
+}
+
+impl Read for ToldAfter<'_, '_> {
+    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+        if self.end.is_some() {
+            return Ok(0);
+        }
+        let ahead = self.stream.ahead(TOLD_BYTES_MAX)?;
+        // Where the archive goes on, the last few bytes are looked at once those behind them are there.
+        let looked = if ahead.len() < TOLD_BYTES_MAX { ahead.len() } else { ahead.len() - (TOLD_BYTES_MAX - 1) };
+        let most = looked.min(room.len());
+        let (mut n, mut summed) = (0, 0);
+        while n < most {
+            let (here, len) = (&ahead[n..], self.len + n as u64);
+            // One comparison of each kind rules out nearly every place, so that all of it is summed up once.
+            let may = here.starts_with(&TOLD) || here.get(4..8).is_some_and(|low| low == (len as u32).to_le_bytes());
+            if let Some(told) = may.then(|| Told::of(here, len, self.is_closed)).flatten() {
+                self.crc.update(&ahead[summed..n]);
+                summed = n;
+                if self.is_closed || told.crc == self.crc.sum() {
+                    self.end = Some(told);
+                    break;
+                }
+            }
+            n += 1;
+        }
+        self.crc.update(&ahead[summed..n]);
+        room[..n].copy_from_slice(&ahead[..n]);
+        self.stream.consume(n);
+        self.len += n as u64;
+        Ok(n)
+    }
+}
+
+impl Source for ToldAfter<'_, '_> {
+    fn skip(&mut self, len: u64) -> io::Result<u64> {
+        drain(self, len)
+    }
+    fn left(&self) -> Option<u64> {
+        None
+    }
+}
+
 struct Stream<'a> {
-    inner: BufReader<&'a mut dyn Source>,
+    inner: &'a mut dyn Source,
+    buffer: Vec<u8>,
+    /// Bytes of the buffer that were read, and those that are there.
+    used: usize,
+    have: usize,
     /// Bytes of the archive that are behind us.
     at: u64,
 }
 
+impl<'a> Stream<'a> {
+    fn new(inner: &'a mut dyn Source) -> Stream<'a> {
+        Stream { inner, buffer: vec![0; 16 << 10], used: 0, have: 0, at: 0 }
+    }
+
+    fn held(&self) -> usize {
+        self.have - self.used
+    }
+
+    /// What comes next: `len` bytes or more, fewer only at the end.
+    fn ahead(&mut self, len: usize) -> io::Result<&[u8]> {
+        if self.held() < len {
+            self.buffer.copy_within(self.used..self.have, 0);
+            (self.used, self.have) = (0, self.held());
+        }
+        while self.held() < len {
+            match self.inner.read(&mut self.buffer[self.have..]) {
+                Ok(0) => break,
+                Ok(n) => self.have += n,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(&self.buffer[self.used..self.have])
+    }
+}
+
 impl Read for Stream<'_> {
     fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
-        let n = self.inner.read(room)?;
-        self.at += n as u64;
+        // What is large goes past the buffer.
+        if self.held() == 0 && room.len() >= self.buffer.len() {
+            let n = self.inner.read(room)?;
+            self.at += n as u64;
+            return Ok(n);
+        }
+        let ahead = self.ahead(1)?;
+        let n = room.len().min(ahead.len());
+        room[..n].copy_from_slice(&ahead[..n]);
+        self.consume(n);
         Ok(n)
     }
 }
 
 impl BufRead for Stream<'_> {
     fn fill_buf(&mut self) -> io::Result<&[u8]> {
-        self.inner.fill_buf()
+        self.ahead(1)
     }
     fn consume(&mut self, len: usize) {
-        self.inner.consume(len);
+        self.used += len;
         self.at += len as u64;
     }
 }
 
 impl Source for Stream<'_> {
     fn skip(&mut self, len: u64) -> io::Result<u64> {
-        let held = self.inner.buffer().len();
-        let from_buffer = held.min(usize::try_from(len).unwrap_or(held));
-        self.inner.consume(from_buffer);
+        let from_buffer = self.held().min(usize::try_from(len).unwrap_or(usize::MAX));
+        self.used += from_buffer;
         let rest = len - from_buffer as u64;
-        let passed = from_buffer as u64 + if rest > 0 { self.inner.get_mut().skip(rest)? } else { 0 };
+        let passed = from_buffer as u64 + if rest > 0 { self.inner.skip(rest)? } else { 0 };
         self.at += passed;
         Ok(passed)
     }
@@ -333,8 +487,8 @@ impl Source for Stream<'_> {
         None
     }
     fn place(&self) -> Option<(Arc<File>, u64)> {
-        let (file, at) = self.inner.get_ref().place()?;
-        Some((file, at - self.inner.buffer().len() as u64))
+        let (file, at) = self.inner.place()?;
+        Some((file, at - self.held() as u64))
     }
 }
 
@@ -344,5 +498,101 @@ struct Slice<'a, 'b>(&'a mut Limited<'b>);
 impl Read for Slice<'_, '_> {
     fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
         self.0.read(room)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Limits;
+    use super::super::source::Memory;
+    use super::*;
+
+    const STORED: u16 = 0;
+
+    /// An entry as a streaming writer makes it: a header that tells no size, the bytes, and what is told behind them.
+    fn entry(name: &str, (flags, method): (u16, u16), body: &[u8], told: &[u8]) -> Vec<u8> {
+        let head = [20, flags | SIZES_FOLLOW, method, 0, 0].map(u16::to_le_bytes).concat();
+        let name_len = [name.len() as u16, 0].map(u16::to_le_bytes).concat();
+        [&LOCAL.to_le_bytes()[..], &head, &[0; 12], &name_len, name.as_bytes(), body, told].concat()
+    }
+
+    /// Checksum and sizes in each of the ways that writers have.
+    fn told_ways(body: &[u8]) -> [Vec<u8>; 4] {
+        let mut crc = flate2::Crc::new();
+        crc.update(body);
+        let crc = crc.sum().to_le_bytes();
+        let (short, long) = ((body.len() as u32).to_le_bytes(), (body.len() as u64).to_le_bytes());
+        let (short, long) = ([crc.as_slice(), &short, &short].concat(), [crc.as_slice(), &long, &long].concat());
+        [short.clone(), [&TOLD[..], &short].concat(), long.clone(), [&TOLD[..], &long].concat()]
+    }
+
+    /// Names and lengths of the entries that are shown, and how the walk ended. Nothing but bytes in order is at hand.
+    fn walked(archive: &[u8]) -> (Vec<(String, u64)>, io::Result<End>) {
+        let meter = Meter::new(Limits::default(), None, &|_| {});
+        let mut seen = Vec::new();
+        let end = walk(&mut Memory(archive), &meter, &mut |entry, plain| {
+            let len = entry.closed.map_or_else(|| plain.skip(u64::MAX), |(_, len)| Ok(len))?;
+            seen.push((String::from_utf8_lossy(&entry.name).into_owned(), len));
+            Ok(())
+        });
+        (seen, end)
+    }
+
+    #[test]
+    fn a_stored_entry_ends_where_what_stands_behind_it_is_true_of_it() {
+        // Decoys: marks of all kinds, and what would be true a few bytes further on.
+        let mut large: Vec<u8> = (0..100_000_u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+        for at in (0..large.len() - 40).step_by(97) {
+            large[at..at + 4].copy_from_slice(&[TOLD, LOCAL.to_le_bytes()][at % 2]);
+            large[at + 8..at + 12].copy_from_slice(&(at as u32).to_le_bytes());
+            large[at + 12..at + 16].copy_from_slice(&(at as u32).to_le_bytes());
+        }
+        let within = [entry("b", (0, STORED), b"bytes", &told_ways(b"bytes")[1]), large.clone()].concat();
+        let bodies = [&b""[..], b"x", &[0; 40], &TOLD, &large[..16 << 10], &large[..(16 << 10) - 50], &large, &within];
+        for way in 0..4 {
+            let mut archive = Vec::new();
+            for (i, body) in bodies.iter().enumerate() {
+                archive.extend(entry(&i.to_string(), (0, STORED), body, &told_ways(body)[way]));
+            }
+            archive.extend(DIRECTORY[0].to_le_bytes());
+            let (seen, end) = walked(&archive);
+            assert_eq!(end.expect("whole"), End::Directory, "way {way}");
+            let wanted: Vec<_> =
+                bodies.iter().enumerate().map(|(i, body)| (i.to_string(), body.len() as u64)).collect();
+            assert_eq!(seen, wanted, "way {way}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_true_of_a_stored_entry_is_no_end_of_it() {
+        let body = b"bytes".repeat(100);
+        for (way, told) in told_ways(&body).into_iter().enumerate() {
+            for at in 0..told.len() {
+                let mut lies = told.clone();
+                lies[at] ^= 1;
+                let rest = [&lies[..], &DIRECTORY[0].to_le_bytes()].concat();
+                let (seen, end) = walked(&entry("a", (0, STORED), &body, &rest));
+                assert_eq!(end.expect("read to its end"), End::Unknown, "way {way}, byte {at}");
+                assert_eq!(seen, [("a".to_owned(), (body.len() + rest.len()) as u64)], "way {way}, byte {at}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_entry_that_cannot_be_opened_ends_by_its_length() {
+        let body = b"as good as noise".repeat(2000);
+        let behind = entry("z", (0, STORED), b"z", &told_ways(b"z")[1]);
+        for (way, told) in told_ways(&body).into_iter().enumerate() {
+            for kind in [(ENCRYPTED, 8), (0, 93)] {
+                let archive =
+                    [entry("a", kind, &body, &told), behind.clone(), DIRECTORY[0].to_le_bytes().to_vec()].concat();
+                let (seen, end) = walked(&archive);
+                let wanted = [("a".to_owned(), body.len() as u64), ("z".to_owned(), 1)];
+                // Without its own mark there is too little to go by.
+                let (wanted, known) =
+                    if way % 2 == 1 { (&wanted[..], End::Directory) } else { (&[][..], End::Unknown) };
+                assert_eq!((seen.as_slice(), end.expect("read")), (wanted, known), "way {way}, {kind:?}");
+            }
+        }
     }
 }
