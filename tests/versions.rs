@@ -319,6 +319,45 @@ fn a_version_withdrawn_under_one_tag_is_not_had_by_its_number_through_another() 
     assert_eq!(code(world.read("acme/llama@theirs")), Code::RefKey);
 }
 
+/// Whoever may create objects makes a tag of what lies there, or of nothing, or puts rubbish after a tag's last ref.
+#[test]
+fn a_broken_tag_keeps_nobody_from_a_number_and_what_it_withdrew_stays_withdrawn() {
+    let world = World::with_versions(3);
+    let model = ModelId::of_name(MODEL);
+    let first = world.store.get(&names::reference(model, LATEST, 1)).unwrap();
+    let mut forged = first.to_vec();
+    *forged.last_mut().unwrap() ^= 1;
+    world.store.put(&names::reference(model, "copied", 1), first);
+    world.store.put(&names::reference(model, "forged", 1), forged);
+    world.store.put(&names::reference(model, "short", 1), b"abc".to_vec());
+    for (tag, refused) in [("copied", Code::RefChannel), ("forged", Code::RefSig), ("short", Code::RefLength)] {
+        assert_eq!(code(world.read(&format!("{MODEL}@{tag}"))), refused, "{tag}");
+    }
+    assert_eq!(world.seq("acme/llama@2").unwrap(), 2);
+    assert_eq!(code(world.read("acme/llama@9")), Code::NotFound);
+    assert_eq!(world.assert_all_named_is_whole(), BTreeSet::from([1, 2, 3]));
+    let versions = run(world.resolver().versions(MODEL, 10)).unwrap();
+    assert_eq!(versions.broken.iter().filter(|tag| !tag.seen_before).count(), 3, "{versions:?}");
+    assert!(run(world.mover().rollback(1, &order(LATEST))).unwrap().written);
+
+    // This reader never saw `prod`: its refs before the rubbish say what is withdrawn.
+    run(world.mover().tag(&Wanted::Version(3), &withdraw("prod", 2))).unwrap();
+    world.store.put(&names::reference(model, "prod", 2), b"abc".to_vec());
+    assert_eq!(code(world.read("acme/llama@1")), Code::BelowFloor);
+    assert_eq!(world.seq("acme/llama@2").unwrap(), 2);
+}
+
+#[test]
+fn of_more_tags_than_are_looked_at_a_number_is_refused_and_a_tag_is_not() {
+    let world = World::with_versions(1);
+    for tag in 0..1024 {
+        world.store.put(&names::reference(ModelId::of_name(MODEL), &format!("t{tag}"), 1), b"abc".to_vec());
+    }
+    let many = world.read("acme/llama@1").unwrap_err();
+    assert!(many.code() == Code::Limit && many.chain().contains("1025 tags"), "{many:?}");
+    assert_eq!(world.seq(MODEL).unwrap(), 1);
+}
+
 /// THREAT_MODEL (f) row 35: the ref of one tag asks for the new slots, the old ref of another does not.
 #[test]
 fn slots_replaced_under_one_tag_are_not_had_by_number_through_another() {
@@ -1095,6 +1134,19 @@ fn a_pin_that_is_away_is_a_warning_unless_it_is_required_and_readers_do_not_writ
     assert_eq!(asked() - before, 1);
     world.floors = FloorStore::new(&world.state.path().join("fresh")).pinned(pin.clone(), true);
     assert_eq!(code(world.read(MODEL)), Code::VaultSealed);
+    // Of several at once each has its own.
+    pin.away.store(false, std::sync::atomic::Ordering::Relaxed);
+    let model = ModelId::of_name(MODEL);
+    let tags: Vec<String> = (0..20).map(|n| format!("t{n}")).collect();
+    for (tag, ref_seq) in tags.iter().zip(1..) {
+        let floor = RefFloor { max_ref_seq: ref_seq, channel: tag.clone(), ..RefFloor::default() };
+        pin.advance(FloorPlace { store: "s", model, channel: tag }, &floor).unwrap();
+    }
+    let floors = world.floors.load_all("s", model, &tags).unwrap();
+    assert_eq!(
+        floors.into_iter().map(|floor| floor.unwrap().max_ref_seq).collect::<Vec<_>>(),
+        (1..21).collect::<Vec<_>>()
+    );
 }
 
 /// A publisher that pins and has seen nothing yet, as a job in a fresh container is.
@@ -1131,6 +1183,17 @@ fn a_floor_that_was_not_raised_is_told_and_the_same_command_raises_it() {
     let refreshed = run(pinning_mover(&world, &pin, "three").refresh(LATEST, Expires::AsBefore)).unwrap();
     assert!(!refreshed.written && refreshed.unraised.is_none());
     assert_eq!((pinned("prod"), pinned(LATEST)), (Some(1), Some(3)));
+}
+
+#[test]
+fn a_machine_that_cannot_remember_is_not_told_to_raise_what_is_raised() {
+    let (world, pin) = pinned_world();
+    let reference = world.read(MODEL).unwrap().reference.unwrap();
+    // No folder can be made where a file lies, whoever asks.
+    fs::write(world.state.path().join("file"), b"").unwrap();
+    let told = pinning_mover(&world, &pin, "file").releaser.chain.remember(LATEST, &reference).unwrap_err();
+    assert_eq!(told.code(), Code::State, "{told:?}");
+    assert!(told.message().contains("does not remember it") && !told.message().contains("--raise"), "{told:?}");
 }
 
 #[test]

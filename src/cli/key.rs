@@ -570,7 +570,7 @@ struct Found {
 /// The versions of a model that are to be rotated: all that a tag leads to, or for new versions those that tags name.
 async fn versions(reading: &Reading, model: &str, work: &Work) -> Result<Vec<Found>> {
     // However many: one that is passed over would keep the key that is to go.
-    let found = rotating(reading).versions(model, usize::MAX).await?;
+    let found = rotating(reading).versions(model, usize::MAX).await?.found;
     let named = found.iter().filter(|candidate| match work {
         Work::Edit(_) => true,
         Work::Rekey(_) => candidate.is_named(),

@@ -27,6 +27,9 @@ const CLOCK_SKEW_S: i64 = 300;
 /// refuses the least, and generation 1 refuses nothing.
 const SLOTS_REMEMBERED_MAX: usize = 1024;
 
+/// Channels whose pin is read at once: each is a round trip to a server.
+const PIN_READS_AT_ONCE: usize = 8;
+
 /// What was seen of one channel of one model at one store.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -254,6 +257,15 @@ pub trait FloorPin: Send + Sync + fmt::Debug {
     fn reset(&self, at: FloorPlace<'_>) -> Result<()>;
 }
 
+/// Where a floor was raised.
+#[derive(Debug)]
+pub enum Raised {
+    /// Here, and in the pin where there is one.
+    Everywhere,
+    /// In the pin; and why this machine does not remember it.
+    InPinOnly(Error),
+}
+
 /// What a floor is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FloorPlace<'a> {
@@ -312,10 +324,33 @@ impl FloorStore {
         self.load_both(store, model, channel, &mut false)?.merged()
     }
 
-    /// The same of several channels of a model; a pin that is away is asked once, not once for each.
+    /// The same of several channels of a model: the pin is asked for some at once, and one that is away is asked once.
     pub fn load_all(&self, store: &str, model: ModelId, channels: &[String]) -> Result<Vec<Option<RefFloor>>> {
+        let Some((first, rest)) = channels.split_first() else { return Ok(Vec::new()) };
         let mut away = false;
-        channels.iter().map(|channel| self.load_both(store, model, channel, &mut away)?.merged()).collect()
+        let mut floors = vec![self.load_both(store, model, first, &mut away)?.merged()?];
+        let at_once = if self.pin.is_some() { PIN_READS_AT_ONCE } else { 1 };
+        for some in rest.chunks(at_once) {
+            if away || some.len() == 1 {
+                for channel in some {
+                    floors.push(self.load_both(store, model, channel, &mut away)?.merged()?);
+                }
+                continue;
+            }
+            let loaded: Vec<Result<Both>> = std::thread::scope(|scope| {
+                let mut loads = Vec::new();
+                for channel in some {
+                    loads.push(scope.spawn(move || self.load_both(store, model, channel, &mut false)));
+                }
+                loads.into_iter().map(|load| load.join().expect("reading a floor does not panic")).collect()
+            });
+            for both in loaded {
+                let both = both?;
+                away |= both.away;
+                floors.push(both.merged()?);
+            }
+        }
+        Ok(floors)
     }
 
     /// The same, judged by whoever is about to publish. Where `judge` finds nothing wrong, a pin that a run which died left
@@ -397,7 +432,8 @@ impl FloorStore {
     ///
     /// # Errors
     /// `FORK` if another ref of this number was seen here: then the pin is left to who looks into that. A state folder that
-    /// cannot be written keeps nobody from raising the pin, which is the memory of all others; its error is told after it.
+    /// cannot be written keeps nobody from raising the pin, which is the memory of all others. What the pin says; without one
+    /// `STATE`.
     pub fn raise(
         &self,
         store: &str,
@@ -405,20 +441,20 @@ impl FloorStore {
         channel: &str,
         newest: &Ref,
         slots: (Vid, u32),
-    ) -> Result<()> {
+    ) -> Result<Raised> {
         let local = self.advance_local(store, model, channel, newest, slots);
-        let Some(pin) = &self.pin else { return local.map(drop) };
-        let (floor, local) = match local {
-            Ok(floor) => (floor, Ok(())),
+        let Some(pin) = &self.pin else { return local.map(|_| Raised::Everywhere) };
+        let (floor, unremembered) = match local {
+            Ok(floor) => (floor, None),
             Err(fork) if fork.code() == Code::Fork => return Err(fork),
             Err(failed) => {
                 // What is known for sure; the pin keeps the higher of both.
                 let known = self.load_local(store, model.0, channel).ok().flatten();
-                (RefFloor::after(known, store, model.1, channel).advanced(newest, slots.0, slots.1), Err(failed))
+                (RefFloor::after(known, store, model.1, channel).advanced(newest, slots.0, slots.1), Some(failed))
             }
         };
-        let pinned = pin.advance(FloorPlace { store, model: model.0, channel }, &floor);
-        local.and(pinned)
+        pin.advance(FloorPlace { store, model: model.0, channel }, &floor)?;
+        Ok(unremembered.map_or(Raised::Everywhere, Raised::InPinOnly))
     }
 
     /// Raises the pin to what this machine remembers of a channel: after the pin itself went back. True: there is a pin, and
@@ -460,6 +496,27 @@ impl FloorStore {
     /// # Errors
     /// `STATE`: a file that cannot be read may be one of them.
     pub fn channels(&self, store: &str, model: ModelId) -> Result<Vec<String>> {
+        self.channels_but(store, model, Err)
+    }
+
+    /// The same without those in files that cannot be read, each a warning: for readers, whom a broken file of some other model
+    /// must not keep out.
+    ///
+    /// # Errors
+    /// `STATE` if the folder cannot be listed.
+    pub fn readable_channels(&self, store: &str, model: ModelId) -> Result<Vec<String>> {
+        self.channels_but(store, model, |unreadable| {
+            tracing::warn!("a floor is passed over, of whichever model it is: {}", unreadable.chain());
+            Ok(())
+        })
+    }
+
+    fn channels_but(
+        &self,
+        store: &str,
+        model: ModelId,
+        unreadable: impl Fn(Error) -> Result<()>,
+    ) -> Result<Vec<String>> {
         let fault = |err| Error::new(Code::State, format!("cannot list {}", self.dir.display())).with_source(err);
         let entries = match std::fs::read_dir(&self.dir) {
             Ok(entries) => entries,
@@ -471,7 +528,14 @@ impl FloorStore {
             let name = entry.map_err(fault)?.file_name();
             let Some(name) = name.to_str().filter(|name| name.ends_with(".json")) else { continue };
             // The file's own words must lead to its name: they are for people, and could have been edited.
-            if let Some(floor) = state::read::<RefFloor>(&self.dir, name)?
+            let floor = match state::read::<RefFloor>(&self.dir, name) {
+                Ok(floor) => floor,
+                Err(bad) => {
+                    unreadable(bad)?;
+                    None
+                }
+            };
+            if let Some(floor) = floor
                 && floor.store == store
                 && state::file_name(store, model, &floor.channel) == name
             {
@@ -652,8 +716,8 @@ mod tests {
         std::fs::write(dir.path().join("file"), b"").unwrap();
         let pin = Arc::new(MemoryPin::default());
         let floors = FloorStore::new(&dir.path().join("file")).pinned(pin.clone(), false);
-        let told = floors.raise(store, model, "latest", &reference(42), slots).unwrap_err();
-        assert_eq!(told.code(), Code::State, "{told:?}");
+        let raised = floors.raise(store, model, "latest", &reference(42), slots).unwrap();
+        assert!(matches!(&raised, Raised::InPinOnly(told) if told.code() == Code::State), "{raised:?}");
         let pinned = pin.0.lock().unwrap().clone().unwrap();
         assert_eq!((pinned.max_ref_seq, pinned.min_version_seq, pinned.model.as_str()), (42, 5, "acme/m"));
         assert_eq!((pinned.store.as_str(), pinned.channel.as_str()), (store, "latest"));

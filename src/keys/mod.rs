@@ -25,9 +25,9 @@ mod stretch;
 mod trust;
 mod wrap;
 
-pub use floor::{FloorPin, FloorPlace, FloorPolicy, FloorStore, Note, RefFloor, check_ref, check_slots};
+pub use floor::{FloorPin, FloorPlace, FloorPolicy, FloorStore, Note, Raised, RefFloor, check_ref, check_slots};
 pub use pin::{KvFloor, VaultKv, VersionedKv};
-pub use resolve::{Candidate, DEFAULT_CHANNEL, Resolved, Resolver, unix_now};
+pub use resolve::{BrokenTag, Candidate, DEFAULT_CHANNEL, Resolved, Resolver, Versions, unix_now};
 pub use selector::{Aim, METRIC_NAME_BYTES_MAX, ModelSelector, Wanted};
 pub use signing::{
     Signer, VaultSigner, default_signing_key_path, generate_key_file, generate_recipient_pair, generate_signing_pair,

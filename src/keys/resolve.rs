@@ -15,7 +15,7 @@ use super::selector::{ModelSelector, Wanted};
 use super::slots::Keyring;
 use super::trust::{Role, Tofu, Trust};
 use crate::crypto::{Dek, ModelKeys, PublicKey, open_manifest};
-use crate::error::{Code, Error, Result};
+use crate::error::{Class, Code, Error, Result};
 use crate::format::limits::{MANIFEST_BYTES_MAX, MODEL_NAME_BYTES_MAX, REF_BYTES_MAX, SLOTS_BYTES_MAX};
 use crate::format::{
     ChannelId, KeyId, Manifest, ManifestDigest, ManifestHeader, ModelId, Ref, SIGNATURE_LEN, SignatureObject, Slots,
@@ -36,6 +36,12 @@ const SLOTS_READS_MAX: u32 = 16;
 const FIRST_USE_SIGNERS_MAX: usize = 8;
 /// `name` objects read at once when a whole store is listed.
 const NAMES_AT_ONCE: usize = 16;
+/// Tags of one model that are looked at. Each costs requests, and whoever may write the store can make more.
+const TAGS_MAX: usize = 1024;
+/// Tags looked at at once.
+const TAGS_AT_ONCE: usize = 16;
+/// Refs of a broken tag that are looked at for what it withdrew.
+const SAID_MAX: usize = 64;
 
 /// Unix seconds, from the clock that can be set: the floor judges it.
 pub fn unix_now() -> i64 {
@@ -90,6 +96,24 @@ impl Candidate {
     }
 }
 
+/// What the tags of a model lead to.
+#[derive(Debug)]
+pub struct Versions {
+    /// Those that tags name first, each once.
+    pub found: Vec<Candidate>,
+    /// What these lead to is not, or not wholly, among them.
+    pub broken: Vec<BrokenTag>,
+}
+
+/// A tag that the store shows and that is not believed: somebody else's, or no longer what was signed.
+#[derive(Debug)]
+pub struct BrokenTag {
+    pub channel: String,
+    pub why: Error,
+    /// It was believed before: what it named is still somebody's.
+    pub seen_before: bool,
+}
+
 /// Everything that decides which version is believed.
 #[derive(Debug, Clone, Copy)]
 pub struct Resolver<'a> {
@@ -132,24 +156,39 @@ struct Head {
 #[derive(Default)]
 struct Tags {
     heads: Vec<Head>,
-    /// Of tags that the store no longer shows, or shows with refs of somebody else.
+    /// Of tags that the store no longer shows, or shows broken.
     gone: Vec<RefFloor>,
-    /// Why a tag is somebody else's: its word counts for nothing here.
-    foreign: Option<Error>,
+    /// Of broken tags the newest refs that are still believed: they lead nowhere, and what they withdrew stays withdrawn.
+    said: Vec<Ref>,
+    broken: Vec<BrokenTag>,
 }
 
 impl Tags {
     /// Of a version with this vid.
     fn ask(&self, vid: Vid) -> Asked {
         let floors = || self.heads.iter().filter_map(|head| head.floor.as_ref()).chain(&self.gone);
-        let named = self.heads.iter().map(|head| &head.newest).filter(|newest| newest.vid == vid);
-        let seqs = self.heads.iter().map(|head| head.newest.min_version_seq);
+        let refs = || self.heads.iter().map(|head| &head.newest).chain(&self.said);
+        let named = refs().filter(|newest| newest.vid == vid);
+        let seqs = refs().map(|newest| newest.min_version_seq);
         let remembered = floors().filter_map(|floor| floor.slots_generations.get(&vid.to_string()).copied());
         Asked {
             min_version_seq: seqs.chain(floors().map(|floor| floor.min_version_seq)).max().unwrap_or(0),
             min_slots_generation: named.map(|newest| newest.min_slots_generation).chain(remembered).max().unwrap_or(0),
         }
     }
+}
+
+impl Head {
+    fn broken(&self, name: &str, why: Error) -> BrokenTag {
+        broken_tag(name, self.channel.clone(), why, self.floor.is_some())
+    }
+}
+
+/// What is found under a tag.
+enum Look {
+    Believed(Believed, Ref),
+    /// Why, and the newest ref that is believed all the same.
+    Broken(Error, Option<Ref>),
 }
 
 /// A model and channel, as one thing to pass around.
@@ -203,12 +242,13 @@ impl Resolver<'_> {
     }
 
     /// Every version that the tags of a model lead to and that was not withdrawn, those that tags name first, each once; at
-    /// most `versions_max`. A version withdrawn under one tag is withdrawn under all. A tag that has expired leads nowhere.
+    /// most `versions_max`. A version withdrawn under one tag is withdrawn under all. A tag that has expired or is broken leads
+    /// nowhere.
     ///
     /// # Errors
-    /// As [`Resolver::resolve`]; `NOT_FOUND`, or `REF_EXPIRED` if that is why there is none.
+    /// As [`Resolver::resolve`]; `NOT_FOUND`, or `REF_EXPIRED` or what a tag is broken by if that is why there is none.
     pub async fn candidates(&self, name: &str, versions_max: usize) -> Result<Vec<Candidate>> {
-        let mut found = self.versions(name, versions_max).await?;
+        let mut found = self.versions(name, versions_max).await?.found;
         found.retain(|candidate| !candidate.withdrawn);
         if found.is_empty() {
             refuse!(NotFound, "every version of {name} that a tag leads to was withdrawn");
@@ -220,12 +260,13 @@ impl Resolver<'_> {
     ///
     /// # Errors
     /// As [`Resolver::candidates`].
-    pub async fn versions(&self, name: &str, versions_max: usize) -> Result<Vec<Candidate>> {
+    pub async fn versions(&self, name: &str, versions_max: usize) -> Result<Versions> {
         let model = ModelId::of_name(name);
-        let tags = self.tags(name).await?;
-        if let Some(foreign) = tags.foreign {
-            return Err(foreign);
+        let mut tags = self.tags(name).await?;
+        if tags.heads.first().is_some_and(|lead| lead.believed.first_use) {
+            tags = self.led_by(name, 0, tags).await?;
         }
+        let mut broken = std::mem::take(&mut tags.broken);
         let (mut heads, mut expired): (Vec<&Head>, Option<Error>) = (Vec::new(), None);
         for head in &tags.heads {
             match check_ref(head.floor.as_ref(), &self.policy, (self.now)(), &head.newest) {
@@ -234,6 +275,7 @@ impl Resolver<'_> {
                     tracing::warn!(channel = head.channel, "{}", old.chain());
                     expired = Some(old);
                 }
+                Err(why) if counts_for_nothing(&why) => broken.push(head.broken(name, why)),
                 Err(err) => return Err(err),
             }
         }
@@ -253,12 +295,19 @@ impl Resolver<'_> {
         }
         for head in &heads {
             let at = Channel { model, name, channel: &head.channel };
-            self.walk_back(at, head.newest, |wanted| take(head, *wanted)).await?;
+            match self.walk_back(at, head.newest, |wanted| take(head, *wanted)).await {
+                Ok(_) => {}
+                Err(why) if counts_for_nothing(&why) => broken.push(head.broken(name, why)),
+                Err(err) => return Err(err),
+            }
         }
         match expired {
             Some(expired) if found.is_empty() => Err(expired),
-            Some(_) | None if found.is_empty() => refuse!(NotFound, "the store has no version of {name}"),
-            Some(_) | None => Ok(found),
+            Some(_) | None if !found.is_empty() => Ok(Versions { found, broken }),
+            Some(_) | None => match broken.into_iter().next() {
+                Some(broken) => Err(broken.why),
+                None => refuse!(NotFound, "the store has no version of {name}"),
+            },
         }
     }
 
@@ -270,7 +319,11 @@ impl Resolver<'_> {
         let at = Channel { model: ModelId::of_name(name), name, channel: &candidate.channel };
         let believed = self.believed(at).await?;
         let floor = self.floor(at)?;
-        let (newest, wanted) = (candidate.newest, candidate.wanted);
+        let (mut newest, wanted) = (candidate.newest, candidate.wanted);
+        // We moved the tag ourselves since, perhaps: what is remembered is the least that its newest ref may be.
+        if floor.as_ref().is_some_and(|floor| floor.max_ref_seq > newest.ref_seq) {
+            newest = self.newest(at, &believed, floor.as_ref()).await?;
+        }
         self.finish(at, &believed, floor, newest, wanted, candidate.asked).await.map_err(|err| {
             err.context(format!("cannot resolve {name}@{} in {}", candidate.wanted.seq, self.source.describe()))
         })
@@ -306,59 +359,139 @@ impl Resolver<'_> {
     /// Looks for a version number in `latest`, then in the other channels; it must be allowed by all of them.
     async fn version_of(&self, name: &str, seq: u64) -> Result<Resolved> {
         let model = ModelId::of_name(name);
-        let tags = self.tags(name).await?;
-        for head in &tags.heads {
+        let mut tags = self.tags(name).await?;
+        let mut found = None;
+        for (number, head) in tags.heads.iter().enumerate() {
             let at = Channel { model, name, channel: &head.channel };
-            if let Some(wanted) = self.walk_back(at, head.newest, |here| here.seq == seq).await? {
-                let asked = tags.ask(wanted.vid);
-                return self.finish(at, &head.believed, head.floor.clone(), head.newest, wanted, asked).await;
+            match self.walk_back(at, head.newest, |here| here.seq == seq).await {
+                Ok(Some(wanted)) => {
+                    found = Some((number, wanted));
+                    break;
+                }
+                Ok(None) => {}
+                // Another tag may lead there.
+                Err(why) if counts_for_nothing(&why) => tags.broken.push(head.broken(name, why)),
+                Err(err) => return Err(err),
             }
         }
-        match tags.foreign {
-            Some(foreign) => Err(foreign),
-            None => refuse!(NotFound, "no tag of {name} leads to a version {seq}"),
+        let Some((number, wanted)) = found else {
+            let nobody = tags.heads.is_empty();
+            match tags.broken.into_iter().find(|tag| nobody || tag.seen_before) {
+                Some(broken) => return Err(broken.why),
+                None => refuse!(NotFound, "no tag of {name} leads to a version {seq}"),
+            }
+        };
+        if tags.heads[number].believed.first_use {
+            tags = self.led_by(name, number, tags).await?;
+        } else {
+            tags.heads.swap(0, number);
         }
+        let (head, asked) = (&tags.heads[0], tags.ask(wanted.vid));
+        let at = Channel { model, name, channel: &head.channel };
+        self.finish(at, &head.believed, head.floor.clone(), head.newest, wanted, asked).await
     }
 
-    /// Every tag that the store shows, and what is remembered of those that it does not.
+    /// Every tag that the store shows, and what is remembered of those that it does not. A broken one is no error: whoever
+    /// may write the store can make a tag, and takes no version away from the readers of the others by that.
     ///
     /// # Errors
-    /// As [`Resolver::newest_ref`], but for a tag with refs of somebody else.
+    /// `LIMIT` for more tags than are looked at; `STATE`; the store's own.
     async fn tags(&self, name: &str) -> Result<Tags> {
         let model = ModelId::of_name(name);
-        let mut tags = Tags::default();
         let mut channels = self.channels(name).await?;
         let shown = channels.len();
+        if shown > TAGS_MAX {
+            refuse!(
+                Limit,
+                "the store shows {shown} tags of {name}, and at most {TAGS_MAX} are looked at for what they withdraw; ask for \
+                 a tag or a digest instead of a number, and remove the tags that nobody made on purpose"
+            );
+        }
         let floors = match self.floors {
             Some(floors) => {
                 let store = self.source.describe();
-                let remembered = floors.channels(&store, model)?;
+                let remembered = floors.readable_channels(&store, model)?;
                 let gone: Vec<String> = remembered.into_iter().filter(|channel| !channels.contains(channel)).collect();
                 channels.extend(gone);
                 floors.load_all(&store, model, &channels)?
             }
             None => vec![None; shown],
         };
-        for (number, (channel, floor)) in channels.into_iter().zip(floors).enumerate() {
-            if number >= shown {
-                tags.gone.extend(floor);
-                continue;
-            }
-            let at = Channel { model, name, channel: &channel };
-            let read = async {
-                let believed = self.believed(at).await?;
-                let newest = self.newest(at, &believed, floor.as_ref()).await?;
-                Ok::<_, Error>((believed, newest))
-            };
-            match read.await {
-                Ok((believed, newest)) => tags.heads.push(Head { channel, believed, floor, newest }),
-                Err(none) if none.code() == Code::NotFound && floor.is_none() => {}
-                // Whoever may write the store can make a tag: it takes no version away from the readers of the others.
-                Err(foreign) if matches!(foreign.code(), Code::RefKey | Code::NoTrust) => {
-                    tracing::warn!(channel, "a tag of {name} counts for nothing here: {}", foreign.chain());
-                    tags.gone.extend(floor);
-                    tags.foreign.get_or_insert(foreign);
+        let mut known = channels.into_iter().zip(floors);
+        let shown: Vec<(String, Option<RefFloor>)> = known.by_ref().take(shown).collect();
+        let mut tags = Tags { gone: known.filter_map(|(_, floor)| floor).collect(), ..Tags::default() };
+        let look = |(channel, floor): (String, Option<RefFloor>)| async move {
+            let read = self.look(Channel { model, name, channel: &channel }, floor.as_ref()).await;
+            (channel, floor, read)
+        };
+        let looks: Vec<_> = stream::iter(shown).map(look).buffered(TAGS_AT_ONCE).collect().await;
+        for (channel, floor, read) in looks {
+            let why = match read? {
+                Look::Believed(believed, newest) => {
+                    tags.heads.push(Head { channel, believed, floor, newest });
+                    continue;
                 }
+                Look::Broken(why, said) => {
+                    tags.said.extend(said);
+                    why
+                }
+            };
+            // An empty folder is no tag, unless there was one.
+            if why.code() != Code::NotFound || floor.is_some() {
+                tags.broken.push(broken_tag(name, channel, why, floor.is_some()));
+            }
+            tags.gone.extend(floor);
+        }
+        Ok(tags)
+    }
+
+    async fn look(&self, at: Channel<'_>, floor: Option<&RefFloor>) -> Result<Look> {
+        let believed = match self.believed(at).await {
+            Ok(believed) => believed,
+            Err(why) if why.code() == Code::NotFound || counts_for_nothing(&why) => return Ok(Look::Broken(why, None)),
+            Err(err) => return Err(err),
+        };
+        match self.newest(at, &believed, floor).await {
+            Ok(newest) => Ok(Look::Believed(believed, newest)),
+            Err(why) if why.code() == Code::NotFound || counts_for_nothing(&why) => {
+                let said = if believed.first_use { None } else { self.last_said(at, &believed).await? };
+                Ok(Look::Broken(why, said))
+            }
+            Err(err) => Err(err),
+        }
+    }
+
+    /// The newest ref of a broken tag that is believed: rubbish after it must not bring back what it withdrew.
+    async fn last_said(&self, at: Channel<'_>, believed: &Believed) -> Result<Option<Ref>> {
+        let listed = self.source.list(&names::channel_dir(at.model, at.channel)).await?;
+        let mut seqs: Vec<u64> = listed.iter().filter_map(|object| names::ref_seq(&object.name)).collect();
+        seqs.sort_unstable_by(|a, b| b.cmp(a));
+        seqs.truncate(SAID_MAX);
+        seqs.extend(self.hinted(at, believed).await?);
+        for seq in seqs {
+            match self.read_ref(at, believed, seq).await {
+                Ok(Some(said)) => return Ok(Some(said)),
+                Ok(None) => {}
+                Err(bad) if counts_for_nothing(&bad) => {}
+                Err(err) => return Err(err),
+            }
+        }
+        Ok(None)
+    }
+
+    /// The tag at `number` first, and of the others those whose refs verify under its keys too. For first use: its signers are
+    /// the ones that will be believed, and whoever may write the store offers keys for a tag of its own.
+    async fn led_by(&self, name: &str, number: usize, mut tags: Tags) -> Result<Tags> {
+        let model = ModelId::of_name(name);
+        tags.heads.swap(0, number);
+        let mut heads = std::mem::take(&mut tags.heads).into_iter();
+        tags.heads.extend(heads.next());
+        for head in heads {
+            let at = Channel { model, name, channel: &head.channel };
+            match self.read_ref(at, &tags.heads[0].believed, head.newest.ref_seq).await {
+                Ok(Some(again)) if again == head.newest => tags.heads.push(head),
+                Ok(_) => {}
+                Err(why) if counts_for_nothing(&why) => tags.broken.push(head.broken(name, why)),
                 Err(err) => return Err(err),
             }
         }
@@ -748,6 +881,16 @@ fn verify_ref(bytes: &[u8], at: Channel<'_>, believed: &Believed) -> Result<Ref>
         refuse!(RefChannel, "ref {} of {} is of another tag than {}", reference.ref_seq, at.name, at.channel);
     }
     Ok(reference)
+}
+
+/// Whether this is about what a tag says, which its readers alone need to believe; not about the store or this machine.
+fn counts_for_nothing(why: &Error) -> bool {
+    why.code() == Code::NoTrust || (why.class() == Class::Tampered && why.code() != Code::StoreAnswer)
+}
+
+fn broken_tag(name: &str, channel: String, why: Error, seen_before: bool) -> BrokenTag {
+    tracing::warn!(channel, seen_before, "a tag of {name} leads nowhere: {}", why.chain());
+    BrokenTag { channel, why, seen_before }
 }
 
 fn no_refs(at: Channel<'_>) -> Error {

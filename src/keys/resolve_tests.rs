@@ -601,6 +601,51 @@ async fn nobody_trusted_is_refused_unless_first_use_was_asked_for() {
     assert_eq!(world.refused().await, Code::RefKey);
 }
 
+/// Whoever may write the store can offer a key, and sign a tag with it that withdraws everything.
+#[tokio::test]
+async fn on_first_use_a_tag_of_other_signers_withdraws_nothing() {
+    let mut world = World::new().await;
+    let two = world.publish().await;
+    world.point(Says { ref_seq: 2, ..Says::default() }, two).await;
+    world.trust = Trust::default();
+    world.first_use = true;
+    let thief = signing_key(9);
+    for key in [world.key.public(), thief.public()] {
+        world.store.put(&names::public_key(World::model(), key.key_id()), key.bytes().to_vec());
+    }
+    let says = Says { channel: "aaa", min_version_seq: u64::MAX, ..Says::default() };
+    let reference = world.ref_to(says, two);
+    world.put_ref(says, reference.encode(&[sign(&thief, &reference)])).await;
+    let tofu = Tofu::new(world.state.path());
+    let resolver = Resolver {
+        source: &world.store,
+        trust: &world.trust,
+        first_use: Some(&tofu),
+        floors: None,
+        policy: FloorPolicy::default(),
+        now: world.now,
+    };
+    let best: Vec<u64> = resolver.candidates(NAME, 9).await.unwrap().iter().map(|found| found.wanted.seq).collect();
+    assert_eq!(best, [2, 1]);
+    assert_eq!(world.get("acme/m@1", None).await.unwrap().header.seq, 1);
+    assert_eq!(
+        world.get("acme/m@aaa", None).await.unwrap_err().code(),
+        Code::RefKey,
+        "the first ones are believed now"
+    );
+}
+
+#[tokio::test]
+async fn a_floor_of_another_model_that_cannot_be_read_keeps_nobody_from_a_number() {
+    let world = World::new().await;
+    world.get(NAME, None).await.unwrap();
+    std::fs::write(world.state.path().join("floor/0123.json"), b"{").unwrap();
+    assert_eq!(world.get("acme/m@1", None).await.unwrap().header.seq, 1);
+    let floors = FloorStore::new(world.state.path());
+    let strict = floors.channels(&world.store.describe(), World::model()).unwrap_err();
+    assert_eq!(strict.code(), Code::State, "who prunes must know all of them");
+}
+
 #[tokio::test]
 async fn a_required_floor_refuses_a_first_mount() {
     let mut world = World::new().await;

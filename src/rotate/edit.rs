@@ -15,7 +15,7 @@ use super::{Keys, RACES_MAX, Rotator};
 use crate::error::{Class, Code, Error, Result};
 use crate::format::limits::SLOTS_MAX;
 use crate::format::{ManifestDigest, ManifestHeader, Slot, SlotKind, SlotParams, Slots, Vid, names};
-use crate::keys::{KeySource, Resolved, Wanted};
+use crate::keys::{KeySource, Raised, Resolved, Wanted};
 use crate::refuse;
 use crate::seal::{Appended, RefTarget, blocking, create};
 
@@ -262,7 +262,10 @@ impl Rotator<'_> {
         let (Some(floors), Some(channel)) = (&chain.floors, &version.channel) else { return Ok(()) };
         let head = self.resolver().newest_ref(self.name(), channel).await?;
         let (store, model) = (chain.store.describe(), (chain.model_id, self.name()));
-        floors.raise(&store, model, channel, &head, (version.header.vid, generation))
+        match floors.raise(&store, model, channel, &head, (version.header.vid, generation))? {
+            Raised::Everywhere => Ok(()),
+            Raised::InPinOnly(failed) => Err(failed),
+        }
     }
 
     /// Whether there was one. What cannot be deleted is told: nobody who sees the refs accepts it.

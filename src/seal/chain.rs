@@ -18,7 +18,7 @@ use crate::format::{
     ChannelId, Manifest, ManifestDigest, ManifestHeader, ModelId, Ref, SIGNATURE_LEN, SignatureObject, Slots, Vid,
     limits, manifest_message, names,
 };
-use crate::keys::{FloorPolicy, FloorStore, check_ref};
+use crate::keys::{FloorPolicy, FloorStore, Raised, check_ref};
 use crate::refuse;
 use crate::store::ChunkSink;
 
@@ -142,18 +142,24 @@ impl Chain {
         let Some(floors) = &self.floors else { return Ok(()) };
         let model = (self.model_id, &*self.model_name);
         let slots = (reference.vid, reference.min_slots_generation.max(1));
-        floors.raise(&self.store.describe(), model, channel, reference, slots).map_err(|failed| {
-            let command = format!("modelfs floor {} {}", self.store.describe(), self.model_name);
-            let later = match (failed.code(), floors.has_pin()) {
-                (Code::Fork, _) => format!("look at both refs: `{command}`"),
-                (_, true) => format!("once that is mended, `{command} --raise --floor vault-kv:MOUNT/PATH` raises it"),
-                (_, false) => "the next command here that sees it remembers it".to_owned(),
-            };
-            failed.context(format!(
-                "ref {} of tag {channel} stands, but the floor is not raised to it; {later}",
-                reference.ref_seq
-            ))
-        })
+        let stands = format!("ref {} of tag {channel} stands", reference.ref_seq);
+        match floors.raise(&self.store.describe(), model, channel, reference, slots) {
+            Ok(Raised::Everywhere) => Ok(()),
+            Ok(Raised::InPinOnly(failed)) => Err(failed.context(format!(
+                "{stands}, and the floor kept elsewhere is raised to it, but this machine does not remember it"
+            ))),
+            Err(failed) => {
+                let command = format!("modelfs floor {} {}", self.store.describe(), self.model_name);
+                let later = match (failed.code(), floors.has_pin()) {
+                    (Code::Fork, _) => format!("look at both refs: `{command}`"),
+                    (_, true) => {
+                        format!("once that is mended, `{command} --raise --floor vault-kv:MOUNT/PATH` raises it")
+                    }
+                    (_, false) => "the next command here that sees it remembers it".to_owned(),
+                };
+                Err(failed.context(format!("{stands}, but the floor is not raised to it; {later}")))
+            }
+        }
     }
 
     async fn read_ref(&self, channel: &str, ref_seq: u64) -> Result<Ref> {
