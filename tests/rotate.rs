@@ -726,7 +726,8 @@ fn of_two_editors_at_once_both_edits_are_made() {
 /// label that we removed is theirs by then, neither is their slot removed nor is ours said to be gone.
 #[test]
 fn an_edit_that_another_editor_built_on_before_it_was_read_back_is_made() {
-    for label in [Some("third"), None] {
+    // Theirs may not delete ours: then ours can be read, and counts for nothing all the same.
+    for (label, deletes) in [(Some("third"), true), (Some("third"), false), (None, true)] {
         let bench = Bench::new();
         let store = bench.sealed(&[1, 2], false);
         let slow = Faulty::new(store.clone());
@@ -744,12 +745,22 @@ fn an_edit_that_another_editor_built_on_before_it_was_read_back_is_made() {
             }
             let label = label.map(str::to_owned);
             let add = Edit::Add { keys: bench.ring(&[1]), new: bench.ring(&[3]), label };
-            assert_eq!(bench.edit(store.clone(), &add).unwrap().generation, 3);
+            let other = Faulty::new(store.clone());
+            if !deletes {
+                other.on(When::call(Call::Delete), Fault::Fail(Code::StoreDenied));
+            }
+            assert_eq!(bench.edit(other, &add).unwrap().generation, 3);
             removed.join().unwrap()
         });
         match label {
-            Some(_) => assert_eq!(removed.unwrap().generation, 3),
-            None => assert_eq!(removed.unwrap_err().code(), Code::Exists),
+            Some(_) => {
+                let removed = removed.unwrap();
+                assert_eq!((removed.generation, removed.written, removed.finished), (3, true, false));
+                assert_eq!(removed.removed, ["key-file-2"], "what became of it is told");
+            }
+            None => {
+                assert_eq!(removed.unwrap_err().code(), Code::Exists);
+            }
         }
         assert_eq!(bench.read(&store, MODEL, &[2]).unwrap_err().code(), Code::NoKey);
         for number in [1, 3] {

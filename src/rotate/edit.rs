@@ -11,11 +11,11 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use super::{Keys, RACES_MAX, Rotator};
+use super::{Keys, Place, RACES_MAX, Rotator};
 use crate::error::{Class, Code, Error, Result};
 use crate::format::limits::SLOTS_MAX;
-use crate::format::{ManifestDigest, ManifestHeader, Slot, SlotKind, SlotParams, Slots, Vid, names};
-use crate::keys::{KeySource, Raised, Resolved, Wanted};
+use crate::format::{KeyId, ManifestDigest, ManifestHeader, Slot, SlotKind, SlotParams, Slots, Vid, names};
+use crate::keys::{Candidate, KeySource, Raised, Resolved, Wanted};
 use crate::refuse;
 use crate::seal::{Appended, RefTarget, blocking, create};
 
@@ -97,8 +97,8 @@ enum Outcome {
     Edited(Box<Edited>, Option<Error>),
     /// Somebody else wrote the next generation first.
     Lost,
-    /// Ours was there, and is not any more: what came after it was most likely built on it.
-    Replaced,
+    /// Ours was written, and another generation came after it: that was most likely built on it.
+    Replaced(Box<Edited>),
 }
 
 impl Plan {
@@ -115,19 +115,34 @@ impl Rotator<'_> {
     /// for the last slot, for a rest that the keys given do not open; `NOT_FOUND` for a label (or, rewrapping, a kind)
     /// that no slot has. What the new key, the signers and the store say; then the slots are the old or the new ones.
     pub async fn edit(&self, wanted: &Wanted, edit: &Edit) -> Result<Edited> {
-        let mut replaced: Option<Slots> = None;
+        self.edit_at(Place::Wanted(wanted), edit).await
+    }
+
+    /// The same of a version that a listing found.
+    ///
+    /// # Errors
+    /// As [`Rotator::edit`].
+    pub async fn edit_found(&self, candidate: &Candidate, edit: &Edit) -> Result<Edited> {
+        self.edit_at(Place::Candidate(candidate), edit).await
+    }
+
+    async fn edit_at(&self, place: Place<'_>, edit: &Edit) -> Result<Edited> {
+        let mut replaced: Option<(Slots, Edited)> = None;
         for _ in 0..RACES_MAX {
-            let version = self.resolve(wanted).await?;
-            if let (Some(before), Edit::Remove { label, .. }) = (&replaced, edit) {
+            let version = self.find(place).await?;
+            if let (Some((before, _)), Edit::Remove { label, .. }) = (&replaced, edit) {
                 check_same_slot(before, &version.slots, label)?;
             }
             match self.edit_version(&version, edit).await? {
-                Outcome::Edited(edited, None) => return Ok(*edited),
                 // Somebody built on what we wrote before we had looked at it: the edit was made, and is no mistake.
-                Outcome::Edited(edited, Some(_)) if replaced.is_some() => return Ok(*edited),
-                Outcome::Edited(_, Some(refusal)) => return Err(refusal),
+                Outcome::Edited(last, refusal) if !last.written => match (replaced, refusal) {
+                    (Some((_, ours)), _) => return Ok(ours.stands_in(*last)),
+                    (None, Some(refusal)) => return Err(refusal),
+                    (None, None) => return Ok(*last),
+                },
+                Outcome::Edited(edited, _) => return Ok(*edited),
                 Outcome::Lost => {}
-                Outcome::Replaced => replaced = Some(version.slots),
+                Outcome::Replaced(ours) => replaced = Some((version.slots, *ours)),
             }
         }
         refuse!(Exists, "others edited the slots of {} first {RACES_MAX} times in a row; try again later", self.name());
@@ -156,16 +171,17 @@ impl Rotator<'_> {
         let mut refusal = None;
         match plan {
             Plan::Change(draft) => {
-                edited.generation = match self.write(version, draft.slots).await {
-                    Ok(Some(generation)) => generation,
-                    Ok(None) => return Ok(Outcome::Replaced),
-                    Err(lost) if lost.code() == Code::Exists => return Ok(Outcome::Lost),
-                    Err(other) => return Err(other),
-                };
+                let written = self.write(version, draft.slots).await;
                 edited.written = true;
                 (edited.added, edited.removed, edited.rewrapped) = (draft.added, draft.removed, draft.rewrapped);
                 edited.warnings = draft.warnings;
                 edited.refuse(draft.refused);
+                edited.generation = match written {
+                    Ok(Some(generation)) => generation,
+                    Ok(None) => return Ok(Outcome::Replaced(Box::new(edited))),
+                    Err(lost) if lost.code() == Code::Exists => return Ok(Outcome::Lost),
+                    Err(other) => return Err(other),
+                };
             }
             Plan::Nothing { unless_finished, refused } => {
                 refusal = unless_finished;
@@ -179,7 +195,7 @@ impl Rotator<'_> {
         Ok(Outcome::Edited(Box::new(edited), refusal))
     }
 
-    /// Writes the generation after that of `version`, and looks at it as a reader will. `None`: it was replaced already.
+    /// Writes the generation after that of `version`, and looks at it as a reader will. `None`: a newer one is there already.
     async fn write(&self, version: &Resolved, slots: Vec<Slot>) -> Result<Option<u32>> {
         let chain = &self.releaser.chain;
         chain.store.check_create_only().await?;
@@ -196,11 +212,9 @@ impl Rotator<'_> {
             (Ok(there), Ok(newest)) if newest == Some(generation) && there == made => {
                 return Ok(Some(generation));
             }
-            // A number that was used and deleted while we looked elsewhere: ours is nobody's newest.
-            (Ok(there), Ok(_)) if there == made => {
-                Error::new(Code::Exists, format!("slots generation {generation} was used before"))
-            }
-            // Another editor, who most likely built on ours, is through already: what is there now decides.
+            // Another editor is through already, and most likely built on ours. Or our number had been used and deleted while
+            // we looked elsewhere, and ours counts for nothing. What is there now decides.
+            (Ok(there), Ok(newest)) if there == made && newest > Some(generation) => return Ok(None),
             (Err(gone), Ok(newest)) if gone.code() == Code::NotFound && newest > Some(generation) => {
                 return Ok(None);
             }
@@ -286,6 +300,15 @@ impl Rotator<'_> {
 }
 
 impl Edited {
+    /// What we changed, as it stands after others went on from it.
+    fn stands_in(self, last: Edited) -> Edited {
+        let mut warnings = self.warnings;
+        warnings.extend(last.warnings.iter().filter(|told| !warnings.contains(told)).cloned().collect::<Vec<_>>());
+        let (added, removed, rewrapped) = (self.added, self.removed, self.rewrapped);
+        let (refused, refusal) = (self.refused, self.refusal);
+        Edited { written: true, finished: false, added, removed, rewrapped, refused, refusal, warnings, ..last }
+    }
+
     fn refuse(&mut self, refused: Vec<(String, Error)>) {
         for (label, why) in refused {
             self.warnings.push(format!("slot {label:?} stays as it is: {}", why.chain()));
@@ -406,16 +429,20 @@ fn standing(keys: &Keys, new: &Keys, among: &[Slot], slots: &Slots, header: &Man
         }
         return Ok(false);
     }
-    let sealed_to = |slot: &Slot| match slot.params {
-        SlotParams::HpkeX25519 { recipient } => Some(recipient),
-        _ => None,
-    };
     if !among.iter().any(|slot| sealed_to(slot).is_some()) {
         return Ok(false);
     }
     // Whose public half it is, a slot made for it says.
     let made = new.wrap_source(0, None, &keys.unlock(slots, header)?, &header.into(), &[])?;
     Ok(among.iter().any(|slot| sealed_to(slot) == sealed_to(&made)))
+}
+
+/// The recipient whose public half a slot is sealed to.
+pub(super) fn sealed_to(slot: &Slot) -> Option<KeyId> {
+    match slot.params {
+        SlotParams::HpkeX25519 { recipient } => Some(recipient),
+        _ => None,
+    }
 }
 
 fn check_count(slots: &[Slot]) -> Result<()> {

@@ -26,7 +26,7 @@ use std::sync::Arc;
 
 use crate::error::{Class, Code, Result};
 use crate::format::{ManifestDigest, Ref};
-use crate::keys::{FloorPolicy, Keyring, ModelSelector, Resolved, Resolver, Wanted};
+use crate::keys::{Candidate, FloorPolicy, Keyring, ModelSelector, Resolved, Resolver, Wanted};
 use crate::seal::Releaser;
 
 /// The keys of an operator, shared by the threads that use them.
@@ -39,6 +39,14 @@ const RACES_MAX: u32 = 64;
 pub struct Rotator<'a> {
     pub resolver: Resolver<'a>,
     pub releaser: Releaser,
+}
+
+/// Where a version is found.
+#[derive(Clone, Copy)]
+enum Place<'a> {
+    Wanted(&'a Wanted),
+    /// Judged by all tags when it was listed: not again for each version of a model.
+    Candidate(&'a Candidate),
 }
 
 impl Rotator<'_> {
@@ -54,6 +62,13 @@ impl Rotator<'_> {
     async fn resolve(&self, wanted: &Wanted) -> Result<Resolved> {
         let selector = ModelSelector { name: self.name().to_owned(), wanted: wanted.clone() };
         self.resolver().resolve(&selector, None).await
+    }
+
+    async fn find(&self, place: Place<'_>) -> Result<Resolved> {
+        match place {
+            Place::Wanted(wanted) => self.resolve(wanted).await,
+            Place::Candidate(candidate) => self.resolver().take(self.name(), candidate).await,
+        }
     }
 
     /// The channels with their newest refs. One that a reader would refuse is told, and nobody reads through it.
