@@ -59,6 +59,24 @@ pub enum Terms {
 }
 
 impl Terms {
+    /// Others may have made or moved a tag since the order was looked at, and lost it to this version's floor.
+    ///
+    /// # Errors
+    /// `USAGE` if a tag names a version that would be withdrawn and is not the one that is replaced.
+    fn check_withdraws(&self, survey: &Survey) -> Result<()> {
+        let Terms::InPlaceOf { of, withdraw_older: true } = self else { return Ok(()) };
+        let allowed = survey.heads.values().map(|head| head.min_version_seq).max().unwrap_or(0);
+        let stays = |head: &Ref| head.seq < allowed || head.manifest_digest == *of;
+        match survey.heads.iter().find(|(_, head)| !stays(head)) {
+            Some((channel, head)) => refuse!(
+                Usage,
+                "tag {channel} names version {} meanwhile, which would be withdrawn; nothing was published, try again",
+                head.seq
+            ),
+            None => Ok(()),
+        }
+    }
+
     /// Whether a channel whose newest ref is `before` is to be moved.
     fn moves(&self, before: Option<&Ref>) -> bool {
         match self {
@@ -107,6 +125,7 @@ impl Publisher {
             if !self.terms.moves(before) {
                 refuse!(Exists, "tag {first} was moved to another version meanwhile; nothing was published, try again");
             }
+            self.terms.check_withdraws(&survey)?;
             let header = manifest.header_mut();
             header.seq = next(survey.highest_seq)?;
             header.msalt = random()?;
