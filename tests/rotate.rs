@@ -592,10 +592,17 @@ fn the_old_version_is_not_withdrawn_while_another_tag_names_one_that_would_go_wi
     for (tag, version) in [("prod", 3), (LATEST, 4)] {
         assert_eq!(bench.rekey_tag(store.clone(), tag, &order).unwrap().version, version);
     }
-    let withdraw = || bench.rotate(Arc::new(store.clone()), None, async |rotator| rotator.withdraw_below_tags().await);
-    let withdrawn = withdraw().unwrap();
+    let withdraw = |replaced: &'static [u64]| {
+        let store = Arc::new(store.clone());
+        bench.rotate(store, None, async move |rotator| rotator.withdraw_below_tags(replaced).await)
+    };
+    let before = store.names();
+    let stays = withdraw(&[3]).unwrap_err();
+    assert!(stays.code() == Code::Usage && stays.message().contains("version 3"), "{stays:?}");
+    assert_eq!(store.names(), before, "it is looked at before anything is written");
+    let withdrawn = withdraw(&[1, 2]).unwrap();
     assert_eq!((withdrawn.below, withdrawn.refs), (3, vec![(LATEST.to_owned(), 4), ("prod".to_owned(), 3)]));
-    assert!(withdraw().unwrap().refs.is_empty(), "it is done");
+    assert!(withdraw(&[]).unwrap().refs.is_empty(), "it is done");
     for old in ["acme/llama@1", "acme/llama@2"] {
         assert_eq!(bench.read(&store, old, &[1]).unwrap_err().code(), Code::BelowFloor, "{old}");
     }
@@ -604,34 +611,82 @@ fn the_old_version_is_not_withdrawn_while_another_tag_names_one_that_would_go_wi
     }
 }
 
-/// A job that is retried gives the same order: without another key nothing but the version tells that it is done.
+/// Nothing but its age tells a version that such an order has made from one whose data key leaked since.
 #[test]
-fn an_order_for_a_new_data_key_that_is_given_again_changes_nothing_for_a_day() {
+fn an_order_for_a_new_data_key_that_is_given_again_makes_another_unless_the_version_is_too_young() {
     let bench = Bench::new();
     for level in [Level::NewKey, Level::Reencrypt] {
         let store = bench.sealed(&[1], false);
         let order = bench.order(level, &[1], &[]);
         assert_eq!(bench.rekey(store.clone(), &order).unwrap().version, 2);
         let before = store.names();
-        let again = bench.rekey(store.clone(), &order).unwrap();
-        assert!(again.finished && again.refs.is_empty(), "{again:?}");
+        let retried = Rekey { if_older_s: Some(3600), ..order.clone() };
+        let again = bench.rekey(store.clone(), &retried).unwrap();
+        assert!(again.finished && again.refs.is_empty() && again.left_alone.is_none(), "{again:?}");
         assert_eq!((again.from_version, again.version), (1, 2));
-        // The purpose of this one is the floor, and it is not there yet.
-        let withdrawing = Rekey { withdraw_old: true, ..order.clone() };
         assert_eq!(before, store.names());
+        // The purpose of this one is the floor, and it is not there yet.
+        let withdrawing = Rekey { withdraw_old: true, ..retried };
         assert_eq!(bench.rekey(store.clone(), &withdrawing).unwrap().refs.len(), 2);
         assert_eq!(bench.read(&store, "acme/llama@1", &[1]).unwrap_err().code(), Code::BelowFloor);
         assert!(bench.rekey(store.clone(), &withdrawing).unwrap().refs.is_empty());
-
-        // Other keys, another level, or an age: another order.
-        let younger = Rekey { if_older_s: Some(3600), ..bench.order(level, &[1], &[1, 2]) };
-        let left = bench.rekey(store.clone(), &younger).unwrap();
+        let others = Rekey { if_older_s: Some(3600), ..bench.order(level, &[1], &[1, 2]) };
+        let left = bench.rekey(store.clone(), &others).unwrap();
         assert!(left.left_alone.is_some() && left.version == 2, "{left:?}");
-        assert_eq!(bench.rekey(store.clone(), &Rekey { if_older_s: None, ..younger }).unwrap().version, 3);
-        let other = if level == Level::NewKey { Level::Reencrypt } else { Level::NewKey };
-        assert_eq!(bench.rekey(store.clone(), &bench.order(other, &[1], &[])).unwrap().version, 4);
-        let anew = Rekey { if_older_s: Some(0), ..bench.order(other, &[1], &[]) };
-        assert_eq!(bench.rekey(store.clone(), &anew).unwrap().version, 5);
+
+        // The data key of version 2 leaked today.
+        let leaked = bench.rekey(store.clone(), &Rekey { withdraw_old: true, ..order.clone() }).unwrap();
+        assert_eq!((leaked.finished, leaked.version, leaked.from_version), (false, 3, 2));
+        assert_eq!(bench.read(&store, "acme/llama@2", &[1]).unwrap_err().code(), Code::BelowFloor);
+        assert_eq!(bench.rekey(store.clone(), &order).unwrap().version, 4);
+    }
+}
+
+/// Each slot that the order would not make is that of somebody who is to be out.
+#[test]
+fn a_key_that_an_order_leaves_out_opens_nothing_new_however_young_the_version_is() {
+    let bench = Bench::new();
+    for to in [&[][..], &[1]] {
+        let store = bench.sealed(&[1], false);
+        let both = bench.order(Level::NewKey, &[1], &[1, 2]);
+        assert_eq!(bench.rekey(store.clone(), &both).unwrap().version, 2);
+        assert!(bench.read(&store, MODEL, &[2]).is_ok());
+        let one = bench.rekey(store.clone(), &bench.order(Level::NewKey, &[1], to)).unwrap();
+        assert!(!one.finished && one.version == 3, "{one:?}");
+        assert_eq!(bench.read(&store, MODEL, &[2]).unwrap_err().code(), Code::NoKey);
+    }
+    // Where the old key opens nothing any more, the order cannot be done; it is not done already either.
+    let store = bench.sealed(&[1], false);
+    let both = bench.order(Level::NewKey, &[1], &[2, 3]);
+    bench.rekey(store.clone(), &both).unwrap();
+    assert!(bench.rekey(store.clone(), &both).unwrap().refs.is_empty());
+    let refused = bench.rekey(store.clone(), &bench.order(Level::NewKey, &[1], &[2])).unwrap_err();
+    assert!(refused.code() == Code::NoKey && refused.message().contains("for other keys"), "{refused:?}");
+}
+
+#[test]
+fn what_an_earlier_run_made_for_other_keys_is_finished_and_then_replaced() {
+    let bench = Bench::new();
+    let store = bench.sealed(&[1], false);
+    let faulty = Faulty::new(store.clone());
+    faulty.on(When::call(Call::Create).name("/r/prod/"), Fault::Fail(Code::StoreDenied));
+    let half = bench.rekey(faulty, &bench.order(Level::NewKey, &[1], &[1, 2])).unwrap();
+    assert_eq!((half.version, half.refs.len()), (2, 1), "prod stays behind");
+    let one = bench.rekey(store.clone(), &bench.order(Level::NewKey, &[1], &[1])).unwrap();
+    assert_eq!((one.version, one.refs.len()), (3, 2));
+    for selector in [MODEL, "acme/llama@prod"] {
+        assert_eq!(bench.read(&store, selector, &[2]).unwrap_err().code(), Code::NoKey, "{selector}");
+        assert_eq!(bench.read(&store, selector, &[1]).unwrap().1, files(), "{selector}");
+    }
+    // For the same keys it is finished, but for an order that withdraws: the data key that leaked may be the one it made.
+    for (withdraw_old, made) in [(false, (true, 2, 1)), (true, (false, 3, 2))] {
+        let store = bench.sealed(&[1], false);
+        let faulty = Faulty::new(store.clone());
+        faulty.on(When::call(Call::Create).name("/r/prod/"), Fault::Fail(Code::StoreDenied));
+        let order = bench.order(Level::NewKey, &[1], &[]);
+        assert_eq!(bench.rekey(faulty, &order).unwrap().refs.len(), 1);
+        let done = bench.rekey(store.clone(), &Rekey { withdraw_old, ..order }).unwrap();
+        assert_eq!((done.finished, done.version, done.refs.len()), made, "{done:?}");
     }
 }
 
@@ -1028,6 +1083,31 @@ fn a_withdrawn_version_is_listed_as_untouched_when_all_are_rotated() {
     run_ok(&mut two.program.command(&["keygen", "new.key"]));
     let rotated = two.rotate_all(&["--to", "file:new.key"]);
     assert_eq!(rotated, [(2, "rotated".to_owned()), (1, "untouched".to_owned())]);
+}
+
+#[test]
+fn a_recipient_that_was_swapped_for_another_is_another_order() {
+    let two = TwoTags::new();
+    for name in ["r.key", "s.key"] {
+        run_ok(&mut two.program.command(&["keygen", "--recipient", name]));
+    }
+    let key = two.program.key();
+    let rotate = |recipient: &str, more: &[&str]| {
+        let words = ["key", "rotate", two.program.store(), "acme/a", "--key", &key, "--to", &key, "--new-key"];
+        two.json(&[&words[..], &["--to", recipient], more].concat())["status"].as_str().unwrap().to_owned()
+    };
+    let (r, s) = ("recipient:r.key.pub", "recipient:s.key.pub");
+    assert_eq!(rotate(r, &[]), "rotated");
+    assert_eq!(rotate(r, &["--if-older", "1h"]), "unchanged");
+    assert_eq!(rotate(s, &["--if-older", "1h"]), "untouched", "not done, but too young");
+    let recipient = || {
+        let list = two.json(&["key", "list", two.program.store(), "acme/a"]);
+        let slots = list["slots"].as_array().unwrap().clone();
+        slots.iter().find_map(|slot| slot["detail"].as_str().map(str::to_owned)).unwrap()
+    };
+    let before = recipient();
+    assert_eq!(rotate(s, &[]), "rotated");
+    assert_ne!(recipient(), before);
 }
 
 #[test]

@@ -167,8 +167,8 @@ pub struct RotateArgs {
     /// With --register and no transit key: put the raw key into Vault, where every reader of the record has it
     #[arg(long, requires = "register", conflicts_with = "rewrap")]
     register_raw_key: bool,
-    /// With --new-key or --reencrypt: leave versions alone that are younger than this, as in 7d [default: 1d; without --all only
-    /// of those that such a rotation made]
+    /// With --new-key or --reencrypt: leave versions alone that are younger than this, as in 7d [default with --all: 1d;
+    /// without: none]
     #[arg(long, value_name = "AGE")]
     if_older: Option<String>,
     #[command(flatten)]
@@ -586,34 +586,30 @@ async fn versions(reading: &Reading, model: &str, work: &Work) -> Result<Vec<Fou
     Ok(named.map(told).collect())
 }
 
-/// What `--all --withdraw-old` withdraws of a model, once its rows are done; `None`: nothing of it was rotated.
+/// What `--all --withdraw-old` withdraws of a model, once its rows are done; `None`: nothing of it was rotated, or not all.
 async fn withdraw(rotator: &Rotator<'_>, rows: &[(String, Option<u64>, Result<Done>)]) -> Option<Result<Done>> {
     let model = &*rotator.releaser.chain.model_name;
-    let replaced: Vec<&Rekeyed> = rows
-        .iter()
-        .filter_map(|row| match row {
-            (name, _, Ok(Done::Rekeyed(rekeyed))) if name == model => Some(rekeyed),
-            _ => None,
-        })
-        .collect();
+    let mut replaced: Vec<&Rekeyed> = Vec::new();
+    for (_, _, done) in rows.iter().filter(|(name, ..)| name == model) {
+        match done {
+            Ok(Done::Rekeyed(rekeyed)) => replaced.push(rekeyed),
+            Ok(_) => {}
+            // Its row says what is wrong; the next run withdraws.
+            Err(_) => return None,
+        }
+    }
     if replaced.is_empty() {
         return None;
     }
-    let withdrawn = match rotator.withdraw_below_tags().await {
-        Ok(withdrawn) => withdrawn,
-        Err(failed) => return Some(Err(failed.context("the old versions are not withdrawn"))),
-    };
-    let stay = |rekeyed: &&&Rekeyed| rekeyed.from_version != rekeyed.version && rekeyed.from_version >= withdrawn.below;
-    if let Some(old) = replaced.iter().find(stay) {
-        let what = format!(
-            "version {}, which {} stands for, is not withdrawn: a tag still names version {}, and the floor counts for all \
-             tags",
-            old.from_version, old.version, withdrawn.below
-        );
-        return Some(Err(Error::new(Code::Usage, what)));
+    let old = replaced.iter().map(|rekeyed| (rekeyed.from_version, rekeyed.version)).filter(|(from, to)| from != to);
+    let old: Vec<u64> = old.map(|(from, _)| from).collect();
+    match rotator.withdraw_below_tags(&old).await {
+        Ok(withdrawn) => {
+            let told = !withdrawn.refs.is_empty() || !withdrawn.floor_raised;
+            told.then(|| Ok(Done::Withdrawn(withdrawn)))
+        }
+        Err(failed) => Some(Err(failed.context("nothing was withdrawn"))),
     }
-    let told = !withdrawn.refs.is_empty() || !withdrawn.floor_raised;
-    told.then(|| Ok(Done::Withdrawn(withdrawn)))
 }
 
 fn rotate_all(
@@ -699,7 +695,7 @@ fn failure(done: &Result<Done>) -> Option<&Error> {
     match done {
         Err(failed) => Some(failed),
         Ok(Done::Edited(edited)) => edited.refusal.as_ref(),
-        Ok(Done::Withdrawn(withdrawn)) => withdrawn.unraised.as_ref(),
+        Ok(Done::Withdrawn(withdrawn)) => withdrawn.unfinished.as_ref().or(withdrawn.unraised.as_ref()),
         Ok(Done::Rekeyed(_) | Done::Untouched { .. }) => None,
     }
 }
@@ -773,7 +769,13 @@ fn described(done: &Done) -> Value {
                 (true, true) => "unchanged",
             };
             let detail = match status {
-                "unchanged" => format!("version {} stands for an older one already", rekeyed.version),
+                "unchanged" => {
+                    format!("version {} stands for an older one already, no new data key was made", rekeyed.version)
+                }
+                "finished" => format!(
+                    "version {}, made before, stands for {}; no new data key was made",
+                    rekeyed.version, rekeyed.from_version
+                ),
                 _ => format!("version {} stands for {}", rekeyed.version, rekeyed.from_version),
             };
             (status, detail)
@@ -838,8 +840,17 @@ fn told_rekey(reading: &Reading, model: &str, rekeyed: &Rekeyed) -> String {
     let tags: Vec<&str> = rekeyed.refs.iter().map(|(tag, _)| tag.as_str()).collect();
     if rekeyed.finished && tags.is_empty() {
         return format!(
-            "{model}@{} stands for an older version already, nothing to do (--if-older 0s makes another)",
+            "{model}@{} stands for an older version already: nothing was done, no new data key was made",
             rekeyed.version
+        );
+    }
+    if rekeyed.finished {
+        return format!(
+            "{model}@{} stands for version {}, and {} says so now\n  data key    none was made now: an earlier run made this \
+             version. Had its key leaked, run it again without --if-older, with a --key that opens it\n",
+            rekeyed.version,
+            rekeyed.from_version,
+            tags.join(", ")
         );
     }
     let mut text = format!(

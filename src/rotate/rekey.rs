@@ -2,7 +2,8 @@
 //!
 //! In: a version that channels name, a key that opens it. Out: the next version, of the same files, in its place.
 //! Promises: only channels that still name the old version are moved; a run that died after its first ref is completed by
-//! the next one, without another key; one that is complete is not begun anew within a day, unless that is asked for; the old version is left to readers who hold it, and to `prune`.
+//! the next one, without another key; an order is taken for done only where the version that is there was made by such a one,
+//! for exactly the keys of this one; the old version is left to readers who hold it, and to `prune`.
 //! Held by: tests/rotate.rs.
 
 use std::sync::Arc;
@@ -10,7 +11,7 @@ use std::sync::Arc;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use super::edit::opens;
+use super::edit::{opens, sealed_to};
 use super::reencrypt::Reencryption;
 use super::{Keys, RACES_MAX, Rotator};
 use crate::crypto::{Dek, ModelKeys, open_manifest};
@@ -29,8 +30,6 @@ use crate::seal::{
 
 /// Where a version says which one it stands for.
 const ANNOTATION: &str = "key_rotation";
-/// For so long an order that is given again is taken for the same one, unless it says how old a version must be.
-const SAME_ORDER_S: u64 = 86_400;
 
 /// How much is new.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -63,8 +62,8 @@ pub struct Rekey {
     pub publishers: Vec<Arc<dyn Signer>>,
     /// Readers who see the new refs refuse every older version; none of those may be named by another tag.
     pub withdraw_old: bool,
-    /// Versions younger than this, in seconds, are left alone. `None`: for a day those that such an order has made, so that
-    /// one that is given again, by a job that is retried, changes nothing.
+    /// Versions younger than this, in seconds, are left alone: for jobs that are retried. `None`: the order may be about a key
+    /// that leaked a minute ago, and what nothing but its age speaks against is done.
     pub if_older_s: Option<u64>,
     /// Chunks opened and sealed at once.
     pub threads: usize,
@@ -110,6 +109,9 @@ pub struct Withdrawn {
     /// Why the floor is not raised to the refs; among the warnings too.
     #[serde(skip)]
     pub unraised: Option<Error>,
+    /// Why not every tag has such a ref; among the warnings too. Readers of the others do not see what was withdrawn.
+    #[serde(skip)]
+    pub unfinished: Option<Error>,
     pub warnings: Vec<String>,
 }
 
@@ -126,6 +128,11 @@ impl Moves {
             warnings.push(failed.chain());
             self.unraised.get_or_insert(failed);
         }
+    }
+
+    fn withdrew(self, below: u64, unfinished: Option<Error>, warnings: Vec<String>) -> Withdrawn {
+        let Moves { refs, unraised } = self;
+        Withdrawn { below, refs, floor_raised: unraised.is_none(), unraised, unfinished, warnings }
     }
 
     fn has(&self, channel: &str) -> bool {
@@ -168,12 +175,16 @@ impl Rotator<'_> {
             }
             (Err(other), _) => return Err(other),
         };
-        if let Some(finished) = self.finish_earlier(&old, &opened, order, &mut warnings).await? {
+        // Whoever can still open it and wants all before it gone has a reason to want another.
+        let another = order.withdraw_old && order.if_older_s.is_none() && shut.is_none();
+        if let Some(finished) = self.finish_earlier(&old, &opened, order, another, &mut warnings).await? {
             return Ok(finished);
         }
-        if let Some(of) = stands_for(&opened.manifest, order.level)
-            && (shut.is_some()
-                || (age_s < order.if_older_s.unwrap_or(SAME_ORDER_S) && has_slots_for(&old, order).await?))
+        // With the keys that there were, only its age tells that a version is not one that this order is to replace.
+        let stands_for = stands_for(&opened.manifest, order.level);
+        if let Some(of) = stands_for
+            && (shut.is_some() || young.is_some())
+            && is_sealed_for(&old, order).await?
         {
             let from = self.seq_of(of).await.unwrap_or(old.header.seq);
             return self.move_on((from, of), &old, order, &mut warnings).await;
@@ -182,7 +193,14 @@ impl Rotator<'_> {
             return Ok(left(least));
         }
         if let Some(shut) = shut {
-            return Err(shut);
+            return Err(match stands_for {
+                None => shut,
+                Some(_) => shut.context(format!(
+                    "version {} was made by an earlier rotation, for other keys than these; to replace it give --key of one \
+                     that opens it",
+                    old.header.seq
+                )),
+            });
         }
         let channels: Vec<String> =
             self.naming(old.digest, &mut warnings).await?.into_iter().map(|(channel, _)| channel).collect();
@@ -280,18 +298,29 @@ impl Rotator<'_> {
     }
 
     /// A version that stands for `old`, or for which `old` stands, while channels still name the older of both: the run that
-    /// made it died on the way.
+    /// made it died on the way. `None`: there is none, or `old` is to be replaced all the same, because it is not what this
+    /// order makes or `another` one is wanted.
     async fn finish_earlier(
         &self,
         old: &Resolved,
         opened: &Opened,
         order: &Rekey,
+        another: bool,
         warnings: &mut Vec<String>,
     ) -> Result<Option<Rekeyed>> {
         if let Some(of) = stands_for(&opened.manifest, order.level)
             && let Some((_, head)) = self.naming(of, warnings).await?.first()
         {
-            return self.move_on((head.seq, of), old, order, warnings).await.map(Some);
+            let mut finished = self.move_on((head.seq, of), old, order, warnings).await?;
+            if !another && is_sealed_for(old, order).await? {
+                return Ok(Some(finished));
+            }
+            // Its tags name one version now, and that is to be replaced still.
+            warnings.append(&mut finished.warnings);
+            for (channel, _) in &finished.refs {
+                let made = format!("version {}, which an earlier run made, is replaced in its turn", old.header.seq);
+                warnings.push(format!("tag {channel} was moved first: {made}"));
+            }
         }
         let mut seen = vec![old.digest];
         for (channel, head) in self.heads(warnings).await? {
@@ -303,14 +332,14 @@ impl Rotator<'_> {
             if newer.header.previous != Some(old.digest) {
                 continue;
             }
-            // Sealed for others, perhaps: then it is not what this order would make.
             let keys = order.to.as_ref().unwrap_or(&order.keys);
             let manifest = match open(&newer, keys).await {
                 Ok(opened) => opened.manifest,
                 Err(shut) if shut.code() == Code::NoKey => continue,
                 Err(other) => return Err(other),
             };
-            if stands_for(&manifest, order.level) == Some(old.digest) {
+            // Sealed for others, perhaps: then it is not what this order would make.
+            if stands_for(&manifest, order.level) == Some(old.digest) && is_sealed_for(&newer, order).await? {
                 return self.move_on((old.header.seq, old.digest), &newer, order, warnings).await.map(Some);
             }
         }
@@ -411,22 +440,34 @@ impl Rotator<'_> {
         let name = self.name();
         refuse!(
             Usage,
-            "--withdraw-old would withdraw what other tags of {name} name: {}; rotate them all, with MODEL {name} and --all,              or rotate without it, move those tags, and withdraw then: `modelfs tag STORE {name} latest --min-version N`",
+            "--withdraw-old would withdraw what other tags of {name} name: {}; rotate them all, with MODEL {name} and --all, \
+             or rotate without it, move those tags, and withdraw then: `modelfs tag STORE {name} latest --min-version N`",
             others.join(", ")
         );
     }
 
-    /// Withdraws every version below the lowest that a tag names, for the readers of each tag: after all were rotated.
+    /// Withdraws every version below the lowest that a tag names, for the readers of each tag: after all were rotated. The
+    /// versions `replaced` must be among them.
     ///
     /// # Errors
-    /// `EXISTS` if others were first every time; what the signers and the store say.
-    pub async fn withdraw_below_tags(&self) -> Result<Withdrawn> {
+    /// `USAGE` if one of those would not be. `EXISTS` if others were first every time; what the signers and the store say, but
+    /// for what came after the first ref. With an error nothing was withdrawn.
+    pub async fn withdraw_below_tags(&self, replaced: &[u64]) -> Result<Withdrawn> {
         let (mut moves, mut warnings) = (Moves::default(), Vec::new());
         for _ in 0..RACES_MAX {
             let heads = self.heads(&mut warnings).await?;
             let allowed = lowest_allowed(&heads);
             let named = || heads.iter().filter(|(_, head)| head.seq >= allowed);
             let below = named().map(|(_, head)| head.seq).min().unwrap_or(allowed);
+            if moves.refs.is_empty()
+                && let Some(old) = replaced.iter().find(|&&old| old >= below)
+            {
+                refuse!(
+                    Usage,
+                    "version {old}, which was replaced, would stay: a tag still names version {below}, and the floor counts \
+                     for all tags"
+                );
+            }
             let mut lost = false;
             for (channel, head) in named() {
                 if head.min_version_seq >= below {
@@ -442,12 +483,16 @@ impl Rotator<'_> {
                         moves.floor(unraised, &mut warnings);
                     }
                     Err(first) if first.code() == Code::Exists => lost = true,
+                    Err(failed) if !moves.refs.is_empty() => {
+                        let failed = failed.context(format!("tag {channel} does not say yet what was withdrawn"));
+                        warnings.push(failed.chain());
+                        return Ok(moves.withdrew(below, Some(failed), warnings));
+                    }
                     Err(other) => return Err(other),
                 }
             }
             if !lost {
-                let Moves { refs, unraised } = moves;
-                return Ok(Withdrawn { below, refs, floor_raised: unraised.is_none(), unraised, warnings });
+                return Ok(moves.withdrew(below, None, warnings));
             }
         }
         refuse!(Exists, "others moved tags of {} first {RACES_MAX} times in a row; try again later", self.name());
@@ -540,18 +585,38 @@ fn left_alone(old: &Resolved, order: &Rekey, why: String) -> Rekeyed {
     }
 }
 
-/// Whether each key that `order` gives a slot has one in this version, as far as that can be seen: whose slot of a public
-/// half it is, only its holder knows.
-async fn has_slots_for(version: &Resolved, order: &Rekey) -> Result<bool> {
+/// Whether this version has the slots that `order` would make, and no others: a slot too many is that of a key that is to go.
+async fn is_sealed_for(version: &Resolved, order: &Rekey) -> Result<bool> {
     let (slots, header) = (version.slots.clone(), version.header);
-    let keys = Arc::clone(order.to.as_ref().unwrap_or(&order.keys));
+    let keys = Arc::clone(&order.keys);
+    let to = Arc::clone(order.to.as_ref().unwrap_or(&order.keys));
     blocking(move || {
-        let opening = keys.sources().iter().filter(|source| source.opens()).count();
-        let mut opened = 0;
+        let (mut opened, mut recipients) = (0, Vec::new());
         for slot in &slots.slots {
-            opened += usize::from(opens(&keys, &slots, &header, slot)?);
+            if opens(&to, &slots, &header, slot)? {
+                opened += 1;
+                continue;
+            }
+            match sealed_to(slot) {
+                Some(recipient) => recipients.push(recipient),
+                None => return Ok(false),
+            }
         }
-        Ok(opened >= opening && slots.slots.len() - opened >= keys.sources().len() - opening)
+        let (openers, others): (Vec<_>, Vec<_>) = (0..to.sources().len()).partition(|&n| to.sources()[n].opens());
+        if opened != openers.len() || recipients.len() != others.len() {
+            return Ok(false);
+        }
+        if others.is_empty() {
+            return Ok(true);
+        }
+        // Whose public half it is, a slot made for it says.
+        let dek = to.unlock(&slots, &header).or_else(|_| keys.unlock(&slots, &header))?;
+        let made = others.into_iter().map(|n| to.wrap_source(n, None, &dek, &SlotTarget::from(&header), &[]));
+        let mut wanted: Vec<_> =
+            made.map(|slot| Ok(sealed_to(&slot?))).collect::<Result<Option<Vec<_>>>>()?.unwrap_or_default();
+        wanted.sort_unstable();
+        recipients.sort_unstable();
+        Ok(wanted == recipients)
     })
     .await
 }
