@@ -1075,14 +1075,52 @@ fn with_all_old_versions_are_withdrawn_when_no_tag_names_one_any_more() {
     }
 }
 
-/// Its readers should get another, and no ref may name it again: that is told, not passed over.
+/// The readers of the tag still get it: with `latest` alone in mind somebody would stay in.
 #[test]
-fn a_withdrawn_version_is_listed_as_untouched_when_all_are_rotated() {
+fn a_withdrawn_version_that_a_tag_still_names_is_not_passed_over_when_all_are_rotated() {
     let two = TwoTags::new();
     two.json(&["tag", two.program.store(), "acme/a@2", "latest", "--min-version", "2"]);
     run_ok(&mut two.program.command(&["keygen", "new.key"]));
+    let key = two.program.key();
+    let verify = |selector: &str, key: &str| {
+        two.output(&["verify", two.program.store(), selector, "--key", key]).status.code().unwrap()
+    };
     let rotated = two.rotate_all(&["--to", "file:new.key"]);
-    assert_eq!(rotated, [(2, "rotated".to_owned()), (1, "untouched".to_owned())]);
+    assert_eq!(rotated, [(2, "rotated".to_owned()), (1, "rotated".to_owned())]);
+    assert_eq!((verify("acme/a@prod", &key), verify("acme/a@prod", "file:new.key")), (25, 0));
+
+    // A new version of its files would bring back what was withdrawn; and nothing is withdrawn while a row is open.
+    let words = ["--all", "--key", "file:new.key", "--reencrypt", "--if-older", "0s", "--withdraw-old"];
+    let done = two.output(&[&["key", "rotate", two.program.store()], &words[..]].concat());
+    let told: Value = serde_json::from_slice(&done.stdout).unwrap();
+    assert_eq!((done.status.code(), told["failed"].as_u64()), (Some(2), Some(1)), "{told}");
+    let rows = told["versions"].as_array().unwrap();
+    let statuses: Vec<&str> = rows.iter().map(|row| row["status"].as_str().unwrap()).collect();
+    assert_eq!(statuses, ["rotated", "failed"], "{told}");
+    assert_eq!(verify("acme/a@2", "file:new.key"), 0, "not withdrawn");
+}
+
+/// A tag that anybody made keeps nothing from its rotation; one that this machine knew may lead to what was not rotated.
+#[test]
+fn a_broken_tag_stops_no_rotation_of_all_and_one_that_was_believed_before_is_a_failure() {
+    let two = TwoTags::new();
+    let break_tag = |tag: &str, number: u64| {
+        let name = names::reference(ModelId::of_name("acme/a"), tag, number);
+        let path = std::path::Path::new(two.program.store()).join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, b"abc").unwrap();
+    };
+    run_ok(&mut two.program.command(&["keygen", "new.key"]));
+    break_tag("zzz", 1);
+    assert_eq!(two.rotate_all(&["--to", "file:new.key"]).len(), 2);
+
+    break_tag("prod", 3);
+    let key = two.program.key();
+    let done = two.output(&["key", "rotate", two.program.store(), "--all", "--key", "file:new.key", "--to", &key]);
+    let told: Value = serde_json::from_slice(&done.stdout).unwrap();
+    assert_eq!((done.status.code(), told["failed"].as_u64()), (Some(20), Some(1)), "{told}");
+    let row = told["versions"].as_array().unwrap().iter().find(|row| row["status"] == "failed").unwrap();
+    assert!(row["detail"].as_str().unwrap().starts_with("tag prod was believed here before"), "{told}");
 }
 
 #[test]

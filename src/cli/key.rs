@@ -19,8 +19,8 @@ use crate::crypto::PublicKey;
 use crate::error::{Code, Error, Result};
 use crate::format::{ManifestDigest, Slot, SlotParams, Slots};
 use crate::keys::{
-    Candidate, FloorPolicy, KeySource, Keyring, ModelSelector, Resolved, Resolver, Role, Signer, Wanted,
-    prompt_terminal,
+    BrokenTag, Candidate, FloorPolicy, KeySource, Keyring, ModelSelector, Resolved, Resolver, Role, Signer, Versions,
+    Wanted, prompt_terminal,
 };
 use crate::mem::LockedBuf;
 use crate::refuse;
@@ -562,28 +562,51 @@ async fn rotate_one(reading: &Reading, releaser: Releaser, wanted: &Wanted, work
 
 /// A version that `--all` comes by.
 struct Found {
-    version: u64,
-    /// Why it is left as it is.
-    withdrawn: Option<String>,
+    candidate: Candidate,
+    next: Next,
 }
 
-/// The versions of a model that are to be rotated: all that a tag leads to, or for new versions those that tags name.
-async fn versions(reading: &Reading, model: &str, work: &Work) -> Result<Vec<Found>> {
+enum Next {
+    /// As it was found.
+    Edit(Edit),
+    /// By this name.
+    Rotate(Wanted),
+    /// This is told instead.
+    Leave(Result<Done>),
+}
+
+impl Found {
+    fn new(candidate: Candidate, work: &Work) -> Found {
+        let (version, tag) = (candidate.wanted.seq, &candidate.channel);
+        let next = match (candidate.withdrawn, candidate.is_named(), work) {
+            (false, _, Work::Edit(edit)) => Next::Edit(edit.clone()),
+            (false, _, Work::Rekey(_)) => Next::Rotate(Wanted::Version(version)),
+            // Nobody gets it by its number any more; the readers of the tag do, with the slots that it has.
+            (true, true, Work::Edit(_)) => Next::Rotate(Wanted::Tag(tag.clone())),
+            // A new version of the same files would bring back what was withdrawn.
+            (true, true, Work::Rekey(_)) => Next::Leave(Err(Error::new(
+                Code::Usage,
+                format!(
+                    "version {version} was withdrawn and tag {tag} still names it, under the old data key: move the tag to \
+                     another version with `modelfs tag`"
+                ),
+            ))),
+            (true, false, _) => Next::Leave(Ok(Done::Untouched { version, why: "it was withdrawn".to_owned() })),
+        };
+        Found { candidate, next }
+    }
+}
+
+/// The versions of a model that are to be rotated: all that a tag leads to, or for new versions those that tags name. And
+/// tags that lead nowhere any more.
+async fn versions(reading: &Reading, model: &str, work: &Work) -> Result<(Vec<Found>, Vec<BrokenTag>)> {
     // However many: one that is passed over would keep the key that is to go.
-    let found = rotating(reading).versions(model, usize::MAX).await?.found;
-    let named = found.iter().filter(|candidate| match work {
+    let Versions { found, broken } = rotating(reading).versions(model, usize::MAX).await?;
+    let named = found.into_iter().filter(|candidate| match work {
         Work::Edit(_) => true,
         Work::Rekey(_) => candidate.is_named(),
     });
-    let told = |candidate: &Candidate| Found {
-        version: candidate.wanted.seq,
-        // No ref may name it again, and one would have to.
-        withdrawn: candidate.withdrawn.then(|| match candidate.is_named() {
-            true => format!("it was withdrawn; tag {} still names it: move that to another version", candidate.channel),
-            false => "it was withdrawn".to_owned(),
-        }),
-    };
-    Ok(named.map(told).collect())
+    Ok((named.map(|candidate| Found::new(candidate, work)).collect(), broken))
 }
 
 /// What `--all --withdraw-old` withdraws of a model, once its rows are done; `None`: nothing of it was rotated, or not all.
@@ -635,14 +658,26 @@ fn rotate_all(
         let found = releaser_for(reading, model, releasers.clone(), work)
             .and_then(|releaser| Ok((releaser, runtime.block_on(versions(reading, model, work))?)));
         match found {
-            Ok((releaser, versions)) => {
-                for Found { version, withdrawn } in versions {
-                    let wanted = Wanted::Version(version);
-                    let done = match withdrawn {
-                        Some(why) => Ok(Done::Untouched { version, why }),
-                        None => runtime.block_on(rotate_one(reading, releaser.clone(), &wanted, work)),
+            Ok((releaser, (versions, broken))) => {
+                for Found { candidate, next } in versions {
+                    let version = candidate.wanted.seq;
+                    let done = match next {
+                        Next::Leave(done) => done,
+                        Next::Rotate(wanted) => runtime.block_on(rotate_one(reading, releaser.clone(), &wanted, work)),
+                        Next::Edit(edit) => {
+                            let rotator = Rotator { resolver: rotating(reading), releaser: releaser.clone() };
+                            runtime.block_on(rotator.edit_found(&candidate, &edit)).map(Done::Edited)
+                        }
                     };
                     rows.push((model.clone(), Some(version), untouched(done, version, work)));
+                }
+                for BrokenTag { channel, why, seen_before } in broken {
+                    if seen_before {
+                        let what = format!(
+                            "tag {channel} was believed here before and is broken now: whatever only it leads to keeps its keys"
+                        );
+                        rows.push((model.clone(), None, Err(why.context(what))));
+                    }
                 }
                 if args.withdraw_old {
                     let rotator = Rotator { resolver: rotating(reading), releaser };
