@@ -572,7 +572,7 @@ enum Next {
     /// By this name.
     Rotate(Wanted),
     /// This is told instead.
-    Leave(Result<Done>),
+    Leave(Box<Result<Done>>),
 }
 
 impl Found {
@@ -584,14 +584,16 @@ impl Found {
             // Nobody gets it by its number any more; the readers of the tag do, with the slots that it has.
             (true, true, Work::Edit(_)) => Next::Rotate(Wanted::Tag(tag.clone())),
             // A new version of the same files would bring back what was withdrawn.
-            (true, true, Work::Rekey(_)) => Next::Leave(Err(Error::new(
+            (true, true, Work::Rekey(_)) => Next::Leave(Box::new(Err(Error::new(
                 Code::Usage,
                 format!(
                     "version {version} was withdrawn and tag {tag} still names it, under the old data key: move the tag to \
                      another version with `modelfs tag`"
                 ),
-            ))),
-            (true, false, _) => Next::Leave(Ok(Done::Untouched { version, why: "it was withdrawn".to_owned() })),
+            )))),
+            (true, false, _) => {
+                Next::Leave(Box::new(Ok(Done::Untouched { version, why: "it was withdrawn".to_owned() })))
+            }
         };
         Found { candidate, next }
     }
@@ -662,7 +664,7 @@ fn rotate_all(
                 for Found { candidate, next } in versions {
                     let version = candidate.wanted.seq;
                     let done = match next {
-                        Next::Leave(done) => done,
+                        Next::Leave(done) => *done,
                         Next::Rotate(wanted) => runtime.block_on(rotate_one(reading, releaser.clone(), &wanted, work)),
                         Next::Edit(edit) => {
                             let rotator = Rotator { resolver: rotating(reading), releaser: releaser.clone() };
