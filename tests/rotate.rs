@@ -1120,7 +1120,24 @@ fn a_broken_tag_stops_no_rotation_of_all_and_one_that_was_believed_before_is_a_f
     let told: Value = serde_json::from_slice(&done.stdout).unwrap();
     assert_eq!((done.status.code(), told["failed"].as_u64()), (Some(20), Some(1)), "{told}");
     let row = told["versions"].as_array().unwrap().iter().find(|row| row["status"] == "failed").unwrap();
-    assert!(row["detail"].as_str().unwrap().starts_with("tag prod was believed here before"), "{told}");
+    assert!(row["detail"].as_str().unwrap().starts_with("tag prod was made by a trusted key"), "{told}");
+}
+
+/// The run that was to withdraw died before, and somebody added a key to what it had made.
+#[test]
+fn an_order_that_withdraws_fails_where_what_it_made_has_other_slots_by_now() {
+    let two = TwoTags::new();
+    assert_eq!(two.rotate_all(&["--reencrypt", "--if-older", "0s"]).len(), 2);
+    run_ok(&mut two.program.command(&["keygen", "more.key"]));
+    let (store, key) = (two.program.store(), two.program.key());
+    two.json(&["key", "add", store, "acme/a", "--key", &key, "--add", "file:more.key", "--label", "more"]);
+    let again = two.output(&["key", "rotate", store, "--all", "--key", &key, "--reencrypt", "--withdraw-old"]);
+    let told: Value = serde_json::from_slice(&again.stdout).unwrap();
+    assert_eq!((again.status.code(), told["failed"].as_u64()), (Some(2), Some(1)), "{told}");
+    let row = told["versions"].as_array().unwrap().iter().find(|row| row["status"] == "failed").unwrap();
+    assert!(row["detail"].as_str().unwrap().contains("nothing of acme/a was withdrawn: version 3"), "{told}");
+    let verify = ["verify", store, "acme/a@1", "--key", &key];
+    assert!(two.output(&verify).status.success(), "not withdrawn");
 }
 
 #[test]

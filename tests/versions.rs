@@ -345,6 +345,12 @@ fn a_broken_tag_keeps_nobody_from_a_number_and_what_it_withdrew_stays_withdrawn(
     world.store.put(&names::reference(model, "prod", 2), b"abc".to_vec());
     assert_eq!(code(world.read("acme/llama@1")), Code::BelowFloor);
     assert_eq!(world.seq("acme/llama@2").unwrap(), 2);
+    // In place of the last one: the hint is signed too.
+    world.store.put(&names::reference(model, "prod", 1), b"abc".to_vec());
+    assert_eq!(code(world.read("acme/llama@1")), Code::BelowFloor);
+    let versions = run(world.resolver().versions(MODEL, 10)).unwrap();
+    let prod = versions.broken.iter().find(|tag| tag.channel == "prod").expect("told of");
+    assert!(prod.seen_before, "a trusted key made it");
 }
 
 #[test]

@@ -814,7 +814,6 @@ mod tests {
             });
             audit.take(&Event::new(Kind::Open)).expect("recorded as soon as it goes on");
         });
-        audit.take(&Event::new(Kind::Open)).expect("recorded");
     }
 
     #[test]
@@ -827,7 +826,7 @@ mod tests {
         assert!(error.chain().contains("on its way"), "{error:?}");
         let (first, again) = (began.elapsed(), Instant::now());
         audit.take(&Event::new(Kind::Open)).expect_err("still nobody");
-        assert!(again.elapsed() < LOOK_AGAIN * LOOKS / 2 && first >= LOOK_AGAIN * LOOKS / 2, "{first:?}");
+        assert!(again.elapsed() < first && first >= LOOK_AGAIN * LOOKS / 2, "{first:?}");
         audit.shared.work.lock().expect("nobody died").busy = None;
         audit.take(&Event::new(Kind::Open)).expect("recorded");
     }

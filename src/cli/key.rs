@@ -357,7 +357,15 @@ enum Done {
     Untouched {
         version: u64,
         why: String,
+        /// An earlier rotation made it, for other keys than this order's.
+        unlike: bool,
     },
+}
+
+impl Done {
+    fn untouched(version: u64, why: String) -> Done {
+        Done::Untouched { version, why, unlike: false }
+    }
 }
 
 fn rotate(args: &RotateArgs, mut layers: Layers, out: &Out) -> Result<()> {
@@ -554,7 +562,9 @@ async fn rotate_one(reading: &Reading, releaser: Releaser, wanted: &Wanted, work
     match work {
         Work::Edit(edit) => Ok(Done::Edited(rotator.edit(wanted, edit).await?)),
         Work::Rekey(order) => Ok(match rotator.rekey(wanted, order).await? {
-            Rekeyed { left_alone: Some(why), version, .. } => Done::Untouched { version, why },
+            Rekeyed { left_alone: Some(why), version, left_unlike, .. } => {
+                Done::Untouched { version, why, unlike: left_unlike }
+            }
             rekeyed => Done::Rekeyed(rekeyed),
         }),
     }
@@ -591,9 +601,7 @@ impl Found {
                      another version with `modelfs tag`"
                 ),
             )))),
-            (true, false, _) => {
-                Next::Leave(Box::new(Ok(Done::Untouched { version, why: "it was withdrawn".to_owned() })))
-            }
+            (true, false, _) => Next::Leave(Box::new(Ok(Done::untouched(version, "it was withdrawn".to_owned())))),
         };
         Found { candidate, next }
     }
@@ -615,13 +623,25 @@ async fn versions(reading: &Reading, model: &str, work: &Work) -> Result<(Vec<Fo
 async fn withdraw(rotator: &Rotator<'_>, rows: &[(String, Option<u64>, Result<Done>)]) -> Option<Result<Done>> {
     let model = &*rotator.releaser.chain.model_name;
     let mut replaced: Vec<&Rekeyed> = Vec::new();
+    let mut unlike = None;
     for (_, _, done) in rows.iter().filter(|(name, ..)| name == model) {
         match done {
             Ok(Done::Rekeyed(rekeyed)) => replaced.push(rekeyed),
+            Ok(Done::Untouched { version, unlike: true, .. }) => unlike = Some(version),
             Ok(_) => {}
             // Its row says what is wrong; the next run withdraws.
             Err(_) => return None,
         }
+    }
+    if let Some(version) = unlike {
+        return Some(Err(Error::new(
+            Code::Usage,
+            format!(
+                "nothing of {model} was withdrawn: version {version} is what an earlier rotation made, and its slots were changed \
+                 since; withdraw what is older with `modelfs tag STORE {model}@{version} TAG --min-version {version}`, or rotate it \
+                 again with --if-older 0s"
+            ),
+        )));
     }
     if replaced.is_empty() {
         return None;
@@ -676,7 +696,7 @@ fn rotate_all(
                 for BrokenTag { channel, why, seen_before } in broken {
                     if seen_before {
                         let what = format!(
-                            "tag {channel} was believed here before and is broken now: whatever only it leads to keeps its keys"
+                            "tag {channel} was made by a trusted key and is broken now: whatever only it leads to keeps its keys"
                         );
                         rows.push((model.clone(), None, Err(why.context(what))));
                     }
@@ -750,10 +770,10 @@ fn warnings(done: &Done) -> &[String] {
 fn untouched(done: Result<Done>, version: u64, work: &Work) -> Result<Done> {
     match (done, work) {
         (Err(shut), Work::Edit(Edit::Replace { .. })) if shut.code() == Code::NoKey => {
-            Ok(Done::Untouched { version, why: "neither the old nor the new key opens it".to_owned() })
+            Ok(Done::untouched(version, "neither the old nor the new key opens it".to_owned()))
         }
         (Err(none), Work::Edit(Edit::Rewrap { .. })) if none.code() == Code::NotFound => {
-            Ok(Done::Untouched { version, why: none.message().to_owned() })
+            Ok(Done::untouched(version, none.message().to_owned()))
         }
         (done, _) => done,
     }
@@ -778,7 +798,7 @@ fn described(done: &Done) -> Value {
         Done::Edited(edited) => serde_json::to_value(edited).expect("plain values are JSON"),
         Done::Rekeyed(rekeyed) => serde_json::to_value(rekeyed).expect("plain values are JSON"),
         Done::Withdrawn(withdrawn) => serde_json::to_value(withdrawn).expect("plain values are JSON"),
-        Done::Untouched { version, why } => {
+        Done::Untouched { version, why, .. } => {
             return json!({"version": version, "status": "untouched", "detail": why});
         }
     };
@@ -840,7 +860,7 @@ fn tell(reading: &Reading, model: &str, done: &Done, registered: Option<&Registe
             Done::Edited(edited) => told_edit(model, edited),
             Done::Rekeyed(rekeyed) => told_rekey(reading, model, rekeyed),
             Done::Withdrawn(_) => unreachable!("told in the table of --all alone"),
-            Done::Untouched { version, why } => format!("{model}@{version} was left as it is: {why}"),
+            Done::Untouched { version, why, .. } => format!("{model}@{version} was left as it is: {why}"),
         };
         if let Some(Registered { record, version }) = registered {
             let line = if text.ends_with('\n') { "" } else { "\n" };

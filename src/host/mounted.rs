@@ -406,7 +406,11 @@ impl Mounted {
                 let opened = opened.map_err(|error| error.context(format!("{mountpoint} stays refused")))?;
                 lost = self.versions.regain(opened);
             }
+            if self.closed.load(Ordering::SeqCst) {
+                return Ok(());
+            }
             self.fs.refuse_all(false);
+            // Said in between.
             if self.closed.load(Ordering::SeqCst) {
                 self.fs.refuse_all(true);
                 return Ok(());
@@ -701,7 +705,12 @@ impl Mounted {
         let (over, told) = &self.session_over;
         *over.lock().expect("a thread died ending the session") = true;
         told.notify_all();
-        let broken = (!self.attachment.is_given() && self.attachment.is_there()).then(|| {
+        // `umount -f` cuts the connection before it takes the mount out of the tree: asked again, it is gone.
+        let broken = !self.attachment.is_given() && self.attachment.is_there() && {
+            std::thread::sleep(HOLD_POLL);
+            self.attachment.is_there()
+        };
+        let broken = broken.then(|| {
             let at = self.mountpoint().display();
             Error::new(Code::Host, format!("the connection of {at} to the kernel broke although nobody unmounted it"))
         });

@@ -180,15 +180,15 @@ impl Tags {
 
 impl Head {
     fn broken(&self, name: &str, why: Error) -> BrokenTag {
-        broken_tag(name, self.channel.clone(), why, self.floor.is_some())
+        broken_tag(name, self.channel.clone(), why, self.floor.is_some() || !self.believed.first_use)
     }
 }
 
 /// What is found under a tag.
 enum Look {
     Believed(Believed, Ref),
-    /// Why, and the newest ref that is believed all the same.
-    Broken(Error, Option<Ref>),
+    /// Why, and the newest refs that are believed all the same.
+    Broken(Error, Vec<Ref>),
 }
 
 /// A model and channel, as one thing to pass around.
@@ -426,19 +426,22 @@ impl Resolver<'_> {
         };
         let looks: Vec<_> = stream::iter(shown).map(look).buffered(TAGS_AT_ONCE).collect().await;
         for (channel, floor, read) in looks {
+            let mut is_ours = floor.is_some();
             let why = match read? {
                 Look::Believed(believed, newest) => {
                     tags.heads.push(Head { channel, believed, floor, newest });
                     continue;
                 }
                 Look::Broken(why, said) => {
+                    // Nobody but a signer that is trusted makes such a ref, and of this very tag.
+                    is_ours |= !said.is_empty();
                     tags.said.extend(said);
                     why
                 }
             };
             // An empty folder is no tag, unless there was one.
-            if why.code() != Code::NotFound || floor.is_some() {
-                tags.broken.push(broken_tag(name, channel, why, floor.is_some()));
+            if why.code() != Code::NotFound || is_ours {
+                tags.broken.push(broken_tag(name, channel, why, is_ours));
             }
             tags.gone.extend(floor);
         }
@@ -448,35 +451,41 @@ impl Resolver<'_> {
     async fn look(&self, at: Channel<'_>, floor: Option<&RefFloor>) -> Result<Look> {
         let believed = match self.believed(at).await {
             Ok(believed) => believed,
-            Err(why) if why.code() == Code::NotFound || counts_for_nothing(&why) => return Ok(Look::Broken(why, None)),
+            Err(why) if why.code() == Code::NotFound || counts_for_nothing(&why) => {
+                return Ok(Look::Broken(why, Vec::new()));
+            }
             Err(err) => return Err(err),
         };
         match self.newest(at, &believed, floor).await {
             Ok(newest) => Ok(Look::Believed(believed, newest)),
             Err(why) if why.code() == Code::NotFound || counts_for_nothing(&why) => {
-                let said = if believed.first_use { None } else { self.last_said(at, &believed).await? };
+                let said = if believed.first_use { Vec::new() } else { self.last_said(at, &believed).await? };
                 Ok(Look::Broken(why, said))
             }
             Err(err) => Err(err),
         }
     }
 
-    /// The newest ref of a broken tag that is believed: rubbish after it must not bring back what it withdrew.
-    async fn last_said(&self, at: Channel<'_>, believed: &Believed) -> Result<Option<Ref>> {
+    /// The newest refs of a broken tag that are believed, by its numbers and by its hint: rubbish after or in place of the last
+    /// one must not bring back what it withdrew.
+    async fn last_said(&self, at: Channel<'_>, believed: &Believed) -> Result<Vec<Ref>> {
         let listed = self.source.list(&names::channel_dir(at.model, at.channel)).await?;
         let mut seqs: Vec<u64> = listed.iter().filter_map(|object| names::ref_seq(&object.name)).collect();
         seqs.sort_unstable_by(|a, b| b.cmp(a));
         seqs.truncate(SAID_MAX);
-        seqs.extend(self.hinted(at, believed).await?);
+        let mut said = Vec::from_iter(self.hinted(at, believed).await?);
         for seq in seqs {
             match self.read_ref(at, believed, seq).await {
-                Ok(Some(said)) => return Ok(Some(said)),
+                Ok(Some(last)) => {
+                    said.push(last);
+                    break;
+                }
                 Ok(None) => {}
                 Err(bad) if counts_for_nothing(&bad) => {}
                 Err(err) => return Err(err),
             }
         }
-        Ok(None)
+        Ok(said)
     }
 
     /// The tag at `number` first, and of the others those whose refs verify under its keys too. For first use: its signers are
@@ -697,7 +706,7 @@ impl Resolver<'_> {
 
     /// The newest ref of a channel: from the hint or what was seen, forward until nothing is there; or from a listing.
     async fn newest(&self, at: Channel<'_>, believed: &Believed, floor: Option<&RefFloor>) -> Result<Ref> {
-        let hint = self.hinted(at, believed).await?;
+        let hint = self.hinted(at, believed).await?.map(|hint| hint.ref_seq);
         let start = hint.max(floor.map(|floor| floor.max_ref_seq));
         let started = match start {
             Some(seq) => self.read_ref(at, believed, seq).await?,
@@ -725,10 +734,10 @@ impl Resolver<'_> {
     }
 
     /// What `head` says, if its signature holds: anyone who can write the store can write a hint.
-    async fn hinted(&self, at: Channel<'_>, believed: &Believed) -> Result<Option<u64>> {
+    async fn hinted(&self, at: Channel<'_>, believed: &Believed) -> Result<Option<Ref>> {
         match self.source.read_small(&names::head(at.model, at.channel), REF_BYTES_MAX as u64).await {
             Ok(bytes) => match verify_ref(&bytes, at, believed) {
-                Ok(hint) => Ok(Some(hint.ref_seq)),
+                Ok(hint) => Ok(Some(hint)),
                 Err(err) => {
                     tracing::warn!("hint at the newest version of {} is not believed: {}", at.name, err.chain());
                     Ok(None)

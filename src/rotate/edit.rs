@@ -214,7 +214,11 @@ impl Rotator<'_> {
             }
             // Another editor is through already, and most likely built on ours. Or our number had been used and deleted while
             // we looked elsewhere, and ours counts for nothing. What is there now decides.
-            (Ok(there), Ok(newest)) if there == made && newest > Some(generation) => return Ok(None),
+            (Ok(there), Ok(newest)) if there == made && newest > Some(generation) => {
+                // Whoever built on it deletes it as well; in a number that had been used it would stay, with whom it lets in.
+                let _ = chain.store.delete(&name).await;
+                return Ok(None);
+            }
             (Err(gone), Ok(newest)) if gone.code() == Code::NotFound && newest > Some(generation) => {
                 return Ok(None);
             }

@@ -91,6 +91,10 @@ pub struct Rekeyed {
     /// Why nothing was done at all: `version` is the one that is there, and too young.
     #[serde(skip)]
     pub left_alone: Option<String>,
+    /// It is left alone although an earlier rotation made it for other slots than `order` has: what that was to withdraw may be
+    /// there still.
+    #[serde(skip)]
+    pub left_unlike: bool,
     pub floor_raised: bool,
     /// Why the floor is not raised to the refs; among the warnings too.
     #[serde(skip)]
@@ -190,7 +194,7 @@ impl Rotator<'_> {
             return self.move_on((from, of), &old, order, &mut warnings).await;
         }
         if let Some(least) = young {
-            return Ok(left(least));
+            return Ok(Rekeyed { left_unlike: stands_for.is_some(), ..left(least) });
         }
         if let Some(shut) = shut {
             return Err(match stands_for {
@@ -216,7 +220,9 @@ impl Rotator<'_> {
         self.check_withdraws(order, &[old.digest], u64::MAX, &mut warnings).await?;
         let chain = &self.releaser.chain;
         chain.store.check_create_only().await?;
-        chain.survey(&channels).await?;
+        let terms = Terms::InPlaceOf { of: old.digest, withdraw_older: order.withdraw_old };
+        // As the publish will: not only after hours of work.
+        terms.check_withdraws(&chain.survey(&channels).await?)?;
         let to = order.to.clone().unwrap_or_else(|| Arc::clone(&order.keys));
         let (slots, shown) = self.plan_slots(&old, order, &to).await?;
         let (dek, vid) = (Arc::new(Dek::random()), Vid(random()?));
@@ -228,7 +234,7 @@ impl Rotator<'_> {
             signers: order.publishers.clone(),
             keys: Arc::new(slots),
             dek: Arc::clone(&dek),
-            terms: Terms::InPlaceOf { of: old.digest, withdraw_older: order.withdraw_old },
+            terms,
             progress: order.progress.clone(),
         };
         let lease = Lease {
@@ -285,6 +291,7 @@ impl Rotator<'_> {
             slots: shown.0,
             left_out: shown.1,
             left_alone: None,
+            left_unlike: false,
             floor_raised: unraised.is_none(),
             unraised,
             warnings,
@@ -407,6 +414,7 @@ impl Rotator<'_> {
             slots: newer.slots.slots.iter().map(|slot| slot.label.clone()).collect(),
             left_out: Vec::new(),
             left_alone: None,
+            left_unlike: false,
             floor_raised: moves.unraised.is_none(),
             unraised: moves.unraised,
             warnings: std::mem::take(warnings),
@@ -579,6 +587,7 @@ fn left_alone(old: &Resolved, order: &Rekey, why: String) -> Rekeyed {
         slots: old.slots.slots.iter().map(|slot| slot.label.clone()).collect(),
         left_out: Vec::new(),
         left_alone: Some(why),
+        left_unlike: false,
         floor_raised: true,
         unraised: None,
         warnings: Vec::new(),

@@ -63,14 +63,15 @@ impl Terms {
     ///
     /// # Errors
     /// `USAGE` if a tag names a version that would be withdrawn and is not the one that is replaced.
-    fn check_withdraws(&self, survey: &Survey) -> Result<()> {
+    pub fn check_withdraws(&self, survey: &Survey) -> Result<()> {
         let Terms::InPlaceOf { of, withdraw_older: true } = self else { return Ok(()) };
         let allowed = survey.heads.values().map(|head| head.min_version_seq).max().unwrap_or(0);
         let stays = |head: &Ref| head.seq < allowed || head.manifest_digest == *of;
         match survey.heads.iter().find(|(_, head)| !stays(head)) {
             Some((channel, head)) => refuse!(
                 Usage,
-                "tag {channel} names version {} meanwhile, which would be withdrawn; nothing was published, try again",
+                "tag {channel} names version {}, which would be withdrawn; nothing was published: move that tag to a version that \
+                 stays, or leave out --withdraw-old",
                 head.seq
             ),
             None => Ok(()),
