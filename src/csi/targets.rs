@@ -12,19 +12,15 @@ use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Component, Path, PathBuf};
-use std::sync::mpsc;
-use std::time::Duration;
 
 use crate::error::{Code, Error, Result};
-use crate::{mounts, refuse};
+use crate::{fuse, mounts, refuse};
 
 /// The source of the small tmpfs that carries a volume whose mount lies one folder below.
 const CARRIER: &str = "modelfs-volume";
 /// Mounts on one target: drivers that died one after the other.
 const LAYERS_MAX: usize = 64;
 const NOTHING_RUNS: libc::c_ulong = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
-/// How long a living daemon has to answer one question. A closed connection is told at once.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// What the kubelet writes beside a target as long as it means to publish or unpublish it.
 const VOLUME_DATA: &str = "vol_data.json";
 
@@ -179,15 +175,9 @@ pub fn inherit(kubelet_dir: &Path) -> Result<usize> {
     Ok(waiting)
 }
 
-/// A FUSE mount whose daemon is gone answers nothing but that, and at once. Asked in a thread: one that hangs answers never.
+/// One that hangs is none, nor is what cannot be looked at.
 fn is_dead(place: &Path) -> bool {
-    let (tell, told) = mpsc::channel();
-    let place = place.to_owned();
-    let asking = std::thread::Builder::new().name("dead-volume".into()).spawn(move || {
-        // Nobody listens any more only after the timeout.
-        let _ = tell.send(std::fs::metadata(place).is_err_and(|e| e.raw_os_error() == Some(libc::ENOTCONN)));
-    });
-    asking.is_ok() && told.recv_timeout(ANSWER_TIMEOUT).unwrap_or(false)
+    fuse::is_dead(place).unwrap_or(false)
 }
 
 fn c_path(path: &Path) -> CString {

@@ -99,15 +99,10 @@ fn attach_at(
     let mount = make_mount(&device, look).map_err(refused)?;
     let number = device_of(&mount).map_err(refused)?;
     let connection = device.try_clone().map_err(refused)?;
-    let session = start(fs, device, look)?;
+    let session = start(fs, device, Answering::own(look))?;
     // Last: whatever failed before has left nothing in the tree, and the session ends with the mount that nobody can reach.
     move_onto(&mount, place).map_err(refused)?;
-    let attachment = Attachment {
-        mountpoint: real_path,
-        device: Some(number),
-        connection: Mutex::new(Some(connection)),
-        by: By::Ourselves,
-    };
+    let attachment = Attachment::new(real_path, Some(number), connection, By::Ourselves);
     attachment.set_read_ahead();
     Ok((session, attachment))
 }
@@ -120,13 +115,8 @@ fn attach_by_helper(fs: ModelFs, place: &Path, look: &MountLook) -> Result<(Back
     let number = mounts::at(place)?.filter(mounts::Mount::is_ours).map(|mount| mount.device).ok_or_else(|| {
         Error::new(Code::Host, format!("what fusermount3 mounted on {} was taken off at once", place.display()))
     })?;
-    let attachment = Attachment {
-        mountpoint: place.to_owned(),
-        device: Some(number),
-        connection: Mutex::new(Some(connection)),
-        by: By::Fusermount,
-    };
-    let session = start(fs, device, look).inspect_err(|_| {
+    let attachment = Attachment::new(place.to_owned(), Some(number), connection, By::Fusermount);
+    let session = start(fs, device, Answering::own(look)).inspect_err(|_| {
         if let Err(error) = attachment.detach() {
             tracing::warn!("a dead mount stays: {}", error.chain());
         }
@@ -135,21 +125,33 @@ fn attach_by_helper(fs: ModelFs, place: &Path, look: &MountLook) -> Result<(Back
     Ok((session, attachment))
 }
 
+/// How a session answers.
+struct Answering {
+    lets_others_in: bool,
+    /// Each thread has a descriptor of its own, which takes an open of the device.
+    clone_fd: bool,
+    may_pass_through: bool,
+}
+
+impl Answering {
+    fn own(look: &MountLook) -> Answering {
+        Answering { lets_others_in: look.allow_other, clone_fd: true, may_pass_through: true }
+    }
+}
+
 /// Greets the kernel and answers from now on.
 ///
 /// fuser is given the device and not the mountpoint: what it mounts itself it takes off by path when the session is over, and
 /// by then another may be mounted there.
-fn start(fs: ModelFs, device: OwnedFd, look: &MountLook) -> Result<BackgroundSession> {
+fn start(fs: ModelFs, device: OwnedFd, how: Answering) -> Result<BackgroundSession> {
     let mut config = Config::default();
     config.n_threads = Some(request_threads());
-    config.clone_fd = true;
-    config.acl = if look.allow_other { SessionACL::All } else { SessionACL::Owner };
+    config.clone_fd = how.clone_fd;
+    config.acl = if how.lets_others_in { SessionACL::All } else { SessionACL::Owner };
     let session = Session::from_fd(fs.clone(), device, config.acl, config)
         .map_err(|e| Error::new(Code::Host, "the kernel's FUSE handshake failed").with_source(e))?;
     fs.set_notifier(session.notifier());
-    if fs.passthrough() {
-        fs.set_passthrough(backing_accepted(&fs, &session));
-    }
+    fs.set_passthrough(how.may_pass_through && fs.passthrough() && backing_accepted(&fs, &session));
     session.spawn().map_err(|e| Error::new(Code::Host, "cannot start the FUSE threads").with_source(e))
 }
 
@@ -158,28 +160,21 @@ fn start(fs: ModelFs, device: OwnedFd, look: &MountLook) -> Result<BackgroundSes
 /// # Errors
 /// `MOUNT_POINT` if the descriptor is served already; `HOST`: what the kernel said.
 pub fn attach_given(fs: ModelFs, given: &Given, look: &MountLook) -> Result<(BackgroundSession, Attachment)> {
-    let mut config = Config::default();
-    config.n_threads = Some(request_threads());
-    // A second descriptor takes a second open of the device, which is what this path does without.
-    config.clone_fd = File::options().read(true).write(true).open("/dev/fuse").is_ok();
-    // The kernel lets in whom the mount's options let in, and the mount's user need not be ours.
-    let by_kernel = look.allow_other || given.lets_others_in().is_some();
-    config.acl = if by_kernel { SessionACL::All } else { SessionACL::Owner };
+    let how = Answering {
+        // The kernel lets in whom the mount's options let in, and the mount's user need not be ours.
+        lets_others_in: look.allow_other || given.lets_others_in().is_some(),
+        // Opening the device is what this path may have to do without.
+        clone_fd: File::options().read(true).write(true).open("/dev/fuse").is_ok(),
+        may_pass_through: false,
+    };
     let device = given.claim()?;
     let connection = device
         .try_clone()
         .map_err(|e| Error::new(Code::Host, "cannot have a second descriptor of /dev/fuse").with_source(e))?;
-    let session = Session::from_fd(fs.clone(), device, config.acl, config)
-        .map_err(|e| Error::new(Code::Host, "the kernel's FUSE handshake failed").with_source(e))?;
-    fs.set_notifier(session.notifier());
-    fs.set_passthrough(false);
-    let background =
-        session.spawn().map_err(|e| Error::new(Code::Host, "cannot start the FUSE threads").with_source(e))?;
-    let (mountpoint, device) = (given.name(), given.device_number());
-    let attachment =
-        Attachment { mountpoint, device, connection: Mutex::new(Some(connection)), by: By::Another(given.clone()) };
+    let session = start(fs, device, how)?;
+    let attachment = Attachment::new(given.name(), given.device_number(), connection, By::Another(given.clone()));
     attachment.set_read_ahead();
-    Ok((background, attachment))
+    Ok((session, attachment))
 }
 
 /// The mountpoint itself, held by a descriptor so that it cannot be swapped, and its path without links.
@@ -388,6 +383,10 @@ fn backing_accepted(fs: &ModelFs, session: &Session<ModelFs>) -> bool {
 }
 
 impl Attachment {
+    fn new(mountpoint: PathBuf, device: Option<String>, connection: OwnedFd, by: By) -> Attachment {
+        Attachment { mountpoint, device, connection: Mutex::new(Some(connection)), by }
+    }
+
     pub fn mountpoint(&self) -> &Path {
         &self.mountpoint
     }

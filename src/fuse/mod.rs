@@ -43,6 +43,7 @@ use crate::read::habits::{Habits, Walk, Who};
 use crate::read::{OpenFile, READ_MAX, Reader};
 use crate::vfs::{Attributes, Kind, NodeId, Vfs};
 
+pub use dead::is_dead;
 pub use guard::{OpenBy, Session, ShutOut};
 use guard::{Opener, Rules};
 pub use policy::{AUTO_HOLD, OpenPolicy, WHOLE_HOLD};
