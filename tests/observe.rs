@@ -102,11 +102,12 @@ fn value(text: &str, series: &str) -> f64 {
     line.unwrap_or_else(|| panic!("no {series} in\n{text}")).parse().expect("a number")
 }
 
+/// Looks ten times a second at most: half of what the door answers to one peer, who would be told 429 otherwise.
 fn until(what: &str, mut done: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(60);
     while !done() {
         assert!(Instant::now() < deadline, "{what}");
-        std::thread::sleep(Duration::from_millis(20));
+        std::thread::sleep(Duration::from_millis(100));
     }
 }
 
@@ -335,7 +336,7 @@ fn over_the_network_only_tls_and_a_token_are_answered_and_both_change_without_a_
     until("the new token is not taken", || with(second).0 == 200);
     assert_eq!(with(TOKEN).0, 200, "the old one goes on beside it");
     write_private(&token, &format!("{second}\n"));
-    until("the old token is still taken", || with(TOKEN).0 != 200);
+    until("the old token is still taken", || with(TOKEN).0 == 401);
     assert_eq!(with(second).0, 200);
     let (new_cert, new_key) = make_certificate(&scene, "new");
     fs::rename(&new_cert, &cert).expect("renamed");

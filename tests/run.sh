@@ -66,7 +66,7 @@ check "cargo deny: advisories" advisories "the advisory database (github.com/Rus
 check "shellcheck" shell
 check "workflows, dependabot, pre-commit" workflows
 check "no keys, no large files, nothing broken" files
-step "cargo test" cargo test --release --locked
+step "cargo test" cargo test --release --locked --no-fail-fast
 step "cargo build" cargo build --release --locked
 check "no model weights in this repository" weights
 script supply.sh
