@@ -139,3 +139,19 @@ pub fn plain(status: StatusCode) -> Response<Full<Bytes>> {
     *response.status_mut() = status;
     response
 }
+
+#[cfg(test)]
+pub mod testing {
+    use super::*;
+
+    /// A socket whose owner is gone.
+    pub fn dead_socket(path: &Path) {
+        drop(UnixListener::bind(path).expect("bound"));
+        // A program that another test starts just now has inherited it, until it runs.
+        let until = std::time::Instant::now() + Duration::from_secs(120);
+        while UnixStream::connect(path).is_ok() {
+            assert!(std::time::Instant::now() < until, "somebody listens on {}", path.display());
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+}
