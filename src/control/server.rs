@@ -426,6 +426,9 @@ mod tests {
 
     use super::super::ask_at;
     use super::*;
+    use crate::door::testing::dead_socket;
+
+    const WAIT: Duration = Duration::from_secs(120);
 
     #[derive(Default)]
     struct Fake {
@@ -466,10 +469,10 @@ mod tests {
     #[test]
     fn a_request_is_answered_and_an_error_keeps_its_code() {
         let (_dir, server) = served();
-        let status = ask_at(server.path(), Request::Status, Duration::from_secs(5)).expect("an answer");
+        let status = ask_at(server.path(), Request::Status, WAIT).expect("an answer");
         assert_eq!(status["pid"], 7);
 
-        let err = ask_at(server.path(), Request::Stop, Duration::from_secs(5)).expect_err("held");
+        let err = ask_at(server.path(), Request::Stop, WAIT).expect_err("held");
 
         assert_eq!(err.code(), Code::Held);
         assert!(err.chain().contains("pid 12"), "{err:?}");
@@ -486,8 +489,7 @@ mod tests {
             AccessRequest::LetIn { session: "uid=1000".into() },
         ];
         for request in requests {
-            let answer =
-                ask_at(server.path(), Request::Access(request.clone()), Duration::from_secs(5)).expect("answered");
+            let answer = ask_at(server.path(), Request::Access(request.clone()), WAIT).expect("answered");
             assert_eq!(answer["asked"], format!("{request:?}"));
         }
     }
@@ -530,7 +532,7 @@ mod tests {
         telemetry.events.add(notes.clone());
         let rules = Rules { telemetry: telemetry.clone(), ..Rules::default() };
         let server = at(dir.path().join("run/a.sock"), rules).expect("served");
-        let ask = |request| ask_at(server.path(), request, Duration::from_secs(5));
+        let ask = |request| ask_at(server.path(), request, WAIT);
         ask(Request::Status).expect("an answer");
         ask(Request::Access(AccessRequest::Lock { model: Some("acme/llama".into()) })).expect("done");
         ask(Request::Stop).expect_err("held");
@@ -582,7 +584,7 @@ mod tests {
         telemetry.events.add(Arc::new(Full));
         let rules = Rules { telemetry, ..Rules::default() };
         let server = serve_at(dir.path().join("run/a.sock"), Path::new("/mnt/x"), done.clone(), rules).expect("served");
-        let ask = |request| ask_at(server.path(), request, Duration::from_secs(5));
+        let ask = |request| ask_at(server.path(), request, WAIT);
         let session = || "uid=1".to_owned();
         for gives in [
             Request::Reload { model: None },
@@ -625,12 +627,12 @@ mod tests {
         assert!(refused.message().contains(&own) && refused.chain().contains("still mounted"), "{refused:?}");
         drop(server);
         assert!(!path.exists(), "dropping removes the socket");
-        drop(UnixListener::bind(&path).expect("a socket whose owner is gone"));
+        dead_socket(&path);
         assert!(path.exists());
 
         let again = at(path, Rules::default()).expect("a stale socket is replaced");
 
-        assert!(ask_at(again.path(), Request::Status, Duration::from_secs(5)).is_ok());
+        assert!(ask_at(again.path(), Request::Status, WAIT).is_ok());
         drop(dir);
     }
 
@@ -642,7 +644,7 @@ mod tests {
         let old = serve_at(path.clone(), Path::new("/mnt/x"), gone, Rules::default()).expect("served");
         let new = at(path.clone(), Rules::default()).expect("the old one gives way");
         drop(old);
-        assert!(ask_at(&path, Request::Status, Duration::from_secs(5)).is_ok());
+        assert!(ask_at(&path, Request::Status, WAIT).is_ok());
         assert_eq!(at(path.clone(), Rules::default()).err().expect("it stands").code(), Code::MountPoint);
         drop(new);
         assert!(!path.exists());
@@ -653,7 +655,7 @@ mod tests {
         let (dir, _server) = served();
         let _turn = Turn::take(&dir.path().join("run")).expect("free");
         let other = at(dir.path().join("run/b.sock"), Rules::default()).expect("served");
-        assert!(ask_at(other.path(), Request::Status, Duration::from_secs(5)).is_ok());
+        assert!(ask_at(other.path(), Request::Status, WAIT).is_ok());
     }
 
     #[test]
