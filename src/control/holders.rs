@@ -71,7 +71,7 @@ mod tests {
     fn a_process_in_a_folder_is_named() {
         let dir = tempfile::tempdir().expect("a temporary folder");
         let path = dir.path().canonicalize().expect("canonical");
-        let mut child = std::process::Command::new("sleep").arg("30").current_dir(&path).spawn().expect("sleep");
+        let mut child = std::process::Command::new("sleep").arg("600").current_dir(&path).spawn().expect("sleep");
 
         // The child changes its folder between fork and exec; spawn returns after exec.
         let found = holders(&path);

@@ -175,7 +175,7 @@ mod tests {
         let path = mountpoint.join("f");
         std::fs::write(&path, "x").expect("written");
         let input = std::fs::File::open(&path).expect("open");
-        let mut child = std::process::Command::new("sleep").arg("30").stdin(input).spawn().expect("sleep");
+        let mut child = std::process::Command::new("sleep").arg("600").stdin(input).spawn().expect("sleep");
 
         let told = sessions(&mountpoint, &[], |_, _| false);
 
