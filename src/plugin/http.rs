@@ -189,7 +189,7 @@ mod tests {
 
         fn connect(&self) -> UnixStream {
             let stream = UnixStream::connect(self.dir.path().join("run/m.sock")).unwrap();
-            stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+            stream.set_read_timeout(Some(Duration::from_secs(120))).unwrap();
             stream
         }
 
@@ -259,20 +259,26 @@ mod tests {
         let mut late = String::new();
         let _ = slow.read_to_string(&mut late);
         assert!(late.starts_with("HTTP/1.1 408"), "{late}");
-        assert!(began.elapsed() < Duration::from_secs(25), "{:?}", began.elapsed());
+        // Ten times as long as either is waited for.
+        assert!(began.elapsed() < 10 * BODY_TIMEOUT, "{:?}", began.elapsed());
     }
 
     #[test]
     fn a_plugin_with_every_place_taken_hears_that_it_is_to_stop() {
-        let served = Served::start();
-        let silent: Vec<_> = (0..=CONNECTIONS_MAX).map(|_| served.connect()).collect();
-        // Until all but one are taken.
-        std::thread::sleep(Duration::from_millis(500));
-        let began = Instant::now();
-        drop(served);
-        // A silent caller is let go after twice that.
-        assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
-        drop(silent);
+        let is_quick = || {
+            let served = Served::start();
+            let silent: Vec<_> = (0..=CONNECTIONS_MAX).map(|_| served.connect()).collect();
+            // Until all but one are taken.
+            std::thread::sleep(Duration::from_millis(500));
+            let began = Instant::now();
+            drop(served);
+            let took = began.elapsed();
+            drop(silent);
+            // A silent caller is let go after twice that.
+            took < Duration::from_secs(5)
+        };
+        // A machine that is held up may be slow once; a plugin that waits for a place is slow each time.
+        assert!((0..3).any(|_| is_quick()), "it waited for a place");
     }
 
     #[test]
@@ -282,11 +288,20 @@ mod tests {
         let gate = served.fake.gate.lock().unwrap();
         let mut caller = served.connect();
         caller.write_all(post("/VolumeDriver.Mount", r#"{"Name":"v","ID":"c1"}"#).as_bytes()).unwrap();
-        std::thread::sleep(Duration::from_millis(300));
+        let until = Instant::now() + Duration::from_secs(120);
+        // It made its folder, and waits at the gate.
+        while !served.dir.path().join("state/volumes/v").exists() {
+            assert!(Instant::now() < until, "nothing is mounted");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        caller.shutdown(std::net::Shutdown::Write).unwrap();
+        // The plugin has noticed when it hangs up too, and lets go of the question right after.
+        let mut answer = String::new();
+        let _ = caller.read_to_string(&mut answer);
+        assert_eq!(answer, "");
         drop(caller);
         std::thread::sleep(Duration::from_millis(300));
         drop(gate);
-        let until = Instant::now() + Duration::from_secs(10);
         while served.fake.made.load(Ordering::SeqCst) == 0 || served.fake.standing.load(Ordering::SeqCst) != 0 {
             assert!(Instant::now() < until, "the mount stands, and nobody has it");
             std::thread::sleep(Duration::from_millis(10));
@@ -305,7 +320,7 @@ mod tests {
         std::fs::write(&file, "mine").unwrap();
         assert!(listen(&file).err().unwrap().chain().contains("no socket"));
         let dead = served.dir.path().join("run/dead.sock");
-        drop(UnixListener::bind(&dead).unwrap());
+        door::testing::dead_socket(&dead);
         drop(listen(&dead).unwrap());
         assert!(!dead.exists());
         drop(served);
