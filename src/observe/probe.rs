@@ -73,11 +73,15 @@ mod tests {
         }
         assert_eq!(ASKED.load(Ordering::SeqCst), 1, "no thread for each question");
         HANGS.store(false, Ordering::SeqCst);
-        let until = Instant::now() + Duration::from_secs(60);
+        let until = Instant::now() + Duration::from_secs(120);
         while !probe.answers(Path::new("/a")) {
             assert!(Instant::now() < until);
         }
         assert!(!Probe::default().answers(Path::new("/no/such/mount")));
-        assert!(Probe::default().answers(Path::new("/proc")));
+        let probe = Probe::default();
+        // What is not answered in time, since the machine was held up, is asked again.
+        while !probe.answers(Path::new("/proc")) {
+            assert!(Instant::now() < until);
+        }
     }
 }
