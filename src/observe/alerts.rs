@@ -97,6 +97,16 @@ impl Alerts {
     /// # Errors
     /// `USAGE` for an address that cannot be one, `KEY_PERMS` for a file of addresses that others can read.
     pub fn start(plan: &AlertPlan, telemetry: Arc<Telemetry>) -> Result<Option<Arc<Alerts>>> {
+        Alerts::start_within(plan, telemetry, ATTEMPT_TIMEOUT, END_GRACE)
+    }
+
+    /// The same with other times than [`ATTEMPT_TIMEOUT`] and [`END_GRACE`].
+    fn start_within(
+        plan: &AlertPlan,
+        telemetry: Arc<Telemetry>,
+        attempt: Duration,
+        end: Duration,
+    ) -> Result<Option<Arc<Alerts>>> {
         if plan.webhooks.is_empty() && plan.webhook_file.is_none() && plan.from.is_none() {
             return Ok(None);
         }
@@ -105,7 +115,7 @@ impl Alerts {
             .user_agent(concat!("modelfs/", env!("CARGO_PKG_VERSION")))
             // A redirect could lead from https to anywhere.
             .redirect(reqwest::redirect::Policy::none())
-            .timeout(ATTEMPT_TIMEOUT)
+            .timeout(attempt)
             .build()
             .map_err(|e| {
                 Error::new(Code::Host, "cannot make an HTTP client for alerts").with_source(e.without_url())
@@ -120,7 +130,7 @@ impl Alerts {
             .spawn({
                 let telemetry = telemetry.clone();
                 move || {
-                    runtime.block_on(work(events, webhooks, client, telemetry));
+                    runtime.block_on(work(events, webhooks, client, telemetry, end));
                     runtime.shutdown_timeout(Duration::ZERO);
                 }
             })
@@ -206,7 +216,13 @@ struct Open {
 }
 
 /// Merges, and hands on. Returns when everything is out after the queue is closed.
-async fn work(mut events: Receiver<Alert>, webhooks: Vec<Webhook>, client: reqwest::Client, telemetry: Arc<Telemetry>) {
+async fn work(
+    mut events: Receiver<Alert>,
+    webhooks: Vec<Webhook>,
+    client: reqwest::Client,
+    telemetry: Arc<Telemetry>,
+    end: Duration,
+) {
     let start = |webhook| {
         let (queue, alerts) = mpsc::channel(WAITING_MAX);
         (queue, tokio::spawn(send_all(webhook, alerts, client.clone(), telemetry.clone())))
@@ -261,7 +277,7 @@ async fn work(mut events: Receiver<Alert>, webhooks: Vec<Webhook>, client: reqwe
     }
     drop(senders);
     // What is not out by then is not waited for.
-    let _ = tokio::time::timeout(END_GRACE, futures::future::join_all(sending)).await;
+    let _ = tokio::time::timeout(end, futures::future::join_all(sending)).await;
 }
 
 fn tell(alert: &Alert, senders: &[Sender<Arc<Value>>], telemetry: &Telemetry) {
@@ -449,34 +465,36 @@ mod tests {
             .detail("chunk 3 is not what was signed; token hvs.CAESIJabc")
     }
 
-    fn alerts(url: &str, telemetry: &Arc<Telemetry>) -> Arc<Alerts> {
+    /// A machine that is held up is no webhook that does not answer.
+    const PATIENT: Duration = Duration::from_secs(120);
+
+    fn alerts(url: &str, telemetry: &Arc<Telemetry>, end: Duration) -> Arc<Alerts> {
         let plan = AlertPlan { webhooks: vec![url.into()], ..AlertPlan::default() };
-        Alerts::start(&plan, telemetry.clone()).expect("started").expect("asked for")
+        Alerts::start_within(&plan, telemetry.clone(), PATIENT, end).expect("started").expect("asked for")
     }
 
     #[test]
     fn a_webhook_hears_of_what_is_bad_enough_once_and_of_a_flood_with_its_size() {
         let (url, told) = receiver(&[200]);
         let telemetry = Arc::new(Telemetry::default());
-        let alerts = alerts(&url, &telemetry);
+        let alerts = alerts(&url, &telemetry, PATIENT);
         alerts.take(&Event::new(Kind::Open)).expect("never refuses");
         for _ in 0..100 {
             alerts.take(&tampered("acme/llama")).expect("never refuses");
         }
         alerts.take(&tampered("acme/other")).expect("never refuses");
-        let wait = Duration::from_secs(60);
-        let first: Value = serde_json::from_str(&told.recv_timeout(wait).expect("told")).expect("JSON");
+        let first: Value = serde_json::from_str(&told.recv_timeout(PATIENT).expect("told")).expect("JSON");
         assert_eq!(
             (&first["kind"], &first["severity"], &first["count"]),
             (&json!("tamper"), &json!("critical"), &json!(1))
         );
         assert_eq!(first["schema"], "modelfs.alert.v1");
         assert!(!first.to_string().contains("CAESIJ"), "{first}");
-        let other: Value = serde_json::from_str(&told.recv_timeout(wait).expect("told")).expect("JSON");
+        let other: Value = serde_json::from_str(&told.recv_timeout(PATIENT).expect("told")).expect("JSON");
         assert_eq!(other["subject"]["model"], "acme/other");
         // The end does not wait for the window.
         alerts.close();
-        let rest: Value = serde_json::from_str(&told.recv_timeout(wait).expect("told")).expect("JSON");
+        let rest: Value = serde_json::from_str(&told.recv_timeout(PATIENT).expect("told")).expect("JSON");
         assert_eq!((&rest["count"], &rest["subject"]["model"]), (&json!(99), &json!("acme/llama")));
         assert!(rest["summary"].as_str().is_some_and(|text| text.contains("99 times")), "{rest}");
         assert_eq!((telemetry.alerts_sent.get(), telemetry.alerts_merged.get()), (3, 99));
@@ -488,16 +506,15 @@ mod tests {
     fn a_webhook_that_fails_is_tried_again_and_one_that_refuses_is_not() {
         let (url, told) = receiver(&[503, 200]);
         let telemetry = Arc::new(Telemetry::default());
-        let shaky = alerts(&url, &telemetry);
+        let shaky = alerts(&url, &telemetry, PATIENT);
         shaky.take(&tampered("m")).expect("never refuses");
-        let wait = Duration::from_secs(60);
-        assert_eq!(told.recv_timeout(wait).expect("told"), told.recv_timeout(wait).expect("told again"));
+        assert_eq!(told.recv_timeout(PATIENT).expect("told"), told.recv_timeout(PATIENT).expect("told again"));
         shaky.close();
         assert_eq!((telemetry.alerts_sent.get(), telemetry.alerts_failed.get()), (1, 0));
         let (url, told) = receiver(&[404]);
-        let gone = alerts(&url, &telemetry);
+        let gone = alerts(&url, &telemetry, PATIENT);
         gone.take(&tampered("m")).expect("never refuses");
-        told.recv_timeout(wait).expect("told");
+        told.recv_timeout(PATIENT).expect("told");
         gone.close();
         assert_eq!((telemetry.alerts_sent.get(), telemetry.alerts_failed.get()), (1, 1));
         assert!(told.try_recv().is_err(), "asked once");
@@ -509,7 +526,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").expect("bound");
         let url = format!("http://{}/", listener.local_addr().expect("an address"));
         let telemetry = Arc::new(Telemetry::default());
-        let alerts = alerts(&url, &telemetry);
+        let alerts = alerts(&url, &telemetry, END_GRACE);
         for model in 0..10_000 {
             alerts.take(&tampered(&format!("m{model}"))).expect("never refuses");
         }
