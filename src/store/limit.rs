@@ -479,11 +479,22 @@ mod tests {
 
     #[tokio::test]
     async fn a_wait_that_is_dropped_lets_the_next_one_through() {
-        let limiter = Arc::new(Limiter::new(OriginLimits { bytes_per_s: Some(1 << 20), ..OriginLimits::default() }));
-        limiter.owe(0.0, (1 << 20) as f64 + (1 << 18) as f64);
-        let dropped = tokio::time::timeout(Duration::from_millis(1), limiter.turn(0.0, 1.0)).await;
+        let mut tries = 0;
+        let (dropped, waited) = loop {
+            let from = Instant::now();
+            let limiter = Limiter::new(OriginLimits { bytes_per_s: Some(1 << 20), ..OriginLimits::default() });
+            limiter.owe(0.0, (1 << 20) as f64 + (1 << 18) as f64);
+            let dropped = tokio::time::timeout(Duration::from_millis(1), limiter.turn(0.0, 1.0)).await;
+            let waited = limiter.turn(0.0, 1.0).await;
+            tries += 1;
+            // Where the machine stood still for so long, what was owed is paid before anybody waits.
+            let held_up = from.elapsed() >= Duration::from_millis(250);
+            if dropped.is_err() && waited || !held_up || tries == 20 {
+                break (dropped, waited);
+            }
+        };
         assert!(dropped.is_err(), "its turn comes in a quarter of a second");
-        assert!(limiter.turn(0.0, 1.0).await, "and then the next one's");
+        assert!(waited, "and then the next one's");
     }
 
     /// As the wire tells it: a call that was never sent, and one that took three requests.
