@@ -76,7 +76,9 @@ async fn nothing_is_asked_before_the_first_request_and_once_for_all_of_them() {
 #[tokio::test]
 async fn they_are_replaced_before_they_end_while_the_old_ones_serve() {
     let (credentials, _, _) = Issuer::start(|issuer| issuer.ttl = Duration::from_millis(1500));
-    assert_eq!(key_id(&credentials).await, "AK1");
+    let first = key_id(&credentials).await;
+    // Unless we were held up for all of their time.
+    assert!(first == "AK1" || credentials.status().sets > 1, "{first}");
     // Nobody asks for them: the thread replaces them by itself.
     while credentials.status().sets < 2 {
         tokio::time::sleep(Duration::from_millis(10)).await;
@@ -87,16 +89,22 @@ async fn they_are_replaced_before_they_end_while_the_old_ones_serve() {
 
 #[tokio::test]
 async fn an_issuer_that_is_away_changes_nothing_while_the_store_takes_what_we_have() {
-    let (credentials, telemetry, _) = Issuer::start(|issuer| issuer.ttl = Duration::from_millis(1500));
+    let (credentials, telemetry, _) = Issuer::start(|_| {});
     let first = key_id(&credentials).await;
-    let issuer_gone = Error::new(Code::VaultUnreachable, "vault does not answer");
-    credentials.shared.state().failed(issuer_gone, Instant::now());
-    credentials.shared.state().not_before = Some(Instant::now() + Duration::from_secs(3600));
+    {
+        let mut state = credentials.shared.state();
+        state.failed(Error::new(Code::VaultUnreachable, "vault does not answer"), Instant::now());
+        state.not_before = Some(Instant::now() + Duration::from_secs(3600));
+        // Only now do they end soon: whoever is held up before would find them replaced.
+        let set = state.current.as_mut().expect("a set");
+        (set.ttl, set.due) = (Some(Duration::from_millis(200)), Some(Instant::now() + Duration::from_millis(100)));
+    }
+    credentials.shared.wake.notify_one();
     let status = credentials.status();
     assert_eq!(status.state, "away");
     assert!(status.trouble.expect("told").contains("does not answer"));
     // Past its end by our clock: the store alone decides.
-    tokio::time::sleep(Duration::from_millis(1600)).await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
     assert_eq!(key_id(&credentials).await, first);
     assert_eq!(telemetry.credentials_issued.get(), 1);
 }
