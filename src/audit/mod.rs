@@ -786,16 +786,21 @@ mod tests {
         Audit::open(&plan, Weak::new()).expect("opened").0
     }
 
-    /// As the thread was when the whole process was frozen, and is when it runs again.
-    fn at_work_since_long(audit: &Audit) {
-        audit.take(&Event::new(Kind::Open)).expect("recorded");
-        // What it was handed is done, and it waits for more.
+    /// What the thread was handed is done, however slow the disk, and it waits for more.
+    fn comes_to_its_end(audit: &Audit) {
         let waits = |work: &Work| work.since().is_none() && work.busy.is_none();
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(120);
         while !waits(&audit.shared.work.lock().expect("nobody died")) {
             assert!(Instant::now() < deadline, "the thread comes to no end");
             std::thread::sleep(Duration::from_millis(2));
         }
+    }
+
+    /// As the thread was when the whole process was frozen, and is when it runs again.
+    fn at_work_since_long(audit: &Audit) {
+        comes_to_its_end(audit);
+        audit.take(&Event::new(Kind::Open)).expect("recorded");
+        comes_to_its_end(audit);
         audit.shared.comes_on();
         std::thread::sleep(Duration::from_millis(50));
     }
@@ -824,9 +829,14 @@ mod tests {
         let began = Instant::now();
         let error = audit.take(&Event::new(Kind::Open)).expect_err("nobody goes on");
         assert!(error.chain().contains("on its way"), "{error:?}");
-        let (first, again) = (began.elapsed(), Instant::now());
-        audit.take(&Event::new(Kind::Open)).expect_err("still nobody");
-        assert!(again.elapsed() < first && first >= LOOK_AGAIN * LOOKS / 2, "{first:?}");
+        let first = began.elapsed();
+        let again = || {
+            let began = Instant::now();
+            audit.take(&Event::new(Kind::Open)).expect_err("still nobody");
+            began.elapsed()
+        };
+        // A machine that stands still may be slow once.
+        assert!((0..5).any(|_| again() < first) && first >= LOOK_AGAIN * LOOKS / 2, "{first:?}");
         audit.shared.work.lock().expect("nobody died").busy = None;
         audit.take(&Event::new(Kind::Open)).expect("recorded");
     }
