@@ -90,8 +90,9 @@ mod tests {
     fn a_freed_block_keeps_none_of_its_bytes() {
         let kept = |bytes: &[u8]| bytes.iter().filter(|byte| **byte == 0xa5).count();
         // SAFETY: each frees exactly the block it is given, once.
-        let plain = freed(8000, |block, layout| unsafe { System.dealloc(block, layout) });
-        assert!(kept(&plain) > 7000, "the detector finds what is left behind");
+        let plain = || freed(8000, |block, layout| unsafe { System.dealloc(block, layout) });
+        // Now and then a thread that shares our part of the heap is handed the block before it was looked at.
+        assert!((0..100).any(|_| kept(&plain()) > 7000), "the detector finds what is left behind");
         // SAFETY: as above.
         let wiped = freed(8000, |block, layout| unsafe { WipingHeap.dealloc(block, layout) });
         assert!(kept(&wiped) < 100, "{} bytes left", kept(&wiped));
