@@ -210,6 +210,9 @@ mod tests {
         }
     "#;
 
+    /// A machine that is held up is no driver that hangs.
+    const PATIENT: Duration = Duration::from_secs(120);
+
     fn driver(flags: &[&str], wait: Duration) -> (tempfile::TempDir, Driver) {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let (source, library) = (folder.path().join("fake.c"), folder.path().join(LIBRARY));
@@ -223,7 +226,7 @@ mod tests {
 
     #[test]
     fn gpus_are_told_as_the_driver_tells_them_and_what_it_does_not_tell_is_none() {
-        let (_folder, driver) = driver(&[], WAIT);
+        let (_folder, driver) = driver(&[], PATIENT);
         let Seen::Driver { version, gpus, lost } = driver.look() else { panic!("no driver") };
         assert_eq!((version.as_str(), lost, gpus.len()), ("580.95.05", 0, 2));
         let first = Gpu {
@@ -240,7 +243,7 @@ mod tests {
 
     #[test]
     fn an_old_driver_and_a_lost_gpu_hide_nothing_else() {
-        let (_folder, driver) = driver(&["-DOLD", "-DLOST=1"], WAIT);
+        let (_folder, driver) = driver(&["-DOLD", "-DLOST=1"], PATIENT);
         let Seen::Driver { gpus, lost, .. } = driver.look() else { panic!("no driver") };
         assert_eq!((gpus.len(), lost), (1, 1));
         assert_eq!((gpus[0].memory_total, gpus[0].utilisation_percent), (None, Some(37)));
@@ -248,16 +251,16 @@ mod tests {
 
     #[test]
     fn a_driver_that_claims_countless_gpus_is_asked_for_a_bounded_number() {
-        let (_folder, driver) = driver(&["-DCOUNT=4000000000u"], WAIT);
+        let (_folder, driver) = driver(&["-DCOUNT=4000000000u"], PATIENT);
         let Seen::Driver { gpus, .. } = driver.look() else { panic!("no driver") };
         assert_eq!(gpus.len(), DEVICES_MAX as usize);
     }
 
     #[test]
     fn a_driver_that_is_not_loaded_or_not_installed_is_silence_with_a_reason() {
-        let (_folder, not_loaded) = driver(&["-DINIT=9"], WAIT);
+        let (_folder, not_loaded) = driver(&["-DINIT=9"], PATIENT);
         assert_eq!(not_loaded.look(), Seen::Silent("NVIDIA driver is not loaded".into()));
-        let nowhere = Driver::at("/nonexistent/libnvidia-ml.so.1".into(), WAIT);
+        let nowhere = Driver::at("/nonexistent/libnvidia-ml.so.1".into(), PATIENT);
         let Seen::Silent(why) = nowhere.look() else { panic!("a library that is not there answered") };
         assert!(why.contains("cannot be loaded"), "{why}");
     }

@@ -893,7 +893,7 @@ mod tests {
             let start = std::time::Instant::now();
             Manifest::parse_body(*manifest.header(), &body).unwrap();
             // Generous: a quadratic check would take hours.
-            assert!(start.elapsed().as_secs() < 30, "{:?}", start.elapsed());
+            assert!(start.elapsed().as_secs() < 300, "{:?}", start.elapsed());
         }
     }
 
