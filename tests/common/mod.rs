@@ -12,7 +12,7 @@ pub mod minio;
 pub mod slow;
 pub mod vault;
 
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -98,16 +98,17 @@ impl S3Server {
         let child = command.spawn().expect("versitygw can be started");
         let mut server = S3Server { child, port, dir };
         let start = Instant::now();
-        while start.elapsed() < Duration::from_secs(20) {
+        while start.elapsed() < Duration::from_secs(120) {
             if server.child.try_wait().expect("our own child").is_some() {
                 return None;
             }
-            if TcpStream::connect(("127.0.0.1", port)).is_ok() {
+            // Somebody else may answer there while ours has not yet met that the port is taken.
+            if listens(server.child.id(), port) {
                 return Some(server);
             }
             std::thread::sleep(Duration::from_millis(10));
         }
-        panic!("versitygw did not listen within 20 s");
+        panic!("versitygw did not listen within 120 s");
     }
 
     pub fn endpoint(&self) -> String {
@@ -137,6 +138,23 @@ impl Drop for S3Server {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Whether this very process listens on `port`.
+fn listens(pid: u32, port: u16) -> bool {
+    let place = format!(":{port:04X}");
+    let read = |table: &str| std::fs::read_to_string(format!("/proc/{pid}/net/{table}")).unwrap_or_default();
+    let sockets: Vec<PathBuf> = ["tcp", "tcp6"]
+        .map(read)
+        .concat()
+        .lines()
+        .map(|line| line.split_whitespace().collect::<Vec<_>>())
+        // Its own address, the state LISTEN, its inode.
+        .filter(|words| words.len() > 9 && words[1].ends_with(&place) && words[3] == "0A")
+        .map(|words| PathBuf::from(format!("socket:[{}]", words[9])))
+        .collect();
+    let Ok(open) = std::fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
+    open.flatten().any(|fd| std::fs::read_link(fd.path()).is_ok_and(|to| sockets.contains(&to)))
 }
 
 /// A port that was free a moment ago.
