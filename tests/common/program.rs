@@ -66,19 +66,22 @@ impl Program {
         run_ok(self.command(&["seal"]).arg(source).args([&self.store, name, "--key", &self.key()]));
     }
 
-    /// Mounts the whole store in the foreground, as a child, and waits until it is ready.
+    /// Mounts the whole store in the foreground, as a child, and waits until it is ready and can be asked.
     pub fn mount(&self, more: &[&str]) -> Mount {
         let log = std::fs::File::create(self.root.join("daemon.log")).expect("log");
         let mut command = self.command(&["mount"]);
         command.arg(&self.store).arg(self.mountpoint()).args(["--key", &self.key(), "--trust"]).arg(self.trusted_key());
         command.args(more).stdout(Stdio::null()).stderr(log);
         let mut child = command.spawn().expect("the binary runs");
-        let deadline = Instant::now() + Duration::from_secs(30);
-        while !is_mountpoint(self.mountpoint()) {
+        let place = self.root.canonicalize().expect("our folder").join("mnt");
+        let socket = modelfs::control::socket_path(&place).expect("a place for sockets");
+        // It is in the tree a moment before it can be asked. One whose socket another has says so.
+        let can_be_asked = || listens(&socket) || self.log().contains("no control socket");
+        let deadline = Instant::now() + Duration::from_secs(120);
+        while !is_mountpoint(self.mountpoint()) || !can_be_asked() {
             let ended = child.try_wait().expect("wait");
-            let log = || std::fs::read_to_string(self.root.join("daemon.log")).unwrap_or_default();
-            assert!(ended.is_none(), "mount ended with {ended:?}: {}", log());
-            assert!(Instant::now() < deadline, "not mounted within 30 s: {}", log());
+            assert!(ended.is_none(), "mount ended with {ended:?}: {}", self.log());
+            assert!(Instant::now() < deadline, "not mounted within 120 s: {}", self.log());
             std::thread::sleep(Duration::from_millis(10));
         }
         Mount { child, mountpoint: self.mountpoint() }
@@ -86,9 +89,9 @@ impl Program {
 
     /// Waits for `done`; what did not come is told with the log of the mount.
     pub fn until(&self, what: &str, done: impl Fn() -> bool) {
-        let deadline = Instant::now() + Duration::from_secs(30);
+        let deadline = Instant::now() + Duration::from_secs(120);
         while !done() {
-            assert!(Instant::now() < deadline, "{what} did not come within 30 s: {}", self.log());
+            assert!(Instant::now() < deadline, "{what} did not come within 120 s: {}", self.log());
             std::thread::sleep(Duration::from_millis(10));
         }
     }
@@ -135,7 +138,7 @@ impl Mount {
     pub fn unmount(self) {
         self.signal(libc::SIGTERM);
         let mountpoint = self.mountpoint;
-        assert_eq!(self.exit_code(Duration::from_secs(20)), 0);
+        assert_eq!(self.exit_code(Duration::from_secs(120)), 0);
         assert!(!is_mountpoint(mountpoint));
     }
 }
@@ -155,6 +158,17 @@ pub fn is_mountpoint(path: &Path) -> bool {
     let table = std::fs::read_to_string("/proc/self/mounts").expect("the mount table");
     let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
     table.lines().any(|line| line.split(' ').nth(1).is_some_and(|place| Path::new(place) == path))
+}
+
+/// From the kernel's table, which counts as no question to whoever listens.
+fn listens(socket: &Path) -> bool {
+    const ACCEPTS: &str = "00010000";
+    let table = std::fs::read("/proc/net/unix").expect("the table of sockets");
+    String::from_utf8_lossy(&table).lines().any(|line| {
+        // Flags are the fourth word, the path the eighth.
+        let mut words = line.split_whitespace();
+        words.nth(3) == Some(ACCEPTS) && words.nth(3).is_some_and(|path| Path::new(path) == socket)
+    })
 }
 
 /// Runs to success or fails the test with what was said.
