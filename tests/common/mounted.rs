@@ -75,9 +75,9 @@ impl Mounted {
 
     /// Waits until `done` or fails with `what`.
     pub fn wait_until(&self, what: &str, mut done: impl FnMut(&Mounted) -> bool) {
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(120);
         while !done(self) {
-            assert!(Instant::now() < deadline, "waited 20 s for {what}");
+            assert!(Instant::now() < deadline, "waited 120 s for {what}");
             std::thread::sleep(Duration::from_millis(5));
         }
     }
