@@ -53,7 +53,7 @@ fn sigterm_sigint_umount_and_modelfs_umount_end_with_the_mount_gone_and_exit_0()
             "umount" => drop(run_ok(Command::new("umount").arg(program.mountpoint()))),
             _ => drop(run_ok(program.command(&["umount"]).arg(program.mountpoint()))),
         }
-        assert_eq!(mount.exit_code(Duration::from_secs(15)), 0, "{way}: {}", program.log());
+        assert_eq!(mount.exit_code(Duration::from_secs(120)), 0, "{way}: {}", program.log());
         assert!(!is_mountpoint(program.mountpoint()), "{way}");
     }
 }
@@ -68,10 +68,10 @@ fn held_files_delay_the_end_by_ten_seconds_then_the_holder_is_named_and_the_exit
     let path = program.mountpoint().join("acme/m/config.json");
     let held = File::open(&path).expect("open");
     let mut sleeper =
-        Command::new("sleep").arg("60").stdin(File::open(&path).expect("open")).spawn().expect("a second holder");
+        Command::new("sleep").arg("300").stdin(File::open(&path).expect("open")).spawn().expect("a second holder");
     let started = Instant::now();
     mount.signal(libc::SIGTERM);
-    assert_eq!(mount.exit_code(Duration::from_secs(30)), 24, "{}", program.log());
+    assert_eq!(mount.exit_code(Duration::from_secs(120)), 24, "{}", program.log());
     assert!(started.elapsed() >= Duration::from_secs(9), "{:?}", started.elapsed());
     assert!(!is_mountpoint(program.mountpoint()));
     let log = program.log();
@@ -98,7 +98,7 @@ fn a_connection_that_breaks_while_files_are_held_is_a_fault_and_no_end() {
     let device = held.metadata().expect("stat").dev();
     fs::write(control.path().join(libc::minor(device).to_string()).join("abort"), "1").expect("aborted");
     run_ok(Command::new("umount").arg(control.path()));
-    assert_eq!(mount.exit_code(Duration::from_secs(15)), 1, "{}", program.log());
+    assert_eq!(mount.exit_code(Duration::from_secs(120)), 1, "{}", program.log());
     assert!(!is_mountpoint(program.mountpoint()), "the next start finds the place free");
     assert!(program.log().contains("although nobody unmounted it"), "{}", program.log());
     assert_eq!(fs::read(program.mountpoint()).expect_err("a folder").raw_os_error(), Some(libc::EISDIR));
@@ -110,13 +110,24 @@ fn files_let_go_within_the_grace_end_in_exit_0() {
         return;
     }
     let Ready { _folder, program } = ready();
-    let mount = program.mount(&["--cache", "128MiB"]);
-    let held = File::open(program.mountpoint().join("acme/m/config.json")).expect("open");
-    mount.signal(libc::SIGTERM);
-    std::thread::sleep(Duration::from_secs(1));
-    assert!(is_mountpoint(program.mountpoint()));
-    drop(held);
-    assert_eq!(mount.exit_code(Duration::from_secs(5)), 0, "{}", program.log());
+    for trial in 1.. {
+        let mount = program.mount(&["--cache", "128MiB"]);
+        let held = File::open(program.mountpoint().join("acme/m/config.json")).expect("open");
+        let told = Instant::now();
+        mount.signal(libc::SIGTERM);
+        std::thread::sleep(Duration::from_secs(1));
+        let stays = is_mountpoint(program.mountpoint());
+        drop(held);
+        // A machine that stood still for most of the grace shows nothing.
+        let within = told.elapsed() < Duration::from_secs(5);
+        let code = mount.exit_code(Duration::from_secs(120));
+        if within {
+            assert!(stays);
+            assert_eq!(code, 0, "{}", program.log());
+            return;
+        }
+        assert!(trial < 10, "this machine is too slow for this test");
+    }
 }
 
 #[test]
@@ -270,10 +281,15 @@ fn keep_log(program: &Program) -> impl Fn() -> String {
     move || fs::read_to_string(&kept).unwrap_or_default()
 }
 
+/// What the mount says of itself; nothing while it does not answer.
+fn told(program: &Program) -> serde_json::Value {
+    let status = program.command(&["status", "--json"]).arg(program.mountpoint()).output().expect("runs");
+    serde_json::from_slice(&status.stdout).unwrap_or_default()
+}
+
 /// The process that says how the mount is.
 fn who_answers(program: &Program) -> Option<u64> {
-    let status = program.command(&["status", "--json"]).arg(program.mountpoint()).output().expect("runs");
-    serde_json::from_slice::<serde_json::Value>(&status.stdout).unwrap_or_default()["pid"].as_u64()
+    told(program)["pid"].as_u64()
 }
 
 /// What `umount -l` leaves to its holders and what is mounted there next are two mounts, of two daemons.
@@ -296,9 +312,8 @@ fn a_mount_taken_off_while_in_use_leaves_its_successor_alone() {
         let first_log = keep_log(&program);
         let second = program.mount(&["--cache", "128MiB"]);
         program.until("the second one's answer", || answers() == Some(second.pid().into()));
-        let status = run_ok(program.command(&["status", "--json"]).arg(program.mountpoint()));
-        let status: serde_json::Value = serde_json::from_slice(&status.stdout).expect("JSON");
-        assert!(status["http"].is_string(), "no metrics beside it: {status}");
+        // They come a moment after the first answer.
+        program.until("the second one's metrics beside it", || told(&program)["http"].is_string());
         let mut bytes = [0; 14];
         held.read_exact_at(&mut bytes, 0).expect("the first one serves its holders");
         match end {
@@ -306,14 +321,14 @@ fn a_mount_taken_off_while_in_use_leaves_its_successor_alone() {
             _ => drop(held),
         }
         // 24: the kernel had not let go yet of what it served past the daemon.
-        let code = first.exit_code(Duration::from_secs(20));
+        let code = first.exit_code(Duration::from_secs(120));
         assert!([0, 24].contains(&code), "{end}: {code}: {}", first_log());
 
         assert!(is_mountpoint(program.mountpoint()), "{end}: the second one was taken off");
         assert!(fs::read(program.mountpoint().join("acme/m/weights.bin")).expect("read") == weights(), "{end}");
         assert_eq!(answers(), Some(second.pid().into()), "{end}");
         run_ok(program.command(&["umount"]).arg(program.mountpoint()));
-        assert_eq!(second.exit_code(Duration::from_secs(15)), 0, "{end}: {}", program.log());
+        assert_eq!(second.exit_code(Duration::from_secs(120)), 0, "{end}: {}", program.log());
         assert!(!is_mountpoint(program.mountpoint()), "{end}");
     }
 }
@@ -328,6 +343,15 @@ fn a_daemon_that_hears_late_of_its_unmount_leaves_its_successor_alone() {
     let first = program.mount(&["--cache", "128MiB"]);
     program.until("its answer", || who_answers(&program) == Some(first.pid().into()));
     first.signal(libc::SIGSTOP);
+    // Each of its threads stops by itself: one that still runs would hear of the unmount at once.
+    let threads = format!("/proc/{}/task", first.pid());
+    program.until("its standstill", || {
+        let stands = |stat: String| stat.contains(") T ");
+        fs::read_dir(&threads)
+            .expect("its threads")
+            .flatten()
+            .all(|thread| fs::read_to_string(thread.path().join("stat")).is_ok_and(stands))
+    });
     let place = CString::new(program.mountpoint().to_str().expect("utf-8")).expect("no NUL");
     // umount(8) would ask the daemon first.
     // SAFETY: a NUL-terminated path that lives through the call.
@@ -337,7 +361,7 @@ fn a_daemon_that_hears_late_of_its_unmount_leaves_its_successor_alone() {
     // It waits a while for who has the control socket, and says then who that is.
     program.until("the second one's word", || program.log().contains(&format!("pid {} answers for", first.pid())));
     first.signal(libc::SIGCONT);
-    assert_eq!(first.exit_code(Duration::from_secs(20)), 0, "{}", first_log());
+    assert_eq!(first.exit_code(Duration::from_secs(120)), 0, "{}", first_log());
     assert!(is_mountpoint(program.mountpoint()), "the second one was taken off");
     assert!(fs::read(program.mountpoint().join("acme/m/weights.bin")).expect("read") == weights());
     second.unmount();
@@ -394,7 +418,7 @@ fn modelfs_umount_is_done_when_its_mount_is_gone_whatever_lies_below() {
     let mut mount = program.command(&["mount", program.store()]);
     mount.arg(program.mountpoint()).args(["--key", &program.key(), "--cache", "128MiB", "--daemon", "--trust"]);
     let mounted = mount.arg(program.trusted_key()).output().expect("runs");
-    let taken_off = program.command(&["umount", "--timeout", "20s"]).arg(program.mountpoint()).output().expect("runs");
+    let taken_off = program.command(&["umount", "--timeout", "120s"]).arg(program.mountpoint()).output().expect("runs");
     let stays = is_mountpoint(program.mountpoint());
     run_ok(Command::new("umount").arg(program.mountpoint()));
     assert!(mounted.status.success(), "{}", String::from_utf8_lossy(&mounted.stderr));
@@ -459,13 +483,13 @@ fn a_profile_is_kept_at_the_end_replayed_by_the_next_mount_and_never_stops_one()
     let mount = program.mount(&words);
     read("the first load");
     mount.signal(libc::SIGTERM);
-    assert_eq!(mount.exit_code(Duration::from_secs(15)), 0, "{}", program.log());
+    assert_eq!(mount.exit_code(Duration::from_secs(120)), 0, "{}", program.log());
     assert_eq!(fs::metadata(&profile).expect("written").permissions().mode() & 0o777, 0o600);
     assert!(fs::read_to_string(&profile).expect("JSON").contains(r#""files":["weights.bin"],"runs":[[0,0,3,"#));
 
     // Nothing is read from this mount until all of it is there.
     let mount = program.mount(&words);
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + Duration::from_secs(120);
     loop {
         let status = program.command(&["status", "--json"]).arg(program.mountpoint()).output().expect("status");
         let status: serde_json::Value = serde_json::from_slice(&status.stdout).unwrap_or_default();
@@ -477,13 +501,13 @@ fn a_profile_is_kept_at_the_end_replayed_by_the_next_mount_and_never_stops_one()
         std::thread::sleep(Duration::from_millis(20));
     }
     mount.signal(libc::SIGTERM);
-    assert_eq!(mount.exit_code(Duration::from_secs(15)), 0, "{}", program.log());
+    assert_eq!(mount.exit_code(Duration::from_secs(120)), 0, "{}", program.log());
 
     fs::write(&profile, "{\"not\": \"ours\"}").expect("write");
     let mount = program.mount(&words);
     read("a load without the profile");
     mount.signal(libc::SIGTERM);
-    assert_eq!(mount.exit_code(Duration::from_secs(15)), 0, "{}", program.log());
+    assert_eq!(mount.exit_code(Duration::from_secs(120)), 0, "{}", program.log());
     assert!(program.log().contains("is ignored and left as it is"), "{}", program.log());
     assert_eq!(fs::read_to_string(&profile).expect("left alone"), "{\"not\": \"ours\"}");
 }
@@ -499,11 +523,7 @@ fn a_mount_that_is_held_back_says_by_what_and_doctor_says_what_to_do() {
     // Less than there is, or it would be refused, and no room beside it. Only a number until it is filled, which nothing
     // here does.
     let mount = program.mount(&["--cache", &format!("{}MiB", total_kib / 1024 - 100)]);
-    let deadline = Instant::now() + Duration::from_secs(30);
-    while !program.log().contains("held back by") {
-        assert!(Instant::now() < deadline, "{}", program.log());
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    program.until("the word in the log", || program.log().contains("held back by"));
     let log = program.log();
     assert!(log.contains("cache-room") && log.contains("modelfs doctor"), "{log}");
 
