@@ -84,7 +84,7 @@ fn a_required_model_that_cannot_be_read_to_its_end_is_not_mounted() {
     let mount = sealed.program.mount(&["--cache", "128MiB"]);
     assert!(fs::read(sealed.program.mountpoint().join("acme/m/weights.bin")).is_err());
     mount.signal(libc::SIGTERM);
-    assert_eq!(mount.exit_code(Duration::from_secs(15)), 0);
+    assert_eq!(mount.exit_code(Duration::from_secs(120)), 0);
 
     for require in ["acme/m", "all"] {
         let (code, said) = sealed.refused(&["--require", require]);
@@ -121,10 +121,11 @@ fn a_manager_hears_what_goes_on_readiness_a_reload_the_end_and_why_a_start_faile
     let sealed = sealed();
     let socket = sealed.program.root().join("notify");
     let manager = UnixDatagram::bind(&socket).expect("bound");
-    manager.set_read_timeout(Some(Duration::from_secs(30))).expect("a deadline");
+    manager.set_read_timeout(Some(Duration::from_secs(120))).expect("a deadline");
     let start = |more: &[&str]| {
         let mut command = sealed.command(more);
-        command.env("NOTIFY_SOCKET", &socket).env("WATCHDOG_USEC", "400000").spawn().expect("the binary runs")
+        // Seldom: what is not read yet keeps the next message out.
+        command.env("NOTIFY_SOCKET", &socket).env("WATCHDOG_USEC", "4000000").spawn().expect("the binary runs")
     };
 
     let mut child = start(&["--model", "acme/m", "--versions"]);
@@ -164,13 +165,17 @@ fn a_store_that_comes_while_the_start_waits_is_mounted_and_one_that_does_not_is_
     let sealed = sealed();
     let away = sealed.program.root().join("away");
     fs::rename(sealed.program.store(), &away).expect("moved");
+    let asked = Instant::now();
     let (code, said) = sealed.refused(&["--ready-timeout", "100ms"]);
+    let most = asked.elapsed().as_secs();
     assert_eq!(code, 22, "{said}");
-    assert!(said.contains("not ready within 0 s") && said.contains("no store at"), "{said}");
+    let after = said.split_once("not ready within ").and_then(|(_, after)| after.split_once(" s"));
+    let waited: u64 = after.and_then(|(seconds, _)| seconds.parse().ok()).unwrap_or_else(|| panic!("{said}"));
+    assert!(waited <= most && said.contains("no store at"), "{most} s: {said}");
     // Nobody asked to wait.
     assert_eq!(sealed.refused(&[]).0, 3);
 
-    let mut child = sealed.command(&["--ready-timeout", "60s"]).spawn().expect("the binary runs");
+    let mut child = sealed.command(&["--ready-timeout", "10m"]).spawn().expect("the binary runs");
     std::thread::sleep(Duration::from_millis(200));
     assert!(child.try_wait().expect("looked").is_none(), "it did not wait");
     fs::rename(&away, sealed.program.store()).expect("moved back");
@@ -190,7 +195,7 @@ fn a_wait_for_a_store_ends_at_once_when_told_to_also_as_process_1_of_a_container
     let log = sealed.program.root().join("wait.log");
     let waits = |command: &mut Command| {
         let mut child = command.stderr(fs::File::create(&log).expect("log")).spawn().expect("runs");
-        let deadline = Instant::now() + Duration::from_secs(30);
+        let deadline = Instant::now() + Duration::from_secs(120);
         let said = || fs::read_to_string(&log).expect("text");
         while !said().contains("not ready yet") {
             assert!(Instant::now() < deadline && child.try_wait().expect("looked").is_none(), "{}", said());
@@ -206,14 +211,14 @@ fn a_wait_for_a_store_ends_at_once_when_told_to_also_as_process_1_of_a_container
             if let Some(status) = child.try_wait().expect("looked") {
                 return status;
             }
-            if told.elapsed() > Duration::from_secs(10) {
+            if told.elapsed() > Duration::from_secs(60) {
                 let _ = child.kill();
                 panic!("it goes on waiting: {}", fs::read_to_string(&log).expect("text"));
             }
             std::thread::sleep(Duration::from_millis(10));
         }
     };
-    let mut plain = sealed.command(&["--ready-timeout", "60s"]);
+    let mut plain = sealed.command(&["--ready-timeout", "10m"]);
     let child = waits(&mut plain);
     let pid = child.id() as i32;
     assert_eq!(ends(child, pid).signal(), Some(libc::SIGTERM));
@@ -234,9 +239,9 @@ fn a_wait_for_a_store_ends_at_once_when_told_to_also_as_process_1_of_a_container
 }
 
 fn until(what: &str, done: impl Fn() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(30);
+    let deadline = Instant::now() + Duration::from_secs(120);
     while !done() {
-        assert!(Instant::now() < deadline, "{what} did not come within 30 s");
+        assert!(Instant::now() < deadline, "{what} did not come within 120 s");
         std::thread::sleep(Duration::from_millis(10));
     }
 }
@@ -272,7 +277,7 @@ fn what_killed_daemons_left_is_cleared_at_the_next_start_and_nothing_else_is() {
     assert_eq!(second.status.code(), Some(2), "{}", String::from_utf8_lossy(&second.stderr));
     assert!(mountpoint.join("acme/m/config.json").exists(), "the living mount was taken off");
     mount.signal(libc::SIGTERM);
-    assert_eq!(mount.exit_code(Duration::from_secs(15)), 0);
+    assert_eq!(mount.exit_code(Duration::from_secs(120)), 0);
     run_ok(Command::new("mount").args(["-t", "tmpfs", "other"]).arg(mountpoint));
     fs::write(mountpoint.join("mine"), b"x").expect("write");
     let foreign = sealed.command(&[]).output().expect("the binary runs");
@@ -298,5 +303,5 @@ fn sighup_does_not_end_a_mount_that_is_bound_to_its_versions() {
     until("the word in the log", || sealed.program.log().contains("bound to the versions it began with"));
     assert!(sealed.program.mountpoint().join("acme/m/config.json").exists());
     mount.signal(libc::SIGTERM);
-    assert_eq!(mount.exit_code(Duration::from_secs(15)), 0);
+    assert_eq!(mount.exit_code(Duration::from_secs(120)), 0);
 }
