@@ -153,7 +153,7 @@ fn rows_58_and_61_a_million_files_in_130_megabytes_of_manifest_mount_in_bounded_
     let took = started.elapsed();
     eprintln!("mounted in {took:?}");
     // A bound against quadratic work, not a race: linear work takes about a second.
-    assert!(took < Duration::from_secs(60), "{took:?}");
+    assert!(took < Duration::from_secs(600), "{took:?}");
     for number in [0, 499_999, 999_999] {
         assert_eq!(std::fs::metadata(mount.path(&path_of(number))).expect("stat").len(), 0);
         assert_eq!(std::fs::read(mount.path(&path_of(number))).expect("read"), b"");
