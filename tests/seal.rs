@@ -702,6 +702,10 @@ fn a_source_that_changes_while_it_is_sealed_is_not_committed() {
         let mut changed = files();
         changed.get_mut("model-1.safetensors").unwrap().push(0);
         write(dir.path(), &changed);
+        // The kernel's clock for files has steps of some milliseconds: two changes within one would look like none.
+        let yesterday = std::time::SystemTime::now() - Duration::from_secs(86_400);
+        let listed = fs::File::options().write(true).open(dir.path().join("model-1.safetensors")).unwrap();
+        listed.set_modified(yesterday).unwrap();
         // The change comes with the first progress of the sealing phase, when the file was listed and not yet read.
         let file = Mutex::new(Some(dir.path().join("model-1.safetensors")));
         let progress = ProgressFn::new(move |progress| {
