@@ -61,15 +61,15 @@ fn live() -> usize {
 
 /// The same once nothing changes any more: buffers of fetches and of threads that just ended are gone.
 fn settled() -> usize {
-    let mut last = live();
-    loop {
+    // One look may find a thread that was not let on: many in a row seldom do.
+    let (mut last, mut same) = (live(), 0);
+    while same < 15 {
         std::thread::sleep(Duration::from_millis(20));
         let now = live();
-        if now == last {
-            return now;
-        }
+        same = if now == last { same + 1 } else { 0 };
         last = now;
     }
+    last
 }
 
 fn peak() -> usize {
