@@ -4,7 +4,7 @@
 mod common;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use common::hostile::{Hostile, Request, head, object, respond};
@@ -74,9 +74,13 @@ async fn a_stream_of_which_every_tenth_connection_is_stuck_comes_whole_within_th
 
     let (sent, won) = (telemetry.hedges_sent.get(), telemetry.hedges_won.get());
     assert!(sent >= 1 && won >= 1, "{sent} sent, {won} won");
-    let asked = server.requests().len() as f64;
-    let most = RANGES as f64 * (1.0 + EXTRA_SHARE) + EXTRA_BURST;
-    assert!(asked <= most, "{asked} requests for {RANGES} ranges, at most {most}");
+    // Where a machine that stood still used the extra ones up, a range whose request is stuck is asked for anew in the
+    // end, and earns its share again.
+    let asked = server.requests().len();
+    let firsts = (asked - asked.min(sent as usize)).max(RANGES);
+    let most = firsts as f64 * EXTRA_SHARE + EXTRA_BURST;
+    assert!(sent as f64 <= most, "{sent} extra requests beside {firsts}, at most {most}");
+    assert!(firsts <= RANGES + RANGES / 4, "{asked} requests for {RANGES} ranges, {sent} of them extra");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -98,14 +102,22 @@ async fn however_a_connection_is_stuck_another_one_answers() {
     for (what, sick) in
         [("mute", mute as fn(usize) -> _), ("head", head_alone), ("half", half_a_body), ("slow", trickle)]
     {
-        let server = serve(whole.clone());
-        let line =
-            SlowLine::to(server.address(), Line { latency: Duration::from_millis(1), bytes_per_s: 100_000_000, sick });
-        let (store, telemetry) = store_over(&server, &line, Patience::default());
+        let line = Line { latency: Duration::from_millis(1), bytes_per_s: 100_000_000, sick };
+        let mut won = 0;
+        // On a machine that stood still the stuck connection may have been an extra one: then once more.
+        for _ in 0..5 {
+            let server = serve(whole.clone());
+            let line = SlowLine::to(server.address(), line);
+            let (store, telemetry) = store_over(&server, &line, Patience::default());
 
-        read_all(&*store, &whole[..RANGE_BYTES * 16], 1).await;
+            read_all(&*store, &whole[..RANGE_BYTES * 16], 1).await;
 
-        assert!(telemetry.hedges_won.get() >= 1, "{what}: {} sent", telemetry.hedges_sent.get());
+            won = telemetry.hedges_won.get();
+            if won >= 1 {
+                break;
+            }
+        }
+        assert!(won >= 1, "{what}: no other connection answered");
     }
 }
 
@@ -134,31 +146,40 @@ async fn an_error_of_an_extra_request_is_never_the_answer() {
     let line = SlowLine::to(server.address(), line);
     let (store, telemetry) = store_over(&server, &line, Patience::default());
 
-    read_all(&*store, &whole[..RANGE_BYTES * 11], 1).await;
+    read_all(&*store, &whole[..RANGE_BYTES * 10], 1).await;
+    // Of a machine that stood still: those may win.
+    let (sent, won) = (telemetry.hedges_sent.get(), telemetry.hedges_won.get());
 
-    assert!(telemetry.hedges_sent.get() >= 1);
-    assert_eq!(telemetry.hedges_won.get(), 0);
+    let last = RANGE_BYTES * 10..RANGE_BYTES * 11;
+    let pieces = store.read_range("m/d/x", last.start as u64..last.end as u64).await.expect("the first one's answer");
+
+    assert!(pieces.concat() == whole[last]);
+    assert!(telemetry.hedges_sent.get() > sent);
+    assert_eq!(telemetry.hedges_won.get(), won);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_store_that_answers_nobody_ends_in_an_error_after_a_bounded_number_of_requests() {
-    fn all_but_ten(connection: usize) -> Option<Sick> {
-        (connection >= 10).then_some(Sick::SilentAfter(0))
+    static DEAD: AtomicBool = AtomicBool::new(false);
+    fn once_dead(_: usize) -> Option<Sick> {
+        DEAD.load(Ordering::SeqCst).then_some(Sick::SilentAfter(0))
     }
     let whole = whole();
     let server = serve(whole.clone());
-    let line = Line { latency: Duration::ZERO, bytes_per_s: 1_000_000_000, sick: all_but_ten };
+    let line = Line { latency: Duration::ZERO, bytes_per_s: 1_000_000_000, sick: once_dead };
     let line = SlowLine::to(server.address(), line);
     let patience = Patience { attempt: Duration::from_secs(3), attempts_max: 2, ..Patience::default() };
     let (store, telemetry) = store_over(&server, &line, patience);
     read_all(&*store, &whole[..RANGE_BYTES * 10], 1).await;
+    DEAD.store(true, Ordering::SeqCst);
+    let sent = telemetry.hedges_sent.get();
 
     let error = store.read_range("m/d/x", 0..1000).await.expect_err("nobody answers");
 
     assert_eq!(error.code(), Code::Deadline, "{}", error.chain());
-    let after = server.requests().len() - 10;
+    let after = server.requests().iter().filter(|request| request.range() == Some((0, 999))).count();
     assert!(after <= 2 * (1 + EXTRA_PER_RANGE_MAX as usize), "{after} requests");
-    assert!(telemetry.hedges_sent.get() >= 1, "it was tried");
+    assert!(telemetry.hedges_sent.get() > sent, "it was tried");
 }
 
 /// A small object is hedged too: the manifest of a mount is one.
