@@ -51,6 +51,11 @@ fn policy(open: OpenPolicy) -> Behaviour {
     Behaviour { open, ..Behaviour::default() }
 }
 
+/// Room that comes is waited for, although the machine stands still meanwhile.
+fn patient() -> CacheLimits {
+    CacheLimits { room_deadline: Duration::from_secs(120), ..CacheLimits::default() }
+}
+
 fn map(file: &File, len: usize) -> &'static [u8] {
     // SAFETY: a fresh read-only map of an open file; tests leave it mapped on purpose or unmap it themselves.
     unsafe {
@@ -266,7 +271,7 @@ fn whole_files_are_evicted_for_others_but_never_under_a_reader() {
     let mut random = Random(5);
     let files: Vec<_> = (0..6).map(|i| (format!("shard-{i}"), random.bytes(24 << 20))).collect();
     let fixture = seal(files, big_style());
-    let how = How { budget: 64 << 20, behaviour: policy(OpenPolicy::Whole), ..How::default() };
+    let how = How { budget: 64 << 20, behaviour: policy(OpenPolicy::Whole), limits: patient(), ..How::default() };
     let mount = Mounted::new(how, || fixture.model(fixture.store.clone(), Verify::Strict));
     let first = File::open(mount.path("shard-0")).expect("open");
     let mapped = map(&first, 24 << 20);
@@ -292,7 +297,7 @@ fn a_file_larger_than_the_cache_reads_correctly_from_end_to_end() {
     }
     let fixture = seal(vec![("huge.bin".to_owned(), Random(1).bytes(100 << 20))], big_style());
     for open in [OpenPolicy::Lazy, OpenPolicy::Auto, OpenPolicy::Whole] {
-        let how = How { budget: 32 << 20, behaviour: policy(open), ..How::default() };
+        let how = How { budget: 32 << 20, behaviour: policy(open), limits: patient(), ..How::default() };
         let mount = Mounted::new(how, || fixture.model(fixture.store.clone(), Verify::Strict));
         compare(&fixture, &mount.root());
         assert!(mount.cache.budget().peak() <= 32 << 20);
@@ -471,7 +476,7 @@ fn auto_streams_what_would_leave_no_room_for_others() {
         return;
     }
     let fixture = sharded();
-    let how = How { budget: 96 << 20, behaviour: policy(OpenPolicy::Auto), ..How::default() };
+    let how = How { budget: 96 << 20, behaviour: policy(OpenPolicy::Auto), limits: patient(), ..How::default() };
     let mount = Mounted::new(how, || fixture.model(fixture.store.clone(), Verify::Strict));
     std::fs::read(mount.path("config.json")).expect("read");
     // A loader of a model that is larger than the cache, which keeps every shard mapped.
