@@ -29,6 +29,8 @@ use serde_json::{Map, Value, json};
 
 /// Vault answers in milliseconds; this is for a machine that is busy with other things.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// One answer and a whole call have a clock each; what is said when it has run out.
+const CLOCKS: [&str; 2] = ["no answer in time", "did not answer within"];
 
 macro_rules! server {
     () => {
@@ -96,7 +98,8 @@ fn a_token_comes_from_a_private_file_and_a_wrong_or_expired_one_is_refused_by_na
     refused(&server.settings(token_file(server, "wrong", "hvs.nobody-gave-this-out")), Code::VaultDenied, &lookup);
     let short = server.token(json!({ "ttl": "1s" }));
     let settings = server.settings(token_file(server, "short", &short));
-    until("the token ends", || Vault::open(&settings).expect("usable").login().is_err());
+    let denied = |error: Error| error.code() == Code::VaultDenied;
+    until("the token ends", || Vault::open(&settings).expect("usable").login().is_err_and(denied));
     refused(&settings, Code::VaultDenied, &lookup);
     let open = server.secret_file("open", VaultServer::ROOT);
     let mode = std::os::unix::fs::PermissionsExt::from_mode(0o644);
@@ -266,7 +269,16 @@ fn a_server_that_the_private_authority_did_not_sign_is_not_believed() {
         timeout: Duration::from_secs(3),
         ..server.settings(token_file(server, "tls-root", VaultServer::ROOT))
     };
-    refused(&settings, Code::VaultUnreachable, &["certificate"]);
+    // The time may be over in the middle of an attempt: then that is all that is said of it.
+    let start = Instant::now();
+    let error = loop {
+        let error = Vault::open(&settings).expect("usable").login().expect_err("refused");
+        let cut_short = CLOCKS.iter().any(|words| error.chain().contains(words));
+        if !cut_short || start.elapsed() > PATIENCE {
+            break error;
+        }
+    };
+    says(&error, Code::VaultUnreachable, &["certificate"]);
     logs_in(&VaultSettings { ca_cert: Some(server.file("ca.pem")), timeout: PATIENCE, ..settings });
 }
 
@@ -405,7 +417,7 @@ fn child_process() {
         client_cert: None,
         client_key: None,
         auth,
-        timeout: Duration::from_secs(30),
+        timeout: PATIENCE,
         check: if wish == "calm" { Duration::from_millis(200) } else { Duration::from_secs(60) },
         lock_on_loss: false,
     };
@@ -428,18 +440,28 @@ fn child_process() {
 #[test]
 fn a_token_is_renewed_before_it_ends_without_another_login() {
     let server = server!();
+    // A machine that stands still for two seconds loses a token of six: then it is one of sixty that must be kept.
+    assert!(is_kept(server, 6) || is_kept(server, 60), "it was lost");
+}
+
+/// Whether a token that lasts for `period` seconds is there after more than twice that time.
+fn is_kept(server: &VaultServer, period: u64) -> bool {
+    let mount = format!("ar-renewed-{period}");
     // A second login would need a second use of the secret-id.
-    let role_id = server.approle("ar-renewed", json!({ "secret_id_num_uses": 1, "token_period": "6s" }));
-    let vault =
-        logs_in(&server.settings(approle(server, "ar-renewed", &role_id, &server.secret_id("ar-renewed"), false)));
+    let role_id = server.approle(&mount, json!({ "secret_id_num_uses": 1, "token_period": format!("{period}s") }));
+    let vault = logs_in(&server.settings(approle(server, &mount, &role_id, &server.secret_id(&mount), false)));
     let start = Instant::now();
-    while start.elapsed() < Duration::from_secs(14) {
-        assert!(!vault.state().is_lost(), "{}", vault.status());
+    while start.elapsed() < Duration::from_secs(2 * period + 2) {
+        if vault.state().is_lost() {
+            println!("after {:?}: {}", start.elapsed(), vault.status());
+            return false;
+        }
         std::thread::sleep(Duration::from_millis(100));
     }
     assert_eq!(vault.status()["state"], "live", "{}", vault.status());
     assert_eq!(vault.status()["auth"], "approle");
-    assert!(vault.status()["token_seconds_left"].as_u64().is_some_and(|left| left <= 6), "{}", vault.status());
+    assert!(vault.status()["token_seconds_left"].as_u64().is_some_and(|left| left <= period), "{}", vault.status());
+    true
 }
 
 #[test]
@@ -518,11 +540,12 @@ fn a_token_that_is_replaced_in_its_file_is_taken_over_before_the_old_one_is_miss
     let server = server!();
     for lock_on_loss in [false, true] {
         let name = format!("sink-{lock_on_loss}");
-        let first = server.token(json!({ "ttl": "2s", "renewable": false }));
-        let vault = logs_in(&VaultSettings { lock_on_loss, ..server.settings(token_file(server, &name, &first)) });
-        let told = Told::by(&vault);
+        // Its successor is there before, so that it lies in the file in time on a slow machine too.
         let second = server.token(json!({ "ttl": "1h" }));
+        let first = server.token(json!({ "ttl": "10s", "renewable": false }));
+        let vault = logs_in(&VaultSettings { lock_on_loss, ..server.settings(token_file(server, &name, &first)) });
         server.secret_file(&name, &second);
+        let told = Told::by(&vault);
         until("the first one is over", || !server.knows(&first));
         until("the second one counts", || vault.status()["token_seconds_left"].as_u64() > Some(60));
         // Revoked by whoever has put another one there.
@@ -535,7 +558,8 @@ fn a_token_that_is_replaced_in_its_file_is_taken_over_before_the_old_one_is_miss
         server.secret_file(&name, "hvs.nobody-gave-this-out");
         server.write("auth/token/revoke", json!({ "token": third }));
         until("the loss is seen", || vault.state().is_lost());
-        assert_eq!(told.kinds().iter().filter(|kind| **kind == Kind::LeaseLost).count(), 1, "{:?}", told.kinds());
+        // Whoever looks may see it a moment before it is told.
+        until("the loss is told", || told.kinds().contains(&Kind::LeaseLost));
         let fourth = server.token(json!({ "ttl": "1h" }));
         server.secret_file(&name, &fourth);
         if lock_on_loss {
@@ -545,6 +569,7 @@ fn a_token_that_is_replaced_in_its_file_is_taken_over_before_the_old_one_is_miss
         }
         until("it is in again", || vault.state().name() == "live");
         vault.login().expect("in");
+        assert_eq!(told.kinds().iter().filter(|kind| **kind == Kind::LeaseLost).count(), 1, "{:?}", told.kinds());
     }
 }
 
@@ -552,15 +577,24 @@ fn a_token_that_is_replaced_in_its_file_is_taken_over_before_the_old_one_is_miss
 #[test]
 fn a_token_that_vault_agent_renews_outlives_any_one_token() {
     let server = server!();
-    let role_id = server.approle("ar-agent", json!({ "token_ttl": "10s", "token_max_ttl": "10s" }));
-    let role_file = server.secret_file("agent.role-id", &role_id);
-    let secret_file = server.secret_file("agent.secret-id", &server.secret_id("ar-agent"));
-    let sink = server.file("agent.token");
+    // An Agent has a second or two to replace a token of ten. A machine that stands still for longer has a gap between
+    // two of them, which is a loss: then longer ones must follow each other without.
+    assert!(outlives(server, 10) || outlives(server, 60), "it was lost");
+}
+
+/// Whether the first token of an Agent, of so many seconds, ends without a loss.
+fn outlives(server: &VaultServer, seconds: u64) -> bool {
+    let mount = format!("ar-agent-{seconds}");
+    let lasts = format!("{seconds}s");
+    let role_id = server.approle(&mount, json!({ "token_ttl": lasts, "token_max_ttl": lasts }));
+    let role_file = server.secret_file(&format!("{mount}.role-id"), &role_id);
+    let secret_file = server.secret_file(&format!("{mount}.secret-id"), &server.secret_id(&mount));
+    let sink = server.file(&format!("{mount}.token"));
     let config = format!(
         "vault {{ address = {:?} }}
          auto_auth {{
            method \"approle\" {{
-             mount_path = \"auth/ar-agent\"
+             mount_path = \"auth/{mount}\"
              config = {{
                role_id_file_path = {role_file:?}
                secret_id_file_path = {secret_file:?}
@@ -571,16 +605,23 @@ fn a_token_that_vault_agent_renews_outlives_any_one_token() {
          }}",
         server.address()
     );
-    let _agent = server.agent(&server.secret_file("agent.hcl", &config));
+    let _agent = server.agent(&server.secret_file(&format!("{mount}.hcl"), &config));
     until("the Agent has logged in", || sink.exists());
     let first = std::fs::read_to_string(&sink).expect("a token");
     let settings =
         VaultSettings { lock_on_loss: true, ..server.settings(AuthMethod::Token { file: Some(sink.clone()) }) };
-    let vault = logs_in(&settings);
+    let vault = Vault::open(&settings).expect("settings that can be used");
     let told = Told::by(&vault);
-    until("the first one is over", || !server.knows(&first));
-    vault.own_token().expect("the one after it holds");
+    let later = vault.login().and_then(|()| {
+        until("the first one is over", || !server.knows(&first));
+        vault.own_token()
+    });
+    if let Err(lost) = later {
+        println!("{}", lost.chain());
+        return false;
+    }
     assert!(!told.kinds().contains(&Kind::LeaseLost), "{:?}", told.kinds());
+    true
 }
 
 /// The password is changed and put back: nobody has to say so to a mount that keeps its keys.
@@ -622,13 +663,13 @@ fn a_login_that_is_refused_for_a_while_is_tried_again_unless_a_loss_shall_last()
 #[test]
 fn a_token_that_cannot_be_renewed_is_watched_calmly_until_it_ends() {
     let server = server!();
-    let token = server.token(json!({ "ttl": "4s", "renewable": false }));
+    let token = server.token(json!({ "ttl": "20s", "renewable": false }));
     let said = child(&[("WISH", "calm"), ("ADDRESS", &server.address()), ("VAULT_TOKEN", &token)]);
     assert!(said.contains("CHILD live"), "{said}");
     let spent = said.lines().find_map(|line| line.strip_prefix("CHILD lost after ms ")?.parse::<u64>().ok());
-    // A spinning thread takes the 1.6 s between two thirds and the end; a calm one some milliseconds, however busy the
-    // machine: this is processor time.
-    assert!(spent.is_some_and(|spent| spent < 800), "{said}");
+    // A spinning thread takes the 6 s between 70 % and the end; a calm one some milliseconds, however busy the machine:
+    // this is processor time.
+    assert!(spent.is_some_and(|spent| spent < 3000), "{said}");
 }
 
 fn cpu_time() -> Duration {
@@ -750,11 +791,10 @@ fn an_iam_user_is_given_back_by_the_extra_rule_or_with_our_own_token() {
 #[test]
 fn a_sealed_vault_says_so_and_goes_on_when_it_is_unsealed_and_one_that_is_gone_is_away() {
     let Some(mut server) = VaultServer::start() else { return };
-    let settings = VaultSettings {
-        timeout: Duration::from_secs(5),
-        ..server.settings(token_file(&server, "root", VaultServer::ROOT))
-    };
+    let settings = server.settings(token_file(&server, "root", VaultServer::ROOT));
     let vault = logs_in(&settings);
+    // Asks one that is gone for so long; the other waits, so that no slow answer is taken for an outage.
+    let hasty = logs_in(&VaultSettings { timeout: Duration::from_secs(15), ..settings.clone() });
     let told = Told::by(&vault);
     server.seal();
     says(&vault.kv_list("secret", "").expect_err("sealed"), Code::VaultSealed, &["is sealed", "unseal it"]);
@@ -764,9 +804,12 @@ fn a_sealed_vault_says_so_and_goes_on_when_it_is_unsealed_and_one_that_is_gone_i
     until("the background finds it open", || vault.state().name() == "live");
     vault.kv_list("secret", "").expect("open again");
     server.stop();
-    says(&vault.kv_list("secret", "").expect_err("gone"), Code::VaultUnreachable, &[&server.address()]);
-    assert_eq!(vault.state().name(), "away");
+    says(&hasty.kv_list("secret", "").expect_err("gone"), Code::VaultUnreachable, &[&server.address()]);
+    assert_eq!(hasty.state().name(), "away");
+    until("the background finds it gone", || vault.state().name() == "away");
     assert_eq!(vault.status()["code"], "VAULT_UNREACHABLE");
+    // Whoever looks may see it a moment before it is told.
+    until("it is told", || told.kinds().len() >= 3);
     assert_eq!(
         told.kinds(),
         [Kind::VaultDown, Kind::VaultUp, Kind::VaultDown],

@@ -102,8 +102,12 @@ impl VaultServer {
             if server.child.try_wait().expect("our own child").is_some() {
                 return None;
             }
-            if server.try_call("GET", "sys/health", None, "").is_some_and(|(status, _)| status == 200)
+            // It is well before its KV engine takes anything.
+            let record = json!({ "data": { "is": "it" } });
+            let done = |answer: Option<(u16, Value)>| answer.is_some_and(|(status, _)| status == 200);
+            if done(server.try_call("GET", "sys/health", None, ""))
                 && server.log().contains("Unseal Key: ")
+                && done(server.try_call("POST", "secret/data/ready", Some(record), Self::ROOT))
             {
                 return Some(server);
             }
@@ -202,7 +206,7 @@ impl VaultServer {
     /// A new secret-id within a wrapping token.
     pub fn wrapped_secret_id(&self, mount: &str) -> String {
         let url = format!("{}/v1/auth/{mount}/role/server/secret-id", self.address());
-        let request = self.http.post(url).header("X-Vault-Token", Self::ROOT).header("X-Vault-Wrap-TTL", "300s");
+        let request = self.http.post(url).header("X-Vault-Token", Self::ROOT).header("X-Vault-Wrap-TTL", "6h");
         let body = self.runtime.block_on(async { request.send().await.expect("an answer").bytes().await });
         let answer: Value = serde_json::from_slice(&body.expect("a body")).expect("JSON");
         answer["wrap_info"]["token"].as_str().expect("a wrapping token").to_owned()
@@ -256,7 +260,7 @@ impl VaultServer {
             client_cert: None,
             client_key: None,
             auth,
-            timeout: Duration::from_secs(30),
+            timeout: Duration::from_secs(120),
             check: Duration::from_millis(200),
             lock_on_loss: false,
         }
