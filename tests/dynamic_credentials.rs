@@ -32,8 +32,8 @@ fn patience() -> Patience {
     Patience {
         pause_first: Duration::from_millis(1),
         pause_max: Duration::from_millis(50),
-        budget: Duration::from_secs(30),
-        attempt: Duration::from_secs(20),
+        budget: Duration::from_secs(120),
+        attempt: Duration::from_secs(60),
         ..Patience::default()
     }
 }
@@ -305,7 +305,7 @@ fn real_store(
         aws: vec![("AWS_ENDPOINT_URL".into(), minio.endpoint()), ("AWS_REGION".into(), "us-east-1".into())],
         ignore_environment: true,
         // Longer than the server takes to start again.
-        patience: Patience { budget: Duration::from_secs(60), attempts_max: 1000, ..patience() },
+        patience: Patience { budget: Duration::from_secs(240), attempts_max: 100_000, ..patience() },
         telemetry: telemetry.clone(),
         credentials: Some(credentials.clone()),
         ..StoreOptions::default()
@@ -356,14 +356,10 @@ async fn a_real_store_that_refuses_the_old_set_is_read_on_with_a_new_one() {
             Ok::<u64, Error>(reads)
         }
     });
-    let _servers = tokio::task::spawn_blocking(move || {
-        // Vault first: what it is asked for once the store refuses must be of the new key.
-        tell_root_key(&vault, &minio, "another-root-secret-0123");
-        minio.change_root_secret("another-root-secret-0123");
-        (vault, minio)
-    })
-    .await
-    .expect("restarted");
+    // On this thread, which stays to the end: the kernel ends a server with the thread that started it.
+    // Vault first: what it is asked for once the store refuses must be of the new key.
+    tell_root_key(&vault, &minio, "another-root-secret-0123");
+    minio.change_root_secret("another-root-secret-0123");
     let reads = reader.await.expect("no panic").expect("not one read failed");
     assert_eq!(telemetry.credentials_refused.get(), 1);
     println!("{reads} reads before and while the store changed its mind");

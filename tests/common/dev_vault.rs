@@ -32,7 +32,7 @@ impl DevVault {
             let dir = tempfile::tempdir().expect("a folder for the server");
             let port = free_port();
             let mut child = spawn(&program, dir.path(), port);
-            if listens(&mut child, port) {
+            if listens(&mut child, port, &dir.path().join("log")) {
                 let token = dir.path().join("token");
                 std::fs::write(&token, Self::TOKEN).expect("a file");
                 let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
@@ -73,7 +73,7 @@ impl DevVault {
             client_cert: None,
             client_key: None,
             auth: AuthMethod::Token { file: Some(self.token_file()) },
-            timeout: Duration::from_secs(15),
+            timeout: Duration::from_secs(120),
             check: Duration::from_secs(60),
             lock_on_loss: false,
         };
@@ -82,12 +82,13 @@ impl DevVault {
 }
 
 fn spawn(program: &Path, home: &Path, port: u16) -> Child {
+    let log = std::fs::File::create(home.join("log")).expect("a log");
     let mut command = Command::new(program);
     command
         .args(["server", "-dev", "-dev-no-store-token", &format!("-dev-root-token-id={}", DevVault::TOKEN)])
         .arg(format!("-dev-listen-address=127.0.0.1:{port}"))
         .env("HOME", home)
-        .stdout(Stdio::null())
+        .stdout(log)
         .stderr(Stdio::null());
     // SAFETY: prctl is async-signal-safe and touches nothing of the parent.
     unsafe {
@@ -100,24 +101,32 @@ fn spawn(program: &Path, home: &Path, port: u16) -> Child {
     command.spawn().expect("vault can be started")
 }
 
-/// Whether it answers unsealed and active; false if the port was taken.
-fn listens(child: &mut Child, port: u16) -> bool {
+/// Whether it is this one that answers, and takes records, which its KV engine does a moment after Vault itself is well;
+/// false if the port was taken.
+fn listens(child: &mut Child, port: u16, log: &Path) -> bool {
     use std::io::{Read, Write};
+    let record = r#"{"data":{"is":"it"}}"#;
+    let request = format!(
+        "POST /v1/secret/data/ready HTTP/1.0\r\nHost: x\r\nX-Vault-Token: {}\r\nContent-Length: {}\r\n\r\n{record}",
+        DevVault::TOKEN,
+        record.len()
+    );
     let start = Instant::now();
-    while start.elapsed() < Duration::from_secs(60) {
+    while start.elapsed() < Duration::from_secs(120) {
         if child.try_wait().expect("our own child").is_some() {
             return false;
         }
         if let Ok(mut stream) = TcpStream::connect(("127.0.0.1", port)) {
-            let _ = stream.write_all(b"GET /v1/sys/health HTTP/1.0\r\nHost: x\r\n\r\n");
+            let _ = stream.write_all(request.as_bytes());
             let mut answer = [0; 12];
-            if stream.read_exact(&mut answer).is_ok() && answer.ends_with(b" 200") {
+            let takes = stream.read_exact(&mut answer).is_ok() && answer.ends_with(b" 200");
+            if takes && std::fs::read_to_string(log).is_ok_and(|log| log.contains("Unseal Key: ")) {
                 return true;
             }
         }
         std::thread::sleep(Duration::from_millis(20));
     }
-    panic!("vault was not ready within 60 s");
+    panic!("vault was not ready within 120 s");
 }
 
 impl Drop for DevVault {

@@ -86,7 +86,7 @@ fn spawn(program: &std::path::Path, data: &std::path::Path, port: u16, secret: &
 fn listens(child: &mut Child, port: u16) -> bool {
     use std::io::{Read, Write};
     let start = Instant::now();
-    while start.elapsed() < Duration::from_secs(60) {
+    while start.elapsed() < Duration::from_secs(120) {
         if child.try_wait().expect("our own child").is_some() {
             return false;
         }
@@ -100,7 +100,7 @@ fn listens(child: &mut Child, port: u16) -> bool {
         }
         std::thread::sleep(Duration::from_millis(20));
     }
-    panic!("minio was not ready within 60 s");
+    panic!("minio was not ready within 120 s");
 }
 
 impl Drop for Minio {
