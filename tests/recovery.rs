@@ -162,7 +162,8 @@ fn page_block(name: &str) -> String {
     let (block, _) = rest.split_once("\n```").expect("a fence ends");
     if let Some(list) = std::env::var_os("MODELFS_TEST_PAGE_RUN") {
         let mut list = fs::OpenOptions::new().append(true).create(true).open(list).expect("the list of blocks");
-        writeln!(list, "RECOVERY.md sh {name}").expect("written");
+        // In one piece: tests beside this one write there too.
+        list.write_all(format!("RECOVERY.md sh {name}\n").as_bytes()).expect("written");
     }
     block.to_owned()
 }
@@ -636,8 +637,16 @@ impl Vault {
     /// `None` where the part is not installed.
     fn start() -> Option<Vault> {
         let program = common::part("vault-1.13.0/bin/vault")?;
-        let port =
-            std::net::TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a port").port();
+        // Somebody else may take the free port between looking and binding: then the server dies and we look again.
+        for _ in 0..10 {
+            if let Some(vault) = Self::start_on(&program, common::free_port()) {
+                return Some(vault);
+            }
+        }
+        panic!("vault did not start on any of ten free ports");
+    }
+
+    fn start_on(program: &Path, port: u16) -> Option<Vault> {
         let listen = format!("-dev-listen-address=127.0.0.1:{port}");
         let child = std::process::Command::new(program)
             .args(["server", "-dev", "-dev-no-store-token", &listen, "-dev-root-token-id", VAULT_TOKEN])
@@ -645,15 +654,21 @@ impl Vault {
             .stderr(std::process::Stdio::null())
             .spawn()
             .expect("vault starts");
-        let vault = Vault { child, address: format!("http://127.0.0.1:{port}") };
-        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        let mut vault = Vault { child, address: format!("http://127.0.0.1:{port}") };
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(120);
         while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
+            if vault.child.try_wait().expect("our own child").is_some() {
+                return None;
+            }
             assert!(std::time::Instant::now() < deadline, "vault does not listen");
             std::thread::sleep(std::time::Duration::from_millis(20));
         }
         // It listens before its KV engine takes anything.
         while !vault.command(&["kv", "put", "-mount=secret", "ready", "is=it"]).output().expect("runs").status.success()
         {
+            if vault.child.try_wait().expect("our own child").is_some() {
+                return None;
+            }
             assert!(std::time::Instant::now() < deadline, "vault is not ready");
             std::thread::sleep(std::time::Duration::from_millis(50));
         }
