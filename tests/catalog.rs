@@ -106,7 +106,7 @@ fn end_of(command: &mut Command) -> Output {
         .expect("the binary runs");
     let start = Instant::now();
     while child.try_wait().expect("our child").is_none() {
-        if start.elapsed() > Duration::from_secs(60) {
+        if start.elapsed() > Duration::from_secs(180) {
             // SAFETY: our own child, not yet waited for.
             unsafe { libc::kill(child.id() as i32, libc::SIGTERM) };
             let output = child.wait_with_output().expect("ended");

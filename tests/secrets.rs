@@ -39,7 +39,7 @@ use serde_json::{Value, json};
 const MODEL: &str = "secret/model";
 const BUCKET: &str = "models";
 /// For a machine that is busy with other things.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(180);
 
 /// A secret and every form in which it would give itself away.
 #[derive(Clone)]
@@ -224,7 +224,7 @@ impl World {
         command.env("KEY_OF_TEST", &self.raw_hex).env("MODELFS_LOG", "trace");
         let mut canaries = vec![self.raw_key.clone(), self.phrase.clone(), self.recipient.clone()];
         if let Some(vault) = vault {
-            let token = vault.token(json!({ "policies": ["secrets"], "ttl": "30m" }));
+            let token = vault.token(json!({ "policies": ["secrets"], "ttl": "12h" }));
             vault.write("secret/data/secrets-keys/model", json!({ "data": { "key": kv_key } }));
             let words = ["vault-transit:transit-secrets/models", "--key", "vault-kv:secret/secrets-keys/model#key"];
             command.arg("--key").args(words).args(["--vault-addr", &vault.address()]).env("VAULT_TOKEN", &token);
@@ -556,7 +556,7 @@ fn ways_by_vault(world: &mut World, vault: &VaultServer) -> (Vec<Way>, Hostile) 
     let (address, policies) = (vault.address(), json!({ "token_policies": ["secrets"] }));
     let transit = ("key", "vault-transit:transit-secrets/models");
     let at = ("vault-addr", address.as_str());
-    let token = || vault.token(json!({ "policies": ["secrets"], "ttl": "30m" }));
+    let token = || vault.token(json!({ "policies": ["secrets"], "ttl": "12h" }));
     let mut ways = Vec::new();
     let mut way = |name: &str, words: &[(&str, &str)], variables: &[(&str, &str)], what: &str, secret: &str| {
         let words = [&[transit, at][..], words].concat();
@@ -609,7 +609,7 @@ fn ways_by_vault(world: &mut World, vault: &VaultServer) -> (Vec<Way>, Hostile) 
         "role_type": "jwt", "user_claim": "sub", "bound_audiences": ["vault"], "token_policies": ["secrets"],
     });
     vault.write("auth/jwt-secrets/role/models", role);
-    let claims = json!({ "sub": "reader", "aud": "vault", "iat": jwt::now() - 10, "exp": jwt::now() + 3600 });
+    let claims = json!({ "sub": "reader", "aud": "vault", "iat": jwt::now() - 10, "exp": jwt::now() + 12 * 3600 });
     let text = signer.jwt(&claims);
     let file = world.file("jwt", &text);
     let by_jwt = [("vault-auth", "jwt"), ("vault-auth-mount", "jwt-secrets"), ("vault-role", "models")];

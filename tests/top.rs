@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use fixture::{Fixture, NAME, Random, Style};
-use modelfs::cache::{Cache, Model, ObjectKey};
+use modelfs::cache::{Cache, CacheLimits, Model, ObjectKey};
 use modelfs::control::{self, FileMap, FileRow, MapRequest};
 use modelfs::crypto::Verify;
 use modelfs::error::Code;
@@ -50,7 +50,9 @@ impl Scene {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
         let fixture = runtime.block_on(Fixture::seal(files, style, &mut random));
         let model = fixture.model(fixture.store.clone(), Verify::Strict);
-        let (_fs, cache, runtime) = mounted::filesystem(How::default(), model.clone());
+        // A refusal is shown for as long as it is remembered.
+        let limits = CacheLimits { refusal_memory: Duration::from_secs(600), ..CacheLimits::default() };
+        let (_fs, cache, runtime) = mounted::filesystem(How { limits, ..How::default() }, model.clone());
         Scene { runtime, cache, model, fixture }
     }
 
@@ -84,7 +86,7 @@ impl Scene {
 
     /// Looks until nothing counts as read a moment ago.
     fn settled(&self, cells: usize) -> String {
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(120);
         loop {
             let seen = self.cells(cells);
             if !seen.contains('@') {
@@ -296,7 +298,7 @@ impl Terminal {
 
     /// Waits until `part` was written after what was expected before.
     fn expect(&mut self, part: &str) {
-        let deadline = Instant::now() + Duration::from_secs(30);
+        let deadline = Instant::now() + Duration::from_secs(120);
         loop {
             let found = self.seen.windows(part.len()).position(|bytes| bytes == part.as_bytes());
             if let Some(at) = found {
@@ -321,7 +323,7 @@ impl Terminal {
 
     /// Waits for the end, and for the terminal as it was: cooked, and on its first screen.
     fn ended(mut self, code: i32) {
-        let deadline = Instant::now() + Duration::from_secs(30);
+        let deadline = Instant::now() + Duration::from_secs(120);
         let status = loop {
             self.read();
             if let Some(status) = self.child.try_wait().expect("wait") {
