@@ -16,7 +16,7 @@ fi
 missing=""
 [[ $EUID == 0 ]] || missing="it needs root"
 [[ -c /dev/fuse ]] || missing="this machine has no /dev/fuse"
-curl --version | grep -q HTTP2 || missing="curl speaks no HTTP/2"
+curl --version | grep HTTP2 >/dev/null || missing="curl speaks no HTTP/2"
 if [[ -n $missing ]]; then
   skip "csi" "$missing"
   finish
@@ -48,10 +48,12 @@ start() { # [STORE]: the driver, whose operator lists that store
     --allow-store "${1:-$work/store}" --key "file:$work/model.key" --trust "$XDG_CONFIG_HOME/modelfs/signing.key.pub" \
     >>"$work/driver.log" 2>&1 &
   driver_pid=$!
-  for _ in $(seq 100); do [[ ! -S $work/csi.sock ]] || return 0; sleep 0.1; done
+  for _ in $(seq 1200); do ! listens 2>/dev/null || return 0; sleep 0.1; done
   tail -5 "$work/driver.log"
   return 1
 }
+# The socket's file is there a moment before anybody listens.
+listens() { [[ -S $work/csi.sock ]] && python3 -c 'import socket, sys; socket.socket(socket.AF_UNIX).connect(sys.argv[1])' "$work/csi.sock"; }
 end() { # SIGNAL
   kill "-$1" "$driver_pid"
   wait "$driver_pid" 2>/dev/null || true

@@ -114,7 +114,7 @@ cluster_api_server() {
     --service-account-signing-key-file "$pki/sa.key" --service-cluster-ip-range=10.0.0.0/24 \
     --kubelet-client-certificate "$pki/admin.crt" --kubelet-client-key "$pki/admin.key" \
     --kubelet-preferred-address-types=InternalIP --endpoint-reconciler-type=none
-  until_true 120 kc get --raw /readyz
+  until_true 300 kc get --raw /readyz
 }
 
 # A network plugin that gives a pod an address and no wire: enough for the node to be ready and for pods of the restricted
@@ -160,7 +160,7 @@ runtime_type = "io.containerd.runc.v2"
 path = "$cluster_dir/containerd/opt"
 TOML
   serve containerd containerd --config "$cluster_dir/containerd.toml"
-  until_true 30 ctr --address "$cluster_dir/containerd.sock" version
+  until_true 120 ctr --address "$cluster_dir/containerd.sock" version
 }
 
 cluster_kubelet() {
@@ -191,7 +191,7 @@ YAML
   serve kubelet "$(cluster_part kubelet)" --config "$cluster_dir/kubelet.yaml" --kubeconfig "$cluster_dir/kubelet.conf" \
     --hostname-override $cluster_node --node-ip $cluster_address --root-dir "$cluster_dir/kubelet" \
     --cert-dir "$cluster_dir/pki"
-  until_true 60 kc get node $cluster_node
+  until_true 180 kc get node $cluster_node
 }
 
 image() { # NAME FOLDER [ENTRYPOINT [USER]]: a docker archive of one layer, made by hand
@@ -234,8 +234,8 @@ cluster_up() { # DIR
   cluster_images || return 1
   cluster_api_server || { tail -5 "$cluster_dir/kube-apiserver.log"; return 1; }
   cluster_kubelet || { tail -5 "$cluster_dir/kubelet.log"; return 1; }
-  # What controllers would make.
-  kc create serviceaccount default >/dev/null
+  # What controllers would make. The namespace it lies in is made by the API server, some time after it calls itself ready.
+  until_true 120 kc create serviceaccount default
 }
 
 cluster_down() {

@@ -80,14 +80,14 @@ block() { # PAGE NAME: a page's sh block as the administrator
 }
 start_vault() {
   serve vault env VAULT_DEV_ROOT_TOKEN_ID=root "$vault" server -dev -dev-no-store-token -dev-listen-address=127.0.0.1:8200
-  until_true 30 admin vault token lookup
+  until_true 120 admin vault token lookup
 }
 start_store() {
   serve minio env MINIO_ROOT_USER=storage-admin MINIO_ROOT_PASSWORD=storage-password MINIO_BROWSER=off \
     "$minio" server "$work/minio" --address 127.0.0.1:9000 --quiet
   # It calls itself ready a moment before it serves: whom it does not know it tells so (403) only then (503 before).
   serves() { [[ $(in_cluster curl -s -o /dev/null -w '%{http_code}' http://127.0.0.1:9000/) == 403 ]]; }
-  until_true 30 serves
+  until_true 120 serves
   in_cluster curl -fsS --aws-sigv4 aws:amz:us-east-1:s3 --user storage-admin:storage-password -X PUT http://127.0.0.1:9000/models
 }
 # A dev server has a KV engine at secret/ already.
@@ -173,7 +173,7 @@ start_driver() {
   config_of_this_place | kc apply -f - || return 1
   kc apply -f docs/kubernetes/driver.yaml -f docs/kubernetes/network.yaml || return 1
   driver_pod | kc apply -f - || return 1
-  until_true 60 driver_ready || { kc describe pod -n modelfs modelfs-csi; kc logs -n modelfs modelfs-csi; return 1; }
+  until_true 180 driver_ready || { kc describe pod -n modelfs modelfs-csi; kc logs -n modelfs modelfs-csi; return 1; }
 }
 dry_runs() {
   local file
@@ -198,13 +198,14 @@ pod() { # NAME SERVICE-ACCOUNT MODEL [ROLE] [JQ]
   to_json docs/kubernetes/examples/pod.yaml | jq '.[0]' | jq --arg name "$1" --arg account "$2" --arg model "$3" --arg role "${4:-$2}" '
     .metadata.name = $name | .spec.serviceAccountName = $account
     | .spec.volumes[0].csi.volumeAttributes += {model: ("acme/" + $model), key: ("vault-transit:transit/" + $model), "vault-role": $role}
-    | .spec.containers[0].livenessProbe.exec.command[1] = "/models/acme/" + $model + "/config.json"
+    # A dead mount fails it at once; a node that stalls is not to.
+    | .spec.containers[0].livenessProbe |= (.exec.command[1] = "/models/acme/" + $model + "/config.json" | .timeoutSeconds = 30)
     | .spec.terminationGracePeriodSeconds = 2
     | .spec.nodeName = "node1" | .spec.containers[0] |= (.image = "localhost/busybox:1" | .imagePullPolicy = "Never")
     | '"${5:-.}" | kc apply -f - >/dev/null
 }
 running() { kc get pod -n chat "$1" -o json | jq -e '.status.containerStatuses[0].state.running != null'; }
-up() { until_true 40 running "$1" || { kc describe pod -n chat "$1" | tail -20; log_of_driver --tail 20; return 1; }; }
+up() { until_true 180 running "$1" || { kc describe pod -n chat "$1" | tail -20; log_of_driver --tail 20; return 1; }; }
 reads() { # POD MODEL [FOLDER]: every byte as it was sealed
   local got want
   want=$(sha256sum <"$work/$2/model.safetensors")
@@ -225,12 +226,12 @@ event_says() { # POD WORDS...
   for word in "$@"; do [[ $said == *"$word"* ]] || return 1; done
 }
 refused() { # POD WORDS...: its events say so, and it does not run
-  until_true 30 event_says "$@" || { echo "wanted: ${*:2}"; events "$1" | sort -u; log_of_driver --tail 5; return 1; }
+  until_true 120 event_says "$@" || { echo "wanted: ${*:2}"; events "$1" | sort -u; log_of_driver --tail 5; return 1; }
   ! running "$1" >/dev/null || { echo "$1 runs"; return 1; }
   events "$1" | grep -F "$2" | tail -1
-  kc delete pod -n chat "$1" --timeout=60s >/dev/null
+  gone "$1"
 }
-gone() { kc delete pod -n chat "$@" --timeout=60s >/dev/null; }
+gone() { kc delete pod -n chat "$@" --timeout=180s >/dev/null; }
 target_of() { # POD [PLACE]: where the kubelet has its volume
   local uid
   uid=$(kc get pod -n chat "$1" -o jsonpath='{.metadata.uid}')
@@ -304,7 +305,7 @@ volume() {
     | .spec.containers[0] |= (.image = "localhost/busybox:1" | .imagePullPolicy = "Never")' | kc apply -f - >/dev/null
   up llama-claim && reads llama-claim llama /models/store
 }
-page_volume() { block $page kube-volume && kc delete pod -n chat llama-claim --timeout=60s; }
+page_volume() { block $page kube-volume && gone llama-claim; }
 step "the page's persistent volume is accepted" page_volume
 step "a claim's pod reads the model" volume
 group() {
@@ -318,8 +319,8 @@ step "fsGroup owns the files, and they are closed to others" group
 # ---- Revocation, and an outage that is none.
 drop_role() {
   admin vault delete auth/kubernetes/role/llama >/dev/null
-  until_true 60 denied llama llama || { echo "llama is not shut out"; log_of_driver --tail 5; return 1; }
-  until_true 30 event_says llama VAULT_DENIED || return 1
+  until_true 240 denied llama llama || { echo "llama is not shut out"; log_of_driver --tail 5; return 1; }
+  until_true 120 event_says llama VAULT_DENIED || return 1
   events llama | grep VAULT_DENIED | tail -1
   reads qwen qwen && opens shared-2 shared
 }
@@ -329,7 +330,7 @@ settled() {
   local before
   before=$(restarts llama) && reads llama llama && sleep 12 && [[ $(restarts llama) == "$before" ]] && reads llama llama
 }
-restore_role() { role_as_the_page_says >/dev/null && until_true 240 settled; }
+restore_role() { role_as_the_page_says >/dev/null && until_true 480 settled; }
 step "a role is removed: that pod's new opens fail, the others go on" drop_role
 step "the role is back: it reads again" restore_role
 outage() {
@@ -338,14 +339,14 @@ outage() {
   local began=$SECONDS outcome=0
   noticed() { log_of_driver | grep "could not be proved again, and stays" >/dev/null; }
   # The kubelet asks in its own time; on a busy machine its round and the driver's question to Vault take longer.
-  while ((SECONDS < began + 30)) || { ((SECONDS < began + 120)) && ! noticed; }; do
+  while ((SECONDS < began + 30)) || { ((SECONDS < began + 240)) && ! noticed; }; do
     # One `exec` that the kubelet did not manage is no loss of the model.
     opens llama llama || { sleep 1; opens llama llama; } || outcome=1
     opens qwen qwen || { sleep 1; opens qwen qwen; } || outcome=1
     sleep 1
   done
   kill -CONT "${cluster_pids[vault]}"
-  until_true 20 admin vault token lookup
+  until_true 120 admin vault token lookup
   noticed || { echo "the driver did not notice"; return 1; }
   return $outcome
 }
@@ -394,11 +395,11 @@ with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "rb", 0) as mem
 print(found)
 PYTHON
 }
+five_tokens() { (($(tokens_kept) == 5)); }
 no_secrets() {
-  local kept
-  kept=$(tokens_kept)
-  echo "tokens in the private folder: $kept; plaintext found: $(plaintext_kept)"
-  ((kept == 5)) || { echo "five pods have volumes"; return 1; }
+  # One that is being replaced lies there twice for a moment.
+  until_true 60 five_tokens || { echo "five pods have volumes, and $(tokens_kept) tokens lie in the private folder"; return 1; }
+  echo "plaintext found: $(plaintext_kept)"
   (($(plaintext_kept) > 0)) || { echo "the search finds nothing, even now"; return 1; }
   ! log_of_driver | grep 'eyJ' >/dev/null || { echo "a token is in the log"; return 1; }
   ! tr '\0' '\n' <"/proc/$(driver_pid)/environ" | grep -E 'eyJ|storage-password' || return 1
@@ -414,14 +415,14 @@ kill_driver() {
   claims=$(restarts llama-claim)
   kill -KILL "$(driver_pid)"
   cannot_open llama llama || { echo "it still opens: the kill did not reach the driver"; return 1; }
-  until_true 90 driver_restarted || return 1
-  until_true 90 reads llama-claim llama /models/store || { log_of_driver --tail 20; return 1; }
+  until_true 240 driver_restarted || return 1
+  until_true 240 reads llama-claim llama /models/store || { log_of_driver --tail 20; return 1; }
   echo "the claim's container, restarted $(restarts llama-claim) times, reads again"
   [[ $(restarts llama-claim) == "$claims" ]] || { echo "it was restarted"; return 1; }
-  # Its container may be in the back-off of its restarts.
-  until_true 300 reads llama llama || { kc describe pod -n chat llama | tail -15; return 1; }
+  # Its container may be in the back-off of its restarts, which grows to five minutes.
+  until_true 480 reads llama llama || { kc describe pod -n chat llama | tail -15; return 1; }
   echo "the probed container was restarted $(restarts llama) times and reads again"
-  until_true 60 reads qwen qwen && until_true 60 reads shared-2 shared
+  until_true 480 reads qwen qwen && until_true 480 reads shared-2 shared
 }
 step "the driver is killed: it comes back, and pods read again" kill_driver
 
@@ -431,17 +432,18 @@ replace_driver() {
   local claims place inner said
   claims=$(restarts llama-claim) place=$(target_of llama) inner=$(target_of llama-claim)
   [[ -n $place && -n $inner ]] || { echo "mounted are: $place $inner"; return 1; }
-  kc delete pod -n modelfs modelfs-csi --timeout=60s >/dev/null || return 1
+  kc delete pod -n modelfs modelfs-csi --timeout=180s >/dev/null || return 1
   for place in "$place" "$inner"; do
     said=$(ls "$place" 2>&1) && { echo "$place can be listed: '$said'"; return 1; }
     [[ $said == *"not connected"* ]] || { echo "$said"; return 1; }
   done
   driver_pod | kc apply -f - >/dev/null || return 1
-  until_true 60 driver_ready || { kc describe pod -n modelfs modelfs-csi; log_of_driver; return 1; }
-  until_true 30 driver_says 'dead until the kubelet publishes them again' || { log_of_driver --tail 20; return 1; }
-  until_true 120 reads llama-claim llama /models/store || { log_of_driver --tail 20; return 1; }
+  # Of the driver before, the node may be said to be ready still; this one speaks when its container runs.
+  until_true 180 driver_ready || { kc describe pod -n modelfs modelfs-csi; log_of_driver; return 1; }
+  until_true 180 driver_says 'dead until the kubelet publishes them again' || { log_of_driver --tail 20; return 1; }
+  until_true 240 reads llama-claim llama /models/store || { log_of_driver --tail 20; return 1; }
   [[ $(restarts llama-claim) == "$claims" ]] || { echo "the claim's container was restarted"; return 1; }
-  until_true 240 reads llama llama && until_true 120 reads qwen qwen && until_true 120 reads shared-2 shared
+  until_true 480 reads llama llama && until_true 480 reads qwen qwen && until_true 480 reads shared-2 shared
 }
 driver_says() { log_of_driver | grep -F "$1" >/dev/null; }
 step "the driver is replaced: dead mounts in between, and pods read again" replace_driver
@@ -470,15 +472,15 @@ nothing_left() {
 }
 step "pods are deleted: no mount, no token, no plaintext" nothing_left
 driver_ends() {
-  kc delete pod -n modelfs modelfs-csi --timeout=60s >/dev/null
+  kc delete pod -n modelfs modelfs-csi --timeout=180s >/dev/null
   [[ -z $(driver_pid) && ! -e $cluster_dir/kubelet/plugins_registry/csi.modelfs-reg.sock ]]
 }
 step "the driver ends at SIGTERM and takes its sockets along" driver_ends
+nothing_runs() { ! pgrep -f "$cluster_dir"; }
 cluster_ends() {
-  local left
   cluster_down
-  left=$(pgrep -f "$cluster_dir" || true)
-  [[ -z $left ]] || { ps -fp $left; return 1; }
+  # What was killed last may take a moment to be gone.
+  until_true 60 nothing_runs || { pgrep -af "$cluster_dir"; return 1; }
   ! grep -q "$cluster_dir" /proc/self/mountinfo && [[ ! -e /run/netns/$cluster_netns ]]
 }
 step "the cluster ends clean: no process, no mount, no namespace" cluster_ends
