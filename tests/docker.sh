@@ -82,10 +82,10 @@ start_engine() {
   dockerd --data-root "$work/docker" --exec-root "$work/exec" --pidfile "$work/docker.pid" -H "unix://$work/docker.sock" \
     --bridge=none --iptables=false --ip6tables=false --ip-forward=false --ip-masq=false >>"$work/engine.log" 2>&1 &
   engine_pid=$!
-  until_true 60 docker version
+  until_true 180 docker version
 }
 restart_engine() { stop_engine && start_engine; }
-stop_engine() { kill "$engine_pid" && ended "$engine_pid" 60; engine_pid=""; }
+stop_engine() { kill "$engine_pid" && ended "$engine_pid" 180; engine_pid=""; }
 # Podman looks for credentials of registries there, and wants them to be there.
 mkdir -p "$DOCKER_CONFIG" && echo '{}' >"$DOCKER_CONFIG/config.json"
 export DOCKER_HOST=unix://$work/docker.sock
@@ -99,17 +99,17 @@ plugin_answers() { curl -fsS --unix-socket /run/docker/plugins/modelfs.sock -X P
 exec_words() {
   "$@" >>"$work/plugin.log" 2>&1 &
   plugin_pid=$!
-  until_true 30 plugin_answers || { tail -5 "$work/plugin.log"; return 1; }
+  until_true 120 plugin_answers || { tail -5 "$work/plugin.log"; return 1; }
 }
-stop_plugin() { kill "$plugin_pid" && ended "$plugin_pid" 60; plugin_pid=""; }
+stop_plugin() { kill "$plugin_pid" && ended "$plugin_pid" 120; plugin_pid=""; }
 crash_plugin() { kill -9 "$plugin_pid"; wait "$plugin_pid" 2>/dev/null || true; plugin_pid=""; }
 start_store() {
   ROOT_ACCESS_KEY=storage ROOT_SECRET_KEY=storage-password "$versitygw" --port 127.0.0.1:9000 --access-log "$work/access.log" \
     --quiet posix "$work/bucket" >>"$work/store.log" 2>&1 &
   store_pid=$!
-  until_true 30 bash -c '</dev/tcp/127.0.0.1/9000'
+  until_true 120 bash -c '</dev/tcp/127.0.0.1/9000'
 }
-stop_store() { kill "$store_pid" && ended "$store_pid" 20; store_pid=""; }
+stop_store() { kill "$store_pid" && ended "$store_pid" 120; store_pid=""; }
 mounts_left() { grep -c ' fuse.modelfs ' /proc/self/mountinfo; }
 nothing_mounted() { [[ $(mounts_left) == 0 ]] || { grep ' fuse.modelfs ' /proc/self/mountinfo; return 1; }; }
 
@@ -224,35 +224,39 @@ page_volume() {
 }
 page_run() { run_page_block "$page" docker-run | same_hashes; }
 two_at_once() {
-  local before gets one two holder
+  local before gets bytes one two holder
   # The volume stays mounted whichever of the two is the quicker; this one reads nothing.
   holder=$(docker run -d --network none -v llama:/models --user 1000 busybox sleep 600) || return 1
-  before=$(log_lines)
+  before=$(log_lines) bytes=$(fetched)
   one=$(docker run -d --network none -v llama:/models --user 1000 busybox sh -c 'cd /models/acme/llama && sha256sum *') || return 1
   two=$(docker run -d --network none -v llama:/models --user 1000 busybox sh -c 'cd /models/acme/llama && sha256sum *') || return 1
   docker wait "$one" "$two" >/dev/null
   docker logs "$one" | same_hashes && docker logs "$two" | same_hashes || return 1
-  gets=$(data_gets "$before")
+  gets=$(data_gets "$before") bytes=$(($(fetched) - bytes))
   docker rm -f "$one" "$two" "$holder" >/dev/null
-  echo "the store was asked $gets times for data"
-  # 24 MiB in chunks of 8 and a pack: each is fetched once, in up to 8 parts.
-  ((gets > 0 && gets <= one_load)) || { echo "one load asks $one_load times at most"; return 1; }
+  echo "the store was asked $gets times for data, and $bytes bytes came"
+  # Chunks of 8 MiB and a pack, each once. In how many requests one comes is a matter of how quick the store is just now.
+  ((gets > 0 && bytes > 0 && bytes <= one_load)) || { echo "one load needs $one_load bytes"; return 1; }
 }
+# What came from the store for all volumes; asked of one that is mounted.
+fetched() { modelfs status /var/lib/modelfs/volumes/llama --json | jq -e .metrics.fetch_bytes; }
 # What one load costs: counted on a container alone, so that the comparison is not with a guess.
 count_one_load() {
-  local before
-  before=$(log_lines)
+  local before gets holder
+  holder=$(docker run -d --network none -v llama:/models --user 1000 busybox sleep 600) || return 1
+  before=$(log_lines) one_load=$(fetched)
   in_container -v llama:/models --user 1000 -- sh -c 'cat /models/acme/llama/* >/dev/null' || return 1
-  one_load=$(data_gets "$before")
-  echo "one load: $one_load requests for data"
-  ((one_load > 0))
+  gets=$(data_gets "$before") one_load=$(($(fetched) - one_load))
+  docker rm -f "$holder" >/dev/null
+  echo "one load: $gets requests for data, $one_load bytes"
+  ((gets > 0 && one_load > 20000000))
 }
 # A second volume of the version, while a container holds the first: nothing is fetched again.
 two_volumes_one_memory() {
   local before holder
   volume again -o model=acme/llama -o gid=1000 >/dev/null || return 1
-  holder=$(docker run -d --network none -v llama:/models --user 1000 busybox sh -c 'cat /models/acme/llama/* >/dev/null; sleep 600') || return 1
-  until_true 30 bash -c "docker exec $holder true && modelfs status /var/lib/modelfs/volumes/llama --json | jq -e '.models[0].resident_bytes >= 24 * 1048576'"
+  holder=$(docker run -d --network none -v llama:/models --user 1000 busybox sh -c 'cat /models/acme/llama/* >/dev/null; echo read; sleep 600') || return 1
+  until_true 120 bash -c "docker logs $holder | grep -x read && modelfs status /var/lib/modelfs/volumes/llama --json | jq -e '.models[0].resident_bytes >= 24 * 1048576'"
   before=$(log_lines)
   in_container -v again:/models --user 1000:1000 -- sh -c 'cd /models/acme/llama && sha256sum *' | same_hashes || return 1
   echo "requests for data: $(data_gets "$before")"
@@ -310,7 +314,7 @@ kill_everything() {
   for _ in 1 2 3; do docker run -d --network none -v llama:/models busybox sh -c 'exec 3</models/acme/llama/model.safetensors; sleep 600' || return 1; done
   # shellcheck disable=SC2046
   docker kill $(docker ps -q) >/dev/null && docker container prune -f >/dev/null || return 1
-  until_true 20 nothing_mounted && docker volume rm llama || return 1
+  until_true 90 nothing_mounted && docker volume rm llama || return 1
   holders=$(ls -A /var/lib/modelfs/volumes)
   [[ -z $holders ]] || { echo "left: $holders"; return 1; }
 }
@@ -326,13 +330,13 @@ crash_while_running() {
   run_page_block "$page" docker-run | same_hashes || return 1
   # The container of before: let go without harm, and whole again when it starts anew.
   docker restart -t 0 "$holder" >/dev/null && docker exec "$holder" cat /models/acme/llama/config.json | cmp - "$work/source/config.json" || return 1
-  docker rm -f "$holder" >/dev/null && until_true 20 nothing_mounted
+  docker rm -f "$holder" >/dev/null && until_true 90 nothing_mounted
 }
 crash_engine_while_running() {
   local holder
   holder=$(docker run -d --network none -v llama:/models --user 1000 busybox sleep 600) || return 1
-  # Long enough to be seen as an engine, which stays: the plugin looks every 5 s.
-  sleep 11
+  # Long enough to be seen as an engine, which stays: the plugin looks every 5 s, and a busy machine holds it up.
+  sleep 20
   kill -9 "$engine_pid"
   wait "$engine_pid" 2>/dev/null || true
   # Its containerd dies with it, and must be gone, its zombie too, before another one looks.
@@ -341,7 +345,7 @@ crash_engine_while_running() {
   start_engine || return 1
   run_page_block "$page" docker-run | same_hashes || return 1
   docker rm -f "$holder" >/dev/null || return 1
-  until_true 20 nothing_mounted && docker volume rm llama
+  until_true 90 nothing_mounted && docker volume rm llama
 }
 handed_over_by_systemd() {
   command -v systemd-socket-activate >/dev/null || { not_here "socket activation" "systemd-socket-activate is not there"; return 0; }
@@ -351,7 +355,7 @@ handed_over_by_systemd() {
   systemd-socket-activate --listen=/run/docker/plugins/modelfs.sock -E PATH -E HOME -E AWS_ACCESS_KEY_ID -E AWS_SECRET_ACCESS_KEY \
     $command >>"$work/plugin.log" 2>&1 &
   plugin_pid=$!
-  until_true 10 test -S /run/docker/plugins/modelfs.sock || return 1
+  until_true 120 test -S /run/docker/plugins/modelfs.sock || return 1
   run_page_block "$page" docker-volume && run_page_block "$page" docker-run | same_hashes && docker volume rm llama || return 1
   stop_plugin
   rm -f /run/docker/plugins/modelfs.sock
@@ -384,7 +388,7 @@ docker_steps() {
   step "make a volume as docs/DEPLOY.md says" page_volume
   step "read it as user 1000 as docs/DEPLOY.md says" page_run
   step "nothing is mounted after the last container" nothing_mounted
-  step "count the requests of one load" count_one_load
+  step "count the bytes of one load" count_one_load
   step "two containers read at once, the cache is filled once" two_at_once
   step "two volumes of one version share its memory" two_volumes_one_memory
   step "a volume cannot be written" read_only
@@ -432,10 +436,10 @@ managed_run() {
   docker rm -f "$holder" >/dev/null
 }
 managed_again() {
-  docker plugin disable --force modelfs && nothing_mounted && docker plugin enable modelfs || return 1
+  docker plugin disable --force modelfs && until_true 90 nothing_mounted && docker plugin enable modelfs || return 1
   docker volume ls -q | grep -x llama >/dev/null && run_page_block "$page" docker-run | same_hashes && docker volume rm llama
 }
-managed_gone() { docker plugin disable modelfs && docker plugin rm modelfs && nothing_mounted; }
+managed_gone() { docker plugin disable modelfs && docker plugin rm modelfs && until_true 90 nothing_mounted; }
 managed_steps() {
   # The engine remembers that the name was another plugin's until it starts again.
   step "the engine starts without the other plugin" restart_engine
@@ -472,7 +476,7 @@ podman_two() {
   run_page_block "$page" podman-run | same_hashes || return 1
   podman exec "$one" cat /models/acme/llama/config.json | cmp - "$work/source/config.json" || return 1
   says "Read-only file system" podman run --rm --network none -v llama:/models localhost/busybox touch /models/acme/llama/x || return 1
-  podman rm -f -t 0 "$one" >/dev/null && until_true 20 nothing_mounted
+  podman rm -f -t 0 "$one" >/dev/null && until_true 90 nothing_mounted
 }
 podman_refusals() {
   says "did you mean \`model\`" podman volume create --driver modelfs -o store=s3://models/prod -o modle=x refused &&
@@ -498,7 +502,7 @@ podman_crash() {
   # Podman believes that it is mounted, and does not ask: no container may start on an empty folder.
   says "volumes/llama" podman run --rm --network none -v llama:/models:ro localhost/busybox true || return 1
   podman rm -f -t 0 "$before" >/dev/null || return 1
-  run_page_block "$page" podman-run | same_hashes && podman volume rm llama && until_true 20 nothing_mounted
+  run_page_block "$page" podman-run | same_hashes && podman volume rm llama && until_true 90 nothing_mounted
 }
 podman_steps() {
   command -v podman >/dev/null || { skip podman "podman is not installed"; return; }
@@ -542,7 +546,7 @@ scanner_finds() {
   compose_file logs --no-log-prefix scanner | grep -F "${folder##*/overlay2/}/baked" | grep '^CERTAIN *safetensors' >/dev/null || return 1
   docker rm baked
 }
-compose_down() { run_page_block "$page" compose-down && until_true 20 nothing_mounted && [[ -z $(docker ps -aq) && -z $(docker volume ls -q) ]]; }
+compose_down() { run_page_block "$page" compose-down && until_true 90 nothing_mounted && [[ -z $(docker ps -aq) && -z $(docker volume ls -q) ]]; }
 compose_steps() {
   [[ -x $compose && -x $vault ]] || { skip compose "$compose or $vault is not installed"; return; }
   stop_store
