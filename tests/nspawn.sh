@@ -66,7 +66,7 @@ nspawn_boot() { # DIR [OPTION...]
   [[ ${#own[@]} == 0 ]] || nspawn_cgroup "$NSPAWN_PID"
   kill -CONT "$NSPAWN_PID"
   NSPAWN_LEADER=""
-  while ((SECONDS < began + 60)); do
+  while ((SECONDS < began + 300)); do
     if ! kill -0 "$NSPAWN_PID" 2>/dev/null; then break; fi
     NSPAWN_LEADER=$(pgrep -P "$NSPAWN_PID" | head -1) || true
     # Waits until no job is left; `degraded` is a start as well, and the test says which units it cares for.
@@ -77,7 +77,7 @@ nspawn_boot() { # DIR [OPTION...]
     fi
     sleep 0.2
   done
-  echo "the container did not start within 60 s:"
+  echo "the container did not start within 300 s:"
   tail -20 "$dir.console"
   return 1
 }
@@ -91,15 +91,15 @@ nspawn_stop() {
   local began=$SECONDS cgroup
   [[ -n $NSPAWN_PID ]] || return 0
   nspawn_in systemctl poweroff >/dev/null 2>&1 || true
-  while kill -0 "$NSPAWN_PID" 2>/dev/null && ((SECONDS < began + 90)); do sleep 0.1; done
+  while kill -0 "$NSPAWN_PID" 2>/dev/null && ((SECONDS < began + 240)); do sleep 0.1; done
   if kill -0 "$NSPAWN_PID" 2>/dev/null; then
-    echo "the container did not power off within 90 s, it is killed"
+    echo "the container did not power off within 240 s, it is killed"
     kill -KILL "$NSPAWN_LEADER" "$NSPAWN_PID" 2>/dev/null || true
   fi
   wait "$NSPAWN_PID" 2>/dev/null || true
   for cgroup in "${NSPAWN_CGROUPS[@]}"; do find "$cgroup" -depth -type d -exec rmdir {} + 2>/dev/null || true; done
   NSPAWN_PID="" NSPAWN_LEADER="" NSPAWN_CGROUPS=()
-  ((SECONDS - began < 90))
+  ((SECONDS - began < 240))
 }
 
 nspawn_remove() { # DIR

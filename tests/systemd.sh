@@ -63,11 +63,14 @@ block() { # NAME: of the page, run in the booted system as a user would paste it
 }
 pid_of() { nspawn_in systemctl show --property MainPID --value "modelfs@$1"; }
 status_of() { nspawn_in systemctl show --property StatusText --value "modelfs@$1"; }
-says() { # UNIT WORDS: in what systemctl status shows
-  local shown
-  shown=$(nspawn_in systemctl status --no-pager --full --lines 30 "modelfs@$1" || true)
-  [[ $shown == *"$2"* ]] || { echo "$shown"; echo "wanted: $2"; return 1; }
+says() { # UNIT WORDS: in what systemctl status shows; the journal has it a moment after it was said
+  local shown end=$((SECONDS + 60))
+  until shown=$(nspawn_in systemctl status --no-pager --full --lines 30 "modelfs@$1" || true) && [[ $shown == *"$2"* ]]; do
+    ((SECONDS < end)) || { echo "$shown"; echo "wanted: $2"; return 1; }
+    sleep 0.2
+  done
 }
+journal_says() { until_in 60 "journalctl -u modelfs@$1 | grep -i '$2' >/dev/null"; } # UNIT WORDS
 shows_version() { # N: every byte through the kernel, as root and as somebody else
   in_it 'diff -r /root/v$1 /srv/llama/acme/llama/current/ && [[ $(readlink /srv/llama/acme/llama/current) == "$1" ]]
     setpriv --reuid 1000 --regid 1000 --clear-groups cmp /srv/seen/v$1 /srv/llama/acme/llama/current/model.safetensors' "$1"
@@ -163,7 +166,7 @@ bound() {
   in_it 'sed "s,/srv/llama,/srv/plain,; /VERSIONS/d" /etc/modelfs/llama.env >/etc/modelfs/plain.env; chmod 600 /etc/modelfs/plain.env
     mkdir -p /srv/plain; systemd-creds encrypt --name=key /root/llama.key /etc/credstore.encrypted/modelfs-plain.key 2>/dev/null; systemctl start modelfs@plain
     systemctl kill --signal HUP --kill-whom main modelfs@plain' || return 1
-  until_in 10 'journalctl -u modelfs@plain | grep "bound to the versions it began with" >/dev/null' || return 1
+  journal_says plain "bound to the versions it began with" || return 1
   in_it '! systemctl reload modelfs@plain 2>/dev/null; systemctl is-active --quiet modelfs@plain; cmp /root/v2/config.json /srv/plain/acme/llama/config.json
     systemctl stop modelfs@plain'
 }
@@ -172,22 +175,32 @@ step "a mount without versions answers SIGHUP by saying that it is bound" bound
 # ---- Killed, hung.
 
 restarted_after() { # PID: another daemon serves
-  until_in 40 'new=$(systemctl show --property MainPID --value modelfs@llama); [[ $new != 0 && $new != '"$1"' ]] && systemctl is-active --quiet modelfs@llama'
+  until_in 180 'new=$(systemctl show --property MainPID --value modelfs@llama); [[ $new != 0 && $new != '"$1"' ]] && systemctl is-active --quiet modelfs@llama'
 }
 killed() {
-  local before
+  local before rc=0
   before=$(pid_of llama)
+  # The next start waits until the dead mount was looked at, however long that takes.
+  in_it 'mkdir -p /run/systemd/system/modelfs@llama.service.d; touch /run/hold
+    printf "[Service]\nExecStartPre=/bin/sh -c \"while [ -e /run/hold ]; do sleep 0.1; done\"\n" >/run/systemd/system/modelfs@llama.service.d/hold.conf
+    systemctl daemon-reload' || return 1
+  dead_but_for_whole_files "$before" || rc=1
+  nspawn_in rm /run/hold && [[ $rc == 0 ]] || return 1
+  restarted_after "$before" || return 1
+  journal_says llama "cleared a dead mount on /srv/llama" || return 1
+  in_it '[[ $(grep -c " /srv/llama " /proc/self/mountinfo) == 1 ]]
+    rm -r /run/systemd/system/modelfs@llama.service.d; systemctl daemon-reload' && shows_version 2
+}
+dead_but_for_whole_files() { # PID: what is left of the mount when its daemon is killed
   # Whole files are open past the daemon: such a descriptor goes on. The rest of the mount is dead until the next start.
   in_it 'passed() { modelfs status /srv/llama --json | sed -n "s/.*\"opens_passthrough\": \([0-9]*\).*/\1/p"; }
     cat /srv/llama/acme/llama/current/model.safetensors >/dev/null
-    for _ in $(seq 50); do was=$(passed); exec 7</srv/llama/acme/llama/current/model.safetensors; (($(passed) == was)) || break; sleep 0.1; done
+    for _ in $(seq 600); do was=$(passed); exec 7</srv/llama/acme/llama/current/model.safetensors; (($(passed) == was)) || break; sleep 0.1; done
     head -c 1000000 <&7 >/run/part
-    kill -KILL '"$before"'
-    while [[ -e /proc/'"$before"' ]]; do sleep 0.05; done
+    kill -KILL $1
+    while [[ -e /proc/$1 ]]; do sleep 0.05; done
     head -c 30000000 <&7 >>/run/part; cmp /run/part /root/v2/model.safetensors; rm /run/part; echo "an open whole file is read to its end"
-    ! ls /srv/llama 2>/run/said; grep "endpoint is not connected" /run/said' || return 1
-  restarted_after "$before" || return 1
-  in_it 'journalctl -u modelfs@llama | grep "cleared a dead mount on /srv/llama"; [[ $(grep -c " /srv/llama " /proc/self/mountinfo) == 1 ]]' && shows_version 2
+    ! ls /srv/llama 2>/run/said; grep "endpoint is not connected" /run/said' "$1"
 }
 step "killed, it is started again, and the dead mount is cleared" killed
 foreign() { # A mount of another kind is left alone, and said.
@@ -197,14 +210,15 @@ foreign() { # A mount of another kind is left alone, and said.
 step "a mount of somebody else is not cleared" foreign
 hung() {
   local before
-  in_it 'mkdir -p /run/systemd/system/modelfs@llama.service.d; printf "[Service]\nWatchdogSec=6s\n" >/run/systemd/system/modelfs@llama.service.d/watchdog.conf
+  in_it 'mkdir -p /run/systemd/system/modelfs@llama.service.d; printf "[Service]\nWatchdogSec=20s\n" >/run/systemd/system/modelfs@llama.service.d/watchdog.conf
     systemctl daemon-reload; systemctl restart modelfs@llama' || return 1
   before=$(pid_of llama)
-  sleep 15
+  sleep 32
   [[ $(pid_of llama) == "$before" ]] || { echo "killed although it answers"; return 1; }
   nspawn_in kill -STOP "$before"
   restarted_after "$before" || return 1
-  in_it 'journalctl -u modelfs@llama | grep -i "watchdog timeout"; rm -r /run/systemd/system/modelfs@llama.service.d; systemctl daemon-reload' && shows_version 2
+  journal_says llama "watchdog timeout" || return 1
+  in_it 'rm -r /run/systemd/system/modelfs@llama.service.d; systemctl daemon-reload' && shows_version 2
 }
 step "a daemon that hangs is killed by the watchdog and started again" hung
 
@@ -224,7 +238,7 @@ stopped() { block systemd-stop && detector && left_behind && [[ $(nspawn_in syst
 step "stopped, nothing is left" stopped
 held() {
   in_it 'systemctl start modelfs@llama; exec 7</srv/llama/acme/llama/current/config.json
-    began=$SECONDS; systemctl stop modelfs@llama || true; ((SECONDS - began < 25)); ! mountpoint -q /srv/llama' || return 1
+    began=$SECONDS; systemctl stop modelfs@llama || true; ((SECONDS - began < 120)); ! mountpoint -q /srv/llama' || return 1
   says llama "was detached while in use: a process that cannot be seen" || return 1
   # As the page says: with one capability more they are named.
   in_it 'mkdir -p /run/systemd/system/modelfs@llama.service.d; printf "[Service]\nCapabilityBoundingSet=CAP_SYS_PTRACE\n" >/run/systemd/system/modelfs@llama.service.d/names.conf
@@ -235,7 +249,8 @@ held() {
 step "programs that hold files have their time, then the mount is detached" held
 ended_by_hand() { # `modelfs umount`, not systemd, ends it while a file is held: it stays down, longer than RestartSec
   in_it 'systemctl start modelfs@llama; exec 7</srv/llama/acme/llama/current/config.json
-    rc=0; modelfs umount /srv/llama || rc=$?; [[ $rc == 24 ]]; sleep 8
+    rc=0; modelfs umount /srv/llama || rc=$?; [[ $rc == 24 ]]
+    for _ in $(seq 600); do [[ $(systemctl show --property ActiveState --value modelfs@llama) != failed ]] || break; sleep 0.1; done; sleep 8
     [[ $(systemctl show --property ActiveState --value modelfs@llama) == failed ]]; ! mountpoint -q /srv/llama' || return 1
   [[ $(nspawn_in systemctl show --property ExecMainStatus --value modelfs@llama) == 24 ]] || return 1
   nspawn_in systemctl reset-failed modelfs@llama
@@ -246,7 +261,7 @@ step "one that is ended by hand while files are held does not come back" ended_b
 
 fails_saying() { # WORDS: the start fails once and for all, and says why
   local rc=0
-  nspawn_in timeout 60 systemctl start modelfs@llama 2>/dev/null || rc=$?
+  nspawn_in timeout 300 systemctl start modelfs@llama 2>/dev/null || rc=$?
   [[ $rc != 0 && $rc != 124 ]] || { echo "systemctl start ended with $rc"; return 1; }
   [[ $(nspawn_in systemctl show --property ActiveState --value modelfs@llama) == failed ]] || { echo "it is tried again"; return 1; }
   says llama "Status: " && says llama "$1" && in_it '! mountpoint -q /srv/llama'
@@ -272,7 +287,7 @@ later() {
   in_it 'sed -i "s,acme/llama,acme/later," /etc/modelfs/plain.env; ! systemctl start modelfs@plain 2>/dev/null' || return 1
   says plain "[NOT_FOUND]" || return 1
   in_it 'cd /root; modelfs seal v1 /srv/store acme/later --key file:llama.key >/dev/null' || return 1
-  until_in 20 'systemctl is-active --quiet modelfs@plain' || return 1
+  until_in 120 'systemctl is-active --quiet modelfs@plain' || return 1
   in_it 'cmp /root/v1/config.json /srv/plain/acme/later/config.json; systemctl stop modelfs@plain'
 }
 step "a model that is published later is found by a later try" later
@@ -294,13 +309,13 @@ WantedBy=multi-user.target
 END
     systemctl daemon-reload; systemctl enable --quiet consumer; sync'
 }
-consumed() { until_in 40 'systemctl is-active --quiet consumer'; }
+consumed() { until_in 180 'systemctl is-active --quiet consumer'; }
 reboot() { consumer && nspawn_stop && nspawn_boot "$root" && consumed && shows_version 2 && nspawn_in systemctl is-active modelfs@llama; }
 step "after a boot the model is there for who needs it" reboot
 late_store() {
   in_it 'mv /srv/store /srv/store.away' || return 1
   nspawn_stop && NSPAWN_STARTING=1 nspawn_boot "$root" || return 1
-  until_in 20 'systemctl show --property StatusText --value modelfs@llama | grep "waiting: no store at /srv/store yet"' || return 1
+  until_in 120 'systemctl show --property StatusText --value modelfs@llama | grep "waiting: no store at /srv/store yet"' || return 1
   sleep 3
   [[ $(nspawn_in systemctl show --property ActiveState --value modelfs@llama) == activating ]] || { echo "it did not wait"; return 1; }
   [[ $(nspawn_in systemctl is-active consumer) != active ]] || { echo "the consumer did not wait"; return 1; }
@@ -331,14 +346,14 @@ AWS_SECRET_ACCESS_KEY=test-secret-0123456789
 END
     chmod 600 /etc/modelfs/remote.env; systemd-creds encrypt --name=key /root/llama.key /etc/credstore.encrypted/modelfs-remote.key 2>/dev/null
     systemctl daemon-reload; systemctl start s3
-    for _ in $(seq 100); do (: </dev/tcp/127.0.0.1/7070) 2>/dev/null && break; sleep 0.1; done
+    for _ in $(seq 600); do (: </dev/tcp/127.0.0.1/7070) 2>/dev/null && break; sleep 0.1; done
     cd /root; export AWS_ACCESS_KEY_ID=test-access AWS_SECRET_ACCESS_KEY=test-secret-0123456789
     modelfs seal v2 s3://models/prod acme/llama --key file:llama.key --s3-endpoint http://127.0.0.1:7070 --s3-region us-east-1 >/dev/null
     systemctl stop s3; systemctl start --no-block modelfs@remote' || return 1
-  until_in 20 'systemctl show --property StatusText --value modelfs@remote | grep "waiting: "' || return 1
+  until_in 120 'systemctl show --property StatusText --value modelfs@remote | grep "waiting: "' || return 1
   status_of remote
   in_it 'systemctl start s3' || return 1
-  until_in 60 'systemctl is-active --quiet modelfs@remote' || return 1
+  until_in 180 'systemctl is-active --quiet modelfs@remote' || return 1
   in_it 'cmp /root/v2/model.safetensors /srv/remote/acme/llama/model.safetensors; systemctl stop modelfs@remote s3'
 }
 if [[ -x $versitygw ]]; then
@@ -355,7 +370,7 @@ as_user() {
     systemd-run --quiet --unit modelfs-user -p User=reader -p Type=notify -p RuntimeDirectory=modelfs-user -p RuntimeDirectoryMode=0700 -p AmbientCapabilities=CAP_IPC_LOCK \
       -p StateDirectory=modelfs-user -p Environment=MODELFS_STATE_DIR=/var/lib/modelfs-user \
       modelfs mount /srv/store /srv/user --model acme/llama --key file:/srv/user.key --trust $(cat /root/.config/modelfs/signing.key.pub) --cache 64MiB' || return 1
-  until_in 20 'systemctl is-active --quiet modelfs-user' || { nspawn_in journalctl -u modelfs-user --no-pager | tail -5; return 1; }
+  until_in 120 'systemctl is-active --quiet modelfs-user' || { nspawn_in journalctl -u modelfs-user --no-pager | tail -5; return 1; }
   in_it 'ls /run/modelfs-user/*.sock; modelfs status /srv/user --json | grep "\"mountpoint\": \"/srv/user\""; modelfs status | grep /srv/user
     modelfs umount /srv/user; ! mountpoint -q /srv/user'
 }
