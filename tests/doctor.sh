@@ -348,7 +348,6 @@ store_gone() { gone srv/store; }
 store_back() { back srv/store; }
 step "doctor: the folder of the store is not there" only "store error" store_gone store_back file:///srv/store
 
-free_port() { python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 until_true() { # SECONDS COMMAND...
   local end=$((SECONDS + $1))
   shift

@@ -258,14 +258,14 @@ step "umount" unmount
 versitygw=$(bash tests/parts/versitygw.sh path 2>/dev/null || true)
 start_gateway() {
   local port
-  port=$("$lite" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+  port=$(free_port)
   mkdir -p "$work/s3/models"
   export AWS_ACCESS_KEY_ID=modelfs-tests AWS_SECRET_ACCESS_KEY=not-a-secret-of-anyone AWS_REGION=us-east-1
   ROOT_ACCESS_KEY=$AWS_ACCESS_KEY_ID ROOT_SECRET_KEY=$AWS_SECRET_ACCESS_KEY \
     "$versitygw" --port "127.0.0.1:$port" --quiet posix "$work/s3" >"$work/s3.log" 2>&1 &
   gateway_pid=$!
   export MODELFS_S3_ENDPOINT=http://127.0.0.1:$port
-  for _ in {1..100}; do
+  for _ in {1..1200}; do
     curl --silent --output /dev/null "$MODELFS_S3_ENDPOINT" && return 0
     sleep 0.1
   done

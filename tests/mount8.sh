@@ -100,7 +100,7 @@ seal() { # STORE
 reads() { diff -r "$work/model" "${1:-/mnt/models}/acme/llama"; }
 access=key=file:/etc/modelfs/llama.key,trust=/etc/modelfs/signing.pub,cache=64MiB
 at() { mount -t modelfs /srv/models "$1" -o "$access,${2:-ro}"; }
-off() { umount "${1:-/mnt/models}" && until_true 15 nothing_runs; }
+off() { umount "${1:-/mnt/models}" && until_true 90 nothing_runs; }
 
 modelfs keygen /etc/modelfs/llama.key >/dev/null
 step "seal a model" seal /srv/models
@@ -124,7 +124,7 @@ step "the link leads to the program" test /sbin/mount.modelfs -ef /usr/local/bin
 
 # ---- By hand.
 step "mount, find and unmount as docs/DEPLOY.md says" run_page_block "$page" mount
-step "nothing is left running" until_true 15 nothing_runs
+step "nothing is left running" until_true 90 nothing_runs
 step "mount" at /mnt/models
 step "the model is read" reads
 table() {
@@ -161,7 +161,7 @@ busy() {
   cmp - "$work/model/weights.bin" <&7 || rc=1
   [[ -n $(daemons) ]] || rc=1
   exec 7<&-
-  until_true 20 nothing_runs || rc=1
+  until_true 90 nothing_runs || rc=1
   return $rc
 }
 step "umount of a busy mount fails; umount -l detaches, and what is open is read to its end" busy
@@ -199,13 +199,13 @@ given_up() { # SIGNAL
   local rc=0
   python3 -c '
 import socket, time
-s = socket.socket(); s.bind(("127.0.0.1", 0)); s.listen(); print(s.getsockname()[1], flush=True); time.sleep(60)' >"$work/silent.port" &
+s = socket.socket(); s.bind(("127.0.0.1", 0)); s.listen(); print(s.getsockname()[1], flush=True); time.sleep(600)' >"$work/silent.port" &
   s3_pid=$!
-  until_true 10 test -s "$work/silent.port"
+  until_true 120 test -s "$work/silent.port"
   timeout --signal="$1" 3 env AWS_ACCESS_KEY_ID=reader AWS_SECRET_ACCESS_KEY=change-me mount -t modelfs s3://models/prod /mnt/other \
     -o "ro,$access,s3-endpoint=http://127.0.0.1:$(cat "$work/silent.port")" || rc=$?
   [[ $rc == 124 ]] || { echo "exit status $rc"; return 1; }
-  until_true 15 nothing_runs || return 1
+  until_true 90 nothing_runs || return 1
   kill "$s3_pid"
   wait "$s3_pid" 2>/dev/null || true
   rm "$work/silent.port"
@@ -225,14 +225,14 @@ step "wrong usage of the helper" fails 1 "usage: mount.modelfs" mount.modelfs /s
 # ---- A namespace.
 elsewhere() {
   local rc=0
-  unshare --mount sleep 60 &
+  unshare --mount sleep 600 &
   sleeper=$!
   until [[ $(readlink "/proc/$sleeper/ns/mnt") != $(readlink /proc/self/ns/mnt) ]]; do sleep 0.05; done
   mount -N "$sleeper" -t modelfs /srv/models /mnt/models -o "ro,$access" || rc=1
   [[ -z $(ours) ]] || { echo "it is mounted here"; rc=1; }
   nsenter --target "$sleeper" --mount diff -r "$work/model" /mnt/models/acme/llama || rc=1
   nsenter --target "$sleeper" --mount umount /mnt/models || rc=1
-  until_true 15 nothing_runs || rc=1
+  until_true 90 nothing_runs || rc=1
   kill "$sleeper"
   wait "$sleeper" 2>/dev/null || true
   sleeper=""
@@ -281,7 +281,7 @@ echo "/srv/models /mnt/ann modelfs ro,noauto,user,$anns 0 0" >/etc/fstab
 # Root's store is private; a user's is to be readable for the user.
 chown -R 12345 /srv/models
 ann_mounts() {
-  as_ann mount /mnt/ann && as_ann diff -r "$work/model" /mnt/ann/acme/llama && as_ann umount /mnt/ann && until_true 15 nothing_runs
+  as_ann mount /mnt/ann && as_ann diff -r "$work/model" /mnt/ann/acme/llama && as_ann umount /mnt/ann && until_true 90 nothing_runs
 }
 root_key() {
   sed -i "s|file:$work/ann/llama.key|file:/etc/modelfs/llama.key|" /etc/fstab
@@ -301,7 +301,7 @@ ann_alone() {
   as_ann diff -r "$work/model" /mnt/ann/acme/llama || rc=1
   [[ $(findmnt -rn -o SOURCE,FSTYPE /mnt/ann) == "/srv/models fuse.modelfs" ]] || rc=1
   as_ann mount.modelfs /srv/models /mnt/ann -o "remount,ro,$anns" || rc=1
-  as_ann umount /mnt/ann && until_true 15 nothing_runs && return $rc
+  as_ann umount /mnt/ann && until_true 90 nothing_runs && return $rc
 }
 if as_ann_locks true 2>/dev/null; then
   step "the helper alone mounts for a user, who unmounts" ann_alone
@@ -313,13 +313,13 @@ chown -R 0 /srv/models
 # ---- S3, with credentials from a file.
 start_s3() {
   local port
-  port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+  port=$(free_port)
   mkdir -p "$work/s3/models"
   page_block "$page" ini s3.env | sed "s/:7070/:$port/" >/etc/modelfs/s3.env
   chmod 600 /etc/modelfs/s3.env
   ROOT_ACCESS_KEY=reader ROOT_SECRET_KEY=change-me "$versitygw" --port "127.0.0.1:$port" --quiet posix "$work/s3" >"$work/s3.log" 2>&1 &
   s3_pid=$!
-  until_true 15 curl -s -o /dev/null "http://127.0.0.1:$port/"
+  until_true 120 curl -s -o /dev/null "http://127.0.0.1:$port/"
   (set -a && source /etc/modelfs/s3.env && set +a && seal s3://models/prod)
 }
 s3_line() {

@@ -53,7 +53,6 @@ until_true() { # SECONDS COMMAND...
   shift
   until "$@" >/dev/null 2>&1; do ((SECONDS < end)) || { echo "not within the time: $*"; return 1; }; sleep 0.1; done
 }
-free_port() { python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 
 prepare() {
   head -c 12000000 /dev/urandom >source/model.safetensors

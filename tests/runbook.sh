@@ -199,7 +199,6 @@ sysctl_is_valid() { [[ $(grep -cE '^[a-z._]+=.+$' "$SYSCTL_D/60-modelfs.conf") =
 step "hardening: the file has settings that exist" sysctl_is_valid
 
 # ---- A store that is away.
-free_port() { python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 KEY=$NEW_KEY
 port=$(free_port)
 start_store() {

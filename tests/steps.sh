@@ -89,6 +89,24 @@ try_step() {
 }
 told() { cat "$2"; return "$1"; }
 
+# free_port: one that nobody listens at, and not of those that the kernel gives to whoever asks for any: a server that starts
+# later, or a second time, finds it as it was.
+free_port() {
+  python3 -c '
+import random, socket
+with open("/proc/sys/net/ipv4/ip_local_port_range") as file:
+    given = int(file.read().split()[0])
+while True:
+    port = random.SystemRandom().randrange(10000, given if given > 12000 else 65536)
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+    print(port)
+    break'
+}
+
 # finish: the summary and the exit status; a script called by another leaves the summary to it.
 finish() {
   local failed

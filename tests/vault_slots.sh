@@ -28,7 +28,7 @@ export HOME=$work XDG_CONFIG_HOME=$work/config MODELFS_STATE_DIR=$work/state
 
 # ---- Vault, with a transit key, another one, and a record in KV.
 
-port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+port=$(free_port)
 export VAULT_ADDR=http://127.0.0.1:$port
 cat >"$work/vault.hcl" <<HCL
 storage "file" { path = "$work/vault" }
@@ -38,18 +38,25 @@ HCL
 "$vault" server -config="$work/vault.hcl" >"$work/vault.log" 2>&1 &
 vault_pid=$!
 answers() { curl -fsS -o /dev/null "$VAULT_ADDR/v1/sys/health?sealedcode=200&uninitcode=200" 2>/dev/null; }
-end=$((SECONDS + 30))
-until answers; do ((SECONDS < end)) || { step "vault slots: Vault starts" false; finish; exit; }; sleep 0.1; done
+until_true() { # SECONDS COMMAND...
+  local end=$((SECONDS + $1))
+  shift
+  until "$@" >/dev/null 2>&1; do ((SECONDS < end)) || return 1; sleep 0.1; done
+}
+until_true 120 answers || { step "vault slots: Vault starts" false; finish; exit; }
 "$vault" operator init -key-shares=1 -key-threshold=1 -format=json >"$work/init.json"
 field() { python3 -c 'import json, sys; value = json.load(open(sys.argv[1]))[sys.argv[2]]; print(value if isinstance(value, str) else value[0])' "$work/init.json" "$1"; }
 "$vault" operator unseal "$(field unseal_keys_b64)" >/dev/null
 VAULT_TOKEN=$(field root_token)
 export VAULT_TOKEN
+until_true 120 "$vault" token lookup || { step "vault slots: Vault is unsealed" false; finish; exit; }
 for key in models other; do
   [[ $key == other ]] || "$vault" secrets enable transit >/dev/null
   "$vault" write -f "transit/keys/$key" derived=true >/dev/null
 done
 "$vault" secrets enable -path=secret -version=2 kv >/dev/null
+# It refuses everything until it has looked for values of its first version.
+until_true 120 "$vault" read secret/config || { step "vault slots: the KV engine is ready" false; finish; exit; }
 "$vault" kv put secret/m kek="$(openssl rand -hex 32)" short=abcd >/dev/null
 "$vault" audit enable file file_path="$work/audit" >/dev/null
 
@@ -58,20 +65,22 @@ done
 mkdir "$work/model"
 echo '{}' >"$work/model/config.json"
 (umask 077 && echo 'correct horse battery staple' >"$work/pass")
+# Long enough for a Vault that is there and slow; once it is gone, as long as each question lasts.
+patience=60s
 transit=vault-transit:transit/models kv=vault-kv:secret/m#kek pass=passphrase-file:$work/pass
 seal() { "$modelfs" seal "$work/model" "$work/store" "$@"; }
 opens() { # KEY...
   local keys=() key
   for key in "$@"; do keys+=(--key "$key"); done
   [[ $("$modelfs" cat "$work/store" acme/m config.json --trust "$XDG_CONFIG_HOME/modelfs/signing.key.pub" \
-    --vault-timeout 2s "${keys[@]}") == '{}' ]]
+    --vault-timeout "$patience" "${keys[@]}") == '{}' ]]
 }
 ends_with() { # CODE NAME KEY...: cat ends with the exit code and the name
   local rc=0 wanted=$1 name=$2 keys=() key
   shift 2
   for key in "$@"; do keys+=(--key "$key"); done
   "$modelfs" cat "$work/store" acme/m config.json --trust "$XDG_CONFIG_HOME/modelfs/signing.key.pub" \
-    --vault-timeout 2s "${keys[@]}" >"$work/out" 2>"$work/err" || rc=$?
+    --vault-timeout "$patience" "${keys[@]}" >"$work/out" 2>"$work/err" || rc=$?
   cat "$work/err"
   [[ $rc == "$wanted" && ! -s $work/out ]] && grep -qF "[$name]" "$work/err"
 }
@@ -113,7 +122,7 @@ step "a sealed Vault is told" ends_with 22 VAULT_SEALED "$transit"
 step "the passphrase after it opens it with Vault sealed" opens "$transit" "$kv" "$pass"
 kill "$vault_pid"
 wait "$vault_pid" 2>/dev/null || true
-vault_pid=""
+vault_pid="" patience=2s
 step "a Vault that is gone is told" ends_with 22 VAULT_UNREACHABLE "$transit"
 step "the passphrase after it opens it with Vault stopped" opens "$transit" "$kv" "$pass"
 finish
