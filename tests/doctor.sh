@@ -92,7 +92,7 @@ chroot=$(command -v chroot)
 around=() # what stands before the program: other rights, limits, namespaces
 extra=()  # variables of its environment
 here() { # COMMAND...: in that root, with nothing of our environment
-  timeout 120 "${around[@]}" env -i PATH=/usr/local/bin:/usr/bin:/bin HOME=/ "${extra[@]}" "$chroot" "$root" "$@"
+  timeout 300 "${around[@]}" env -i PATH=/usr/local/bin:/usr/bin:/bin HOME=/ "${extra[@]}" "$chroot" "$root" "$@"
 }
 in_group() { # COMMAND...: in a memory cgroup of its own
   sh -c 'echo $$ >"$0/cgroup.procs" && exec "$@"' "$group" "$@"
@@ -360,7 +360,7 @@ start_gateway() {
     "$gateway" --port "127.0.0.1:$s3_port" --quiet posix "$work/s3" >>"$work/s3.log" 2>&1 &
   gateway_pid=$!
   pids+=($!)
-  until_true 30 curl --silent --output /dev/null "http://127.0.0.1:$s3_port"
+  until_true 120 curl --silent --output /dev/null "http://127.0.0.1:$s3_port"
 }
 stop_gateway() { kill "$gateway_pid"; wait "$gateway_pid" 2>/dev/null || true; }
 knows() { extra=("${good_key[@]}"); }
@@ -373,7 +373,7 @@ s = socket.socket(); s.bind(("127.0.0.1", int(sys.argv[1]))); s.listen(9); time.
 }
 if [[ -x $gateway ]]; then
   s3_port=$(free_port)
-  at=(--s3-endpoint "http://127.0.0.1:$s3_port" --wait 3s)
+  at=(--s3-endpoint "http://127.0.0.1:$s3_port" --wait 15s)
   step "start an S3 server" start_gateway
   seal_there() {
     env "${good_key[@]}" "$modelfs" seal "$work/source" s3://models/prod acme/m --s3-endpoint "http://127.0.0.1:$s3_port" \
@@ -409,10 +409,10 @@ start_vault() {
   "$vault" server -config="$work/vault.hcl" >>"$work/vault.log" 2>&1 &
   vault_pid=$!
   pids+=($!)
-  until_true 30 curl -fsS -o /dev/null "http://127.0.0.1:$vault_port/v1/sys/health?sealedcode=200&uninitcode=200"
+  until_true 120 curl -fsS -o /dev/null "http://127.0.0.1:$vault_port/v1/sys/health?sealedcode=200&uninitcode=200"
 }
 stop_vault() { kill "$vault_pid"; wait "$vault_pid" 2>/dev/null || true; }
-unseal() { VAULT_ADDR=http://127.0.0.1:$vault_port "$vault" operator unseal "$unseal_key" >/dev/null && until_true 20 admin token lookup; }
+unseal() { VAULT_ADDR=http://127.0.0.1:$vault_port "$vault" operator unseal "$unseal_key" >/dev/null && until_true 120 admin token lookup; }
 seal_vault() { admin operator seal >/dev/null; }
 start_and_unseal() { start_vault && unseal; }
 token() { # OPTION...: a token of that kind is the one that is used
@@ -435,7 +435,7 @@ HCL
 }
 if [[ -x $vault ]]; then
   step "start Vault, with a key and a token for servers" prepare_vault
-  at=(--vault-addr "http://127.0.0.1:$vault_port" --vault-token-file /etc/modelfs/token --key vault-transit:transit/models --wait 5s)
+  at=(--vault-addr "http://127.0.0.1:$vault_port" --vault-token-file /etc/modelfs/token --key vault-transit:transit/models --wait 15s)
   vault_is_fine() {
     complaints "${at[@]}" >"$work/lines2" && ! grep -E '^(vault|clock-skew)' "$work/lines2" &&
       jq -e '[.findings[] | select(.rule == ("vault", "vault-tls", "vault-token", "vault-rights", "clock-skew"))] | length == 5' "$work/json"
@@ -448,7 +448,7 @@ if [[ -x $vault ]]; then
   step "doctor: a root token" only "vault-token warning" root_one good_token "${at[@]}"
   revoked() { admin token revoke "$(cat "$root/etc/modelfs/token")" >/dev/null; }
   step "doctor: a token that was revoked" only "vault-token error" revoked good_token "${at[@]}"
-  expired() { token -policy=server -ttl=1s && until_true 20 expired_now; }
+  expired() { token -policy=server -ttl=1s && until_true 120 expired_now; }
   expired_now() { ! VAULT_ADDR=http://127.0.0.1:$vault_port VAULT_TOKEN=$(cat "$root/etc/modelfs/token") "$vault" token lookup; }
   step "doctor: a token that has expired" only "vault-token error" expired good_token "${at[@]}"
   short() { token -policy=server -ttl=300s -renewable=false; }
@@ -493,7 +493,7 @@ dated() { # SECONDS
   python3 "$work/dated.py" "$vault_port" "$1" &
   dated_pid=$!
   pids+=($!)
-  until_true 10 curl -fsS -o /dev/null "http://127.0.0.1:$vault_port/v1/sys/health"
+  until_true 120 curl -fsS -o /dev/null "http://127.0.0.1:$vault_port/v1/sys/health"
 }
 undated() { kill "$dated_pid"; wait "$dated_pid" 2>/dev/null || true; }
 wrong_clock() {

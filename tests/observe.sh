@@ -120,13 +120,13 @@ class Hook(http.server.BaseHTTPRequestHandler):
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Hook).serve_forever()
 PYTHON
   receiver=$!
-  until_true 20 bash -c "exec 3<>/dev/tcp/127.0.0.1/$port"
+  until_true 120 bash -c "exec 3<>/dev/tcp/127.0.0.1/$port"
   run_page_block "$page" alerts || return 1
   object=$(find store -type f -size +1M | head -1)
   chmod u+w "$object"
   printf '\x5a\xa5\x5a\xa5' | dd of="$object" bs=1 seek=3000000 conv=notrunc status=none
   ! cat "$MNT/acme/llama/model.safetensors" >/dev/null 2>&1 || return 1
-  until_true 30 alert_is_told || return 1
+  until_true 120 alert_is_told || return 1
   jq -e 'select(.kind == "tamper" and .severity == "critical") | .schema == "modelfs.alert.v1" and .severity == "critical" and .subject.model == "acme/llama"' hook.log
 }
 

@@ -92,13 +92,13 @@ tampered() {
   flip
   for file in "$work"/source/*; do cmp "$file" "$MNT/$MODEL/${file##*/}" >/dev/null 2>&1 || wrong=$((wrong + 1)); done
   [[ $wrong == 1 ]] || { echo "$wrong files could not be read, one was spoilt"; return 1; }
-  until_true 10 bash -c 'modelfs audit show "$LOG" --kind tamper | grep . >/dev/null'
+  until_true 90 bash -c 'modelfs audit show "$LOG" --kind tamper | grep . >/dev/null'
 }
 step "runbook: a byte of the store is flipped, and a reader refused" tampered
 step "runbook: ModelfsRefetched, look" says "$runbook" refetched-look high modelfs_fetch_refetches_total "exit status 20"
 step "runbook: ModelfsTamper, look" says "$runbook" tamper-look "$MODEL" "exit status 20"
 step "runbook: ModelfsReadErrors, look" says "$runbook" errors-look modelfs_read_errors_total
-mended() { says "$runbook" tamper-do && until_true 20 whole && cmp "$work/source/weights.bin" "$MNT/$MODEL/weights.bin"; }
+mended() { says "$runbook" tamper-do && until_true 180 whole && cmp "$work/source/weights.bin" "$MNT/$MODEL/weights.bin"; }
 step "runbook: ModelfsTamper, do; and readers are served without a restart" mended
 
 # ---- Denials and blocks.
@@ -110,7 +110,7 @@ step "runbook: ModelfsDenials, look" says "$runbook" denials-look "uid=$SOMEBODY
 blocked() {
   # Denials of one user and model within a second are one.
   for _ in 1 2 3 4 5 6; do as_somebody cat "$MNT/$MODEL/weights.bin" >/dev/null 2>&1 || sleep 1.1; done
-  until_true 10 bash -c 'modelfs audit show "$LOG" --kind block | grep . >/dev/null' || { modelfs audit show "$LOG" --outcome denied; return 1; }
+  until_true 90 bash -c 'modelfs audit show "$LOG" --kind block | grep . >/dev/null' || { modelfs audit show "$LOG" --outcome denied; return 1; }
 }
 step "runbook: and again, until he is blocked" blocked
 step "runbook: ModelfsBlocked, look" says "$runbook" blocked-look "blocked: uid=$SOMEBODY" "modelfs_blocked 1"
@@ -138,7 +138,7 @@ step "runbook: ModelfsSlowLoad, look" says "$runbook" slow-look modelfs_fetch_se
 # ---- Down.
 crash() {
   kill -9 "$(modelfs status "$MNT" --json | jq -r .pid)"
-  until_true 10 bash -c '! modelfs -q status "$MNT" 2>/dev/null'
+  until_true 90 bash -c '! modelfs -q status "$MNT" 2>/dev/null'
 }
 step "runbook: the process is killed" crash
 step "runbook: ModelfsDown, look" says "$runbook" down-look "exit status"
@@ -169,13 +169,13 @@ full_disk() {
   [[ -e $LOG.000002 ]] || { ls "$work/small"; return 1; }
   dd if=/dev/zero of="$work/small/filler" bs=1k status=none 2>/dev/null || true
   # What is left of the last page of the log takes some records more.
-  until_true 30 bash -c '! cat "$MNT/$MODEL/second" >/dev/null 2>&1'
+  until_true 180 bash -c '! cat "$MNT/$MODEL/second" >/dev/null 2>&1'
 }
 export LOG CHECKPOINTS
 step "runbook: the disk of the log is full, and opens are refused" full_disk
 step "runbook: ModelfsAuditFailing, look" says "$runbook" audit-look "100%"
 room() {
-  rm "$work/small/filler" && until_true 20 cat "$MNT/$MODEL/second" && says "$runbook" audit-do gap || return 1
+  rm "$work/small/filler" && until_true 180 cat "$MNT/$MODEL/second" && says "$runbook" audit-do gap || return 1
   # The newest closed file stays: where nothing is in the one being written, the chain goes on from it.
   [[ ! -e $LOG.000001 && -e $ARCHIVE/audit.log.000001 && $(find "$work/small" -name 'audit.log.[0-9]*' | wc -l) == 1 ]] ||
     { ls "$work/small" "$ARCHIVE"; return 1; }
@@ -204,7 +204,7 @@ port=$(free_port)
 start_store() {
   ROOT_ACCESS_KEY=storage ROOT_SECRET_KEY=storage-password "$versitygw" --port 127.0.0.1:$port --quiet posix "$work/bucket" >>"$work/store.log" 2>&1 &
   store_pid=$!
-  until_true 30 bash -c "</dev/tcp/127.0.0.1/$port"
+  until_true 180 bash -c "</dev/tcp/127.0.0.1/$port"
 }
 remote() {
   mkdir -p "$work/bucket/models"
@@ -212,13 +212,13 @@ remote() {
   modelfs -q seal "$work/source" s3://models/prod "$MODEL" --key "file:$KEY"
 }
 away() {
-  OPTIONS="--fetch-timeout 1s --fetch-budget 2s --open lazy --no-page-cache"
+  OPTIONS="--fetch-timeout 10s --fetch-budget 15s --open lazy --no-page-cache"
   LOG=$work/logs/audit-2.log
   STORE=s3://models/prod mounted || return 1
   kill -9 "$store_pid" && { wait "$store_pid" 2>/dev/null || true; }
-  ! cat "$MNT/$MODEL/weights.bin" >/dev/null 2>&1 && until_true 20 bash -c 'modelfs audit show "$LOG" --kind store-down | grep . >/dev/null'
+  ! cat "$MNT/$MODEL/weights.bin" >/dev/null 2>&1 && until_true 180 bash -c 'modelfs audit show "$LOG" --kind store-down | grep . >/dev/null'
 }
-back() { start_store && until_true 30 cmp "$work/source/weights.bin" "$MNT/$MODEL/weights.bin" && ended; }
+back() { start_store && until_true 180 cmp "$work/source/weights.bin" "$MNT/$MODEL/weights.bin" && ended; }
 if [[ -x $versitygw ]]; then
   export AWS_ACCESS_KEY_ID=storage AWS_SECRET_ACCESS_KEY=storage-password AWS_ENDPOINT_URL=http://127.0.0.1:$port AWS_REGION=us-east-1
   step "runbook: a model in an S3 server" remote
@@ -237,7 +237,7 @@ export VAULT_ADDR=http://127.0.0.1:$vault_port
 start_vault() {
   VAULT_TOKEN="" vault server -dev -dev-root-token-id=root -dev-listen-address=127.0.0.1:$vault_port -dev-no-store-token >"$work/vault.log" 2>&1 &
   vault_pid=$!
-  until_true 30 vault status
+  until_true 180 vault status
 }
 vault_setup() {
   export VAULT_TOKEN=root
@@ -254,7 +254,7 @@ vault_mount() {
   env -u VAULT_TOKEN modelfs mount "$work/store-v" "$MNT" --model "$MODEL" --key vault-transit:transit/models --trust "$TRUST" --vault-auth approle \
     --vault-role-id "$(cat "$work/role-id")" --vault-secret-id-file "$work/secret-id" --on-key-loss lock --audit-file "$LOG" --daemon && whole
 }
-is_dark() { until_true 20 bash -c '! cat "$MNT/$MODEL/weights.bin" >/dev/null 2>&1'; }
+is_dark() { until_true 180 bash -c '! cat "$MNT/$MODEL/weights.bin" >/dev/null 2>&1'; }
 frozen() {
   kill -STOP "$vault_pid"
   says "$runbook" vault-look "exit status" && whole
