@@ -121,12 +121,12 @@ start() { # ARGUMENT...: in the background, until the command says that it goes
   # What a shell starts with & ignores SIGINT and SIGQUIT, and so would the command.
   env --default-signal=INT,QUIT modelfs run "${common[@]}" "$@" >"$work/out" 2>"$work/err" &
   started=$!
-  until_true 20 grep -q going "$work/out" || { cat "$work/err"; return 1; }
+  until_true 120 grep -q going "$work/out" || { cat "$work/err"; return 1; }
 }
 over() { [[ ! -e /proc/$1 ]] || grep -q '^State:.Z' "/proc/$1/status"; } # PID: ended, waited for or not
 ended_with() { # CODE
   local rc=0
-  until_true 60 over "$started" || return 1
+  until_true 300 over "$started" || return 1
   wait "$started" || rc=$?
   [[ $rc == "$1" ]] || { cat "$work/out" "$work/err"; echo "exit status $rc, wanted $1"; return 1; }
 }
@@ -136,7 +136,7 @@ signals_reach() {
     trap "echo got TERM; [[ -r '"$mnt"'/acme/m/config.json ]] && exit 5" TERM; echo going; while :; do sleep 0.05; done' || return 1
   for signal in INT HUP QUIT USR1 USR2 WINCH; do
     kill -$signal "$started"
-    until_true 5 grep -q "got $signal" "$work/out" || return 1
+    until_true 90 grep -q "got $signal" "$work/out" || return 1
   done
   mounted || return 1
   kill -TERM "$started"
@@ -150,43 +150,50 @@ killed_outside() {
 }
 step_run "run: the command is killed from outside" killed_outside
 twice() {
-  start -- bash -c 'trap "" TERM; echo going; for i in $(seq 20); do sleep 0.1; done; exec 9<&-; exit 4' || return 1
-  kill -TERM "$started" && sleep 0.2 && kill -TERM "$started"
+  rm -f "$work/enough"
+  start -- bash -c 'trap "" TERM; echo going; for i in $(seq 3000); do [[ ! -e '"$work/enough"' ]] || exit 4; sleep 0.1; done' || return 1
+  kill -TERM "$started" && sleep 0.2 && kill -TERM "$started" && sleep 1.5
+  touch "$work/enough"
   ended_with 4 && wiped
 }
 step_run "run: two SIGTERMs that the command ignores change nothing: its end is waited for, then all is wiped" twice
 held_by_orphan() {
   local began orphan
-  start -- bash -c 'setsid sleep 60.125 <'"$mnt"'/acme/m/config.json & sleep 0.5; echo going; exit 3' || return 1
+  # Its file is open once it is called sleep.
+  start -- bash -c 'setsid sleep 600.125 <'"$mnt"'/acme/m/config.json & until pgrep -f "^sleep 600\.125\$" >/dev/null; do sleep 0.05; done
+    echo going; exit 3' || return 1
   began=$SECONDS
   ended_with 3 || return 1
-  orphan=$(pgrep -f '^sleep 60\.125$' | tail -1)
+  orphan=$(pgrep -f '^sleep 600\.125$' | tail -1)
   kill "$orphan" || return 1
-  ((SECONDS - began < 9)) && ! mounted && grep -q 'detached while in use' "$work/err"
+  ((SECONDS - began < 120)) && ! mounted && grep -q 'detached while in use' "$work/err"
 }
 step_run "run: a process left behind that holds a file delays the end by 2 s and is named" held_by_orphan
 taken_off() {
-  start -- sh -c 'echo going; sleep 3; echo went on; exit 6' || return 1
+  rm -f "$work/enough"
+  start -- sh -c 'echo going; until [ -e '"$work/enough"' ]; do sleep 0.1; done; echo went on; exit 6' || return 1
   umount -l "$mnt"
-  until_true 5 grep -q 'was taken off while the command runs' "$work/err" || return 1
+  until_true 90 grep -q 'was taken off while the command runs' "$work/err" || return 1
   exits_with 3 modelfs -q status "$mnt" 2>/dev/null || return 1
+  touch "$work/enough"
   ended_with 6 && grep -q 'went on' "$work/out" && wiped
 }
 step_run "run: unmounted from outside: said at once, the command goes on, its code comes back" taken_off
 stop_first() { # a store that never answers
-  local port began=$SECONDS
-  python3 -c 'import socket, sys, time; s = socket.socket(); s.bind(("127.0.0.1", 0)); s.listen(9); print(s.getsockname()[1], flush=True); time.sleep(60)' >"$work/port" &
+  local port began
+  python3 -c 'import socket, sys, time; s = socket.socket(); s.bind(("127.0.0.1", 0)); s.listen(9); print(s.getsockname()[1], flush=True); time.sleep(600)' >"$work/port" &
   local listener=$!
-  until_true 5 test -s "$work/port" || return 1
+  until_true 90 test -s "$work/port" || return 1
   port=$(cat "$work/port")
   AWS_ACCESS_KEY_ID=a AWS_SECRET_ACCESS_KEY=b modelfs run s3://bucket/p "$mnt" --s3-endpoint "http://127.0.0.1:$port" --key "file:$work/secrets/key" \
     --trust "$trust" --cache 64MiB -- touch "$work/started" >"$work/out" 2>"$work/err" &
   started=$!
   sleep 1
+  began=$SECONDS
   kill -TERM "$started"
   ended_with 143 || return 1
   kill $listener
-  ((SECONDS - began < 20)) && [[ ! -e $work/started ]] && ! mounted
+  ((SECONDS - began < 45)) && [[ ! -e $work/started ]] && ! mounted
 }
 step_run "run: SIGTERM while a store does not answer ends within seconds, and nothing is started" stop_first
 
@@ -212,7 +219,7 @@ secrets_gone() {
 step_run "run: no secret is in the command's environment, nor left in ours" secrets_gone
 # As a service manager or a shell may leave it to us; the kernel then collects children unseen.
 children_ignored() {
-  timeout -k 1 20 python3 -c '
+  timeout -k 1 120 python3 -c '
 import os, signal, sys
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 os.execvp("modelfs", ["modelfs", *sys.argv[1:]])' run "${common[@]}" -- sh -c 'exit 7'
@@ -235,7 +242,7 @@ pid, terminal = pty.fork()
 if pid == 0:
     os.execvp("modelfs", ["modelfs", "-q", "run", *common, "--", "bash", "-c",
               "trap 'echo interrupted; exit 9' INT; echo going; while :; do sleep 0.05; done"])
-seen, sent, end = b"", 0, time.time() + 30
+seen, sent, end = b"", 0, time.time() + 300
 while time.time() < end:
     if select.select([terminal], [], [], 0.1)[0]:
         try:
@@ -255,13 +262,13 @@ PYTHON
 }
 step_run "run: at a terminal Ctrl-C reaches the command once, and Ctrl-Z does not stop it for ever" at_a_terminal
 dies_with_us() {
-  start -- sh -c 'echo going; exec sleep 61' || return 1
+  start -- sh -c 'echo going; exec sleep 600' || return 1
   local child
   child=$(pgrep -P "$started")
   kill -9 "$started"
   wait "$started" 2>/dev/null || true
   umount -l "$mnt"
-  until_true 15 over "$child" || { kill "$child"; return 1; }
+  until_true 90 over "$child" || { kill "$child"; return 1; }
 }
 step_run "run: when modelfs is killed, the command is told" dies_with_us
 
@@ -297,7 +304,7 @@ reaps() {
   exits_with 8 first_process -- bash -c '
     [[ $PPID == 1 ]] || exit 90
     for i in 1 2 3 4 5; do (sleep 0.2 &) ; done; sleep 1
-    ! ps -eo stat= | grep -q "^Z" || exit 91
+    for i in $(seq 601); do ps -eo stat= | grep "^Z" >/dev/null || break; ((i <= 600)) || exit 91; sleep 0.1; done
     (setsid sh -c "trap \"\" TERM; sleep 60" &); exit 8' || { cat "$work/err"; return 1; }
   wiped
 }
@@ -306,7 +313,7 @@ first_is_told() {
   unshare --pid --fork --mount-proc --kill-child modelfs run "${common[@]}" -- \
     bash -c 'trap "echo got TERM; exit 11" TERM; echo going; while :; do sleep 0.05; done' >"$work/out" 2>"$work/err" &
   started=$!
-  until_true 20 grep -q going "$work/out" || { cat "$work/err"; return 1; }
+  until_true 120 grep -q going "$work/out" || { cat "$work/err"; return 1; }
   # unshare does not forward: the kernel shows its child here under another number.
   kill -TERM "$(pgrep -P "$started")"
   ended_with 11 && wiped
@@ -340,7 +347,7 @@ serve_given() { # OPTIONS PATH [ARGUMENT...]: until it is there
   chmod 600 /dev/fuse
   as_nobody_with_mount "$options" modelfs mount "$work/user/store" "$path" "${given[@]}" "$@" >"$work/out" 2>"$work/err" &
   started=$!
-  until_true 20 grep -q 'acme/m of' "$work/out" || { cat "$work/err"; return 1; }
+  until_true 120 grep -q 'acme/m of' "$work/out" || { cat "$work/err"; return 1; }
 }
 as_nobody_with_mount() { # OPTIONS COMMAND...
   local options=$1
@@ -410,7 +417,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 fd = os.open("/dev/fuse", os.O_RDWR)
 assert libc.mount(b"x", sys.argv[1].encode(), b"fuse.modelfs", 1, f"fd={fd},rootmode=40000,user_id=0,group_id=0".encode()) == 0
 os.read(fd, 1 << 17)  # the kernel's first request, taken and never answered
-done = subprocess.run(["modelfs", "mount", "/nowhere", f"/dev/fd/{fd}", "--key", "file:/k"], pass_fds=[fd], capture_output=True, timeout=20)
+done = subprocess.run(["modelfs", "mount", "/nowhere", f"/dev/fd/{fd}", "--key", "file:/k"], pass_fds=[fd], capture_output=True, timeout=120)
 os.close(fd)
 libc.umount2(sys.argv[1].encode(), 2)
 assert done.returncode == 2 and b"another program has begun to serve" in done.stderr, done
@@ -458,7 +465,7 @@ exec dockerd --data-root "$work/docker" --exec-root "$work/docker-exec" --pidfil
 SH
   bash "$work/dockerd.sh" &
   docker_pid=$!
-  until_true 30 docker info || { tail -5 "$work/dockerd.log"; return 1; }
+  until_true 180 docker info || { tail -5 "$work/dockerd.log"; return 1; }
 }
 step "start Docker" start_docker
 # Non-root in a container opens what udev's rule would let everyone open.
@@ -504,13 +511,13 @@ inside=(/store /models --key file:/key --trust /trust.pub --cache 64MiB)
 health_is() { [[ $(docker inspect -f '{{.State.Health.Status}}' c1) == "$1" ]]; }
 health() {
   "${container[@]}" --name c1 app "${inside[@]}" -- busybox sh -c 'trap "echo told; exit 5" TERM; while :; do busybox sleep 0.1; done' >/dev/null || return 1
-  until_true 30 health_is healthy || { docker logs c1; return 1; }
-  docker exec c1 modelfs lock /models >/dev/null && until_true 30 health_is unhealthy || { docker inspect -f '{{json .State.Health}}' c1; return 1; }
-  docker exec c1 modelfs unlock /models >/dev/null && until_true 30 health_is healthy
+  until_true 180 health_is healthy || { docker logs c1; return 1; }
+  docker exec c1 modelfs lock /models >/dev/null && until_true 180 health_is unhealthy || { docker inspect -f '{{json .State.Health}}' c1; return 1; }
+  docker exec c1 modelfs unlock /models >/dev/null && until_true 180 health_is healthy
 }
 step "the image's health check: healthy, unhealthy while locked, healthy again" health
 stop_container() {
-  docker stop -t 10 c1 >/dev/null
+  docker stop -t 120 c1 >/dev/null
   docker logs c1 >"$work/out" 2>&1
   [[ $(docker inspect -f '{{.State.ExitCode}}' c1) == 5 ]] && grep -q told "$work/out" && grep -q 'wiped wiped_bytes' "$work/out" ||
     { cat "$work/out"; return 1; }
