@@ -22,7 +22,7 @@ pjdfstest=$(echo "$cache"/pjdfstest-*/bin/pjdfstest)
 export PJDFSTEST=$pjdfstest HF_HUB_DISABLE_PROGRESS_BARS=1 PYTHONDONTWRITEBYTECODE=1
 
 # Longest time for one client, far above what it needs: a mount that hangs must end as a failed step.
-CLIENT_SECONDS=900
+CLIENT_SECONDS=1800
 
 work=$(mktemp -d "${TMPDIR:-/tmp}/modelfs-e2e.XXXXXX")
 store=$work/store
@@ -131,13 +131,13 @@ step "no plaintext in the store" plaintext_is_not_stored
 # ---- Mount, in the ways that differ inside; the same programs must see the same bytes.
 
 mount_models() { # OPTIONS...
-  timeout --kill-after=10 120 "$modelfs" mount "$store" "$mnt" --key "file:$work/key" --trust "$work/signing.key.pub" --daemon \
+  timeout --kill-after=10 600 "$modelfs" mount "$store" "$mnt" --key "file:$work/key" --trust "$work/signing.key.pub" --daemon \
     --log-file "$work/log" "$@" || return 1
   mountpoint -q "$mnt" || { echo "nothing is mounted at $mnt"; return 1; }
 }
 unmount() {
   mountpoint -q "$mnt" || { echo "nothing is mounted at $mnt"; return 1; }
-  timeout --kill-after=10 120 "$modelfs" umount "$mnt" || return 1
+  timeout --kill-after=10 600 "$modelfs" umount "$mnt" || return 1
   ! mountpoint -q "$mnt" || { echo "$mnt is still mounted"; return 1; }
   [[ -z $(ls -A "$mnt") ]] || { echo "$mnt is not empty after unmounting"; return 1; }
 }
@@ -175,7 +175,7 @@ if [[ -z $quick ]]; then
   fi
   [[ ! -d $mnt/e2e/gguf ]] || step "check_gguf gguf" client check_gguf "$lite" "$models/gguf" "$mnt/e2e/gguf"
   if [[ -x $pjdfstest ]]; then
-    step "pjdfstest" timeout --kill-after=10 300 bash "$clients/pjdfstest.sh" "$mnt/e2e/minilm"
+    step "pjdfstest" timeout --kill-after=10 900 bash "$clients/pjdfstest.sh" "$mnt/e2e/minilm"
   else
     skip "pjdfstest" "it is not installed"
   fi
@@ -215,8 +215,8 @@ fi
 
 "$modelfs" keygen "$work/other-key" >/dev/null
 "$modelfs" keygen --signing "$work/other-signing.key" >/dev/null
-cat_config() { timeout 60 "$modelfs" cat "$store" "$1" config.json "${@:2}" | cmp - "$models/minilm/config.json"; }
-cat_quietly() { timeout 60 "$modelfs" cat "$store" "$@" >"$work/out"; }
+cat_config() { timeout 900 "$modelfs" cat "$store" "$1" config.json "${@:2}" | cmp - "$models/minilm/config.json"; }
+cat_quietly() { timeout 900 "$modelfs" cat "$store" "$@" >"$work/out"; }
 step "cat" cat_config e2e/minilm --key "file:$work/key" --trust "$work/signing.key.pub"
 step_exits 25 "another key opens nothing" \
   cat_quietly e2e/minilm config.json --key "file:$work/other-key" --trust "$work/signing.key.pub"
@@ -241,14 +241,14 @@ print('flipped byte', flip_byte(Path('$victim'), 20_000_000))"
 }
 harmed_file_is_refused() {
   local rc=0
-  timeout 120 dd if="$mnt/e2e/fio/fio.bin" of="$work/out" bs=1M status=none 2>"$work/err" || rc=$?
+  timeout 600 dd if="$mnt/e2e/fio/fio.bin" of="$work/out" bs=1M status=none 2>"$work/err" || rc=$?
   cat "$work/err"
   [[ $rc == 1 ]] && grep -q 'Input/output error' "$work/err" || { echo "dd ended with $rc"; return 1; }
   # What was answered before the harmed place must be right.
   cmp -n "$(stat -c %s "$work/out")" "$work/out" "$work/plain/fio/fio.bin"
 }
 step "harm one stored byte" harm_fio_object
-step_exits 20 "verify names it" timeout 300 "$modelfs" verify "$store" e2e/fio --key "file:$work/key" --trust "$work/signing.key.pub"
+step_exits 20 "verify names it" timeout 900 "$modelfs" verify "$store" e2e/fio --key "file:$work/key" --trust "$work/signing.key.pub"
 step "mount the harmed store" mount_models --cache "$roomy" --open lazy
 step "the harmed file ends in EIO, with no wrong byte before" harmed_file_is_refused
 step "other models are served" client check_safetensors "$lite" "$models/minilm" "$mnt/e2e/minilm"
@@ -277,7 +277,7 @@ if [[ -x $versitygw ]]; then
   store=s3://models/prefix
   step "s3: seal minilm" seal minilm
   step "s3: seal edges" seal edges
-  step "s3: verify" timeout 300 "$modelfs" verify $store e2e/minilm --trust "$work/signing.key.pub"
+  step "s3: verify" timeout 900 "$modelfs" verify $store e2e/minilm --trust "$work/signing.key.pub"
   step "s3: mount" mount_models --cache "$roomy"
   step "s3: check_tree edges" client check_tree "$lite" "$models/edges" "$mnt/e2e/edges"
   step "s3: check_safetensors minilm" client check_safetensors "$lite" "$models/minilm" "$mnt/e2e/minilm"
@@ -327,7 +327,7 @@ as_nobody() { # LIMIT|free COMMAND...
   fi
   env -u XDG_CONFIG_HOME -u XDG_STATE_HOME -u MODELFS_STATE_DIR HOME="$nobody" TMPDIR="$nobody" PATH="$nobody/bin:$PATH" \
     prlimit "--memlock=$limit:$limit" setpriv --reuid=65534 --regid=65534 --clear-groups "${may_lock[@]}" -- \
-    timeout --kill-after=10 300 "$@"
+    timeout --kill-after=10 900 "$@"
 }
 demo_names_the_limit() {
   local rc=0
@@ -351,7 +351,7 @@ first_command_names_the_limit() {
 }
 first_command_goes_on() { first_command free | grep -x 'built: run --release --locked -- demo'; }
 
-step "demo" timeout 300 "$modelfs" demo
+step "demo" timeout 900 "$modelfs" demo
 if [[ $EUID == 0 ]]; then
   # 0600 where udev does not run; an ordinary user needs what its rule would give.
   fuse_mode=$(stat -c %a /dev/fuse)

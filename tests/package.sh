@@ -138,10 +138,10 @@ went_on() {
   nspawn_in journalctl -b -u mnt-away.mount -o cat | grep 'mount.modelfs: .*UNREACHABLE'
 }
 given_up() {
-  until_true 20 nspawn_in systemctl is-failed mnt-stuck.mount
+  until_true 120 nspawn_in systemctl is-failed mnt-stuck.mount
   [[ $(nspawn_in systemctl show -P Result mnt-stuck.mount) == timeout ]] || { nspawn_in systemctl status mnt-stuck.mount; return 1; }
   # What it started is gone with it, and mounts nothing later.
-  until_true 5 nothing_waits || { nspawn_in pgrep -af 'mount.modelfs .*/mnt/stuck'; return 1; }
+  until_true 60 nothing_waits || { nspawn_in pgrep -af 'mount.modelfs .*/mnt/stuck'; return 1; }
 }
 nothing_waits() { ! nspawn_in pgrep -f 'mount.modelfs .*/mnt/stuck'; }
 not_told() { ! nspawn_in journalctl -b -o cat | grep -F change-me; }
@@ -159,8 +159,11 @@ upgrade() {
   [[ $(stat -c %a "$root/etc/modelfs/llama.key") == 600 ]] || rc=1
   kill "$reader" && wait "$reader" 2>/dev/null || true
   nspawn_in pkill -x sleep || true
+  # As long as it lives, the mount is busy.
+  until_true 60 reader_gone || rc=1
   return $rc
 }
+reader_gone() { ! nspawn_in pgrep -f '^sleep 600$'; }
 again() { nspawn_in systemctl restart mnt-models.mount && reads; }
 # A unit that is enabled and runs, beside the mount of fstab.
 unit() {
@@ -171,7 +174,7 @@ MODELFS_KEY_SOURCE=file:/etc/modelfs/llama.key
 MODELFS_TRUST=/etc/modelfs/signing.pub
 MODELFS_CACHE=256MiB
 ENV
-  nspawn_in timeout 60 systemctl enable --now modelfs@models.service && nspawn_in diff -r /srv/model /mnt/unit/acme/llama
+  nspawn_in timeout 300 systemctl enable --now modelfs@models.service && nspawn_in diff -r /srv/model /mnt/unit/acme/llama
 }
 # What a container engine would ask of the driver's socket.
 ask_plugin() { # CALL JSON FIELD
@@ -199,7 +202,7 @@ remove() {
   ! nspawn_in systemctl is-active modelfs@models.service && ! nspawn_in mountpoint -q /mnt/unit
 }
 purge() {
-  nspawn_in umount /mnt/models && until_true 15 no_daemon || return 1
+  nspawn_in umount /mnt/models && until_true 90 no_daemon || return 1
   # As a volume plugin leaves it that was killed: what nobody serves any more.
   nspawn_in sh -ec 'mkdir -p /var/lib/modelfs/volumes/dead; exec 9<>/dev/fuse
     mount -i -t fuse.modelfs -o fd=9,rootmode=40000,user_id=0,group_id=0 none /var/lib/modelfs/volumes/dead'

@@ -187,7 +187,7 @@ start_engine() {
   dockerd --data-root "$work/docker" --exec-root "$work/exec" --pidfile "$work/docker.pid" -H "$DOCKER_HOST" \
     --bridge=none --iptables=false --ip6tables=false --ip-forward=false --ip-masq=false >"$work/engine.log" 2>&1 &
   engine_pid=$!
-  until_true 60 docker version || { tail -5 "$work/engine.log"; return 1; }
+  until_true 180 docker version || { tail -5 "$work/engine.log"; return 1; }
 }
 docker_builds() {
   tar -C "$work/base" -c . | docker import - localhost/base >/dev/null || return 1
