@@ -7,6 +7,8 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=tests/parts/again.sh
+source "$here/again.sh"
 COMPOSE_VERSION=v2.40.3
 cache=${MODELFS_TEST_CACHE:-$HOME/.cache/modelfs-tests}
 root=$cache/compose-$COMPOSE_VERSION
@@ -25,7 +27,7 @@ install)
   echo "[parts] compose $COMPOSE_VERSION: building (3 minutes)"
   # Built aside and moved, so that a build cut short is not taken for the program.
   mkdir -p "$root.build" "$root/bin"
-  (cd "$here/compose" && go build -o "$root.build/docker-compose" \
+  (cd "$here/compose" && again go build -o "$root.build/docker-compose" \
     -ldflags "-s -w -X github.com/docker/compose/v2/internal.Version=$COMPOSE_VERSION" github.com/docker/compose/v2/cmd)
   mv "$root.build/docker-compose" "$root/bin/docker-compose"
   rm -rf "$root.build"

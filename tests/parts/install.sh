@@ -36,6 +36,8 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=tests/parts/again.sh
+source "$here/again.sh"
 clients=$(cd "$here/../clients" && pwd)
 cache=${MODELFS_TEST_CACHE:-$HOME/.cache/modelfs-tests}
 mkdir -p "$cache"
@@ -78,8 +80,7 @@ install_apt() {
     lacking apt "please install: ${wanted[*]} (as root on Debian or Ubuntu: apt-get install ${wanted[*]})"
   else
     say "apt: installing ${wanted[*]}"
-    apt-get update -qq >/dev/null || true
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${wanted[@]}" >/dev/null ||
+    apt_install "${wanted[@]}" ||
       lacking apt "apt-get install ${wanted[*]} failed"
   fi
 }
@@ -94,7 +95,7 @@ install_rust() {
   fi
   for component in "${wanted[@]}"; do
     say "rust: adding $component"
-    rustup component add "$component" || lacking "$component" "rustup component add $component failed"
+    again rustup component add "$component" || lacking "$component" "rustup component add $component failed"
   done
 }
 
@@ -109,7 +110,7 @@ cargo_tool() {
   say "$name $version: building (a few minutes)"
   if CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_OPT_LEVEL=1 CARGO_PROFILE_RELEASE_CODEGEN_UNITS=256 \
     CARGO_PROFILE_RELEASE_DEBUG=0 CARGO_TARGET_DIR=$root.build \
-    cargo install --quiet --locked --root "$root" --version "$version" "$name"; then
+    again cargo install --quiet --locked --root "$root" --version "$version" "$name"; then
     say "$name $version: built"
   else
     lacking "$name" "cargo install $name --version $version failed"
@@ -121,9 +122,7 @@ cargo_tool() {
 install_lintian() {
   if command -v lintian >/dev/null || [[ $EUID != 0 ]] || ! command -v apt-get >/dev/null; then return; fi
   say "cargo-deb: apt installs lintian"
-  # The lists may be as empty as an image leaves them; what fails here fails below.
-  apt-get update -qq >/dev/null || true
-  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends lintian >/dev/null ||
+  apt_install lintian ||
     lacking lintian "apt-get install lintian failed"
 }
 
@@ -140,8 +139,8 @@ venv() {
   say "$name: installing with pip"
   rm -rf "$root"
   if python3 -m venv "$root" &&
-    "$root/bin/pip" install --quiet --disable-pip-version-check -c "$here/constraints.txt" -r "$here/$name.txt" &&
-    { [[ -z $extra ]] || "$root/bin/pip" install --quiet --disable-pip-version-check --no-deps "$extra"; }; then
+    again "$root/bin/pip" install --quiet --disable-pip-version-check -c "$here/constraints.txt" -r "$here/$name.txt" &&
+    { [[ -z $extra ]] || again "$root/bin/pip" install --quiet --disable-pip-version-check --no-deps "$extra"; }; then
     printf '%s\n' "$stamp" >"$root/complete"
     say "$name: installed"
   else
@@ -190,8 +189,7 @@ install_engine() { # PART COMMAND PACKAGE...
     lacking "$part" "please install: ${*:3}"
   else
     say "$part: apt installs ${*:3}"
-    apt-get update -qq >/dev/null || true
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${@:3}" >/dev/null ||
+    apt_install "${@:3}" ||
       lacking "$part" "apt-get install ${*:3} failed"
   fi
 }
@@ -207,8 +205,8 @@ install_prometheus() {
   say "prometheus: apt downloads it"
   rm -rf "$root.build"
   mkdir -p "$root.build" "$root/bin"
-  if (cd "$root.build" && { apt-get download -qq prometheus || { apt-get update -qq && apt-get download -qq prometheus; }; }) \
-    >/dev/null 2>&1 && dpkg -x "$root.build"/prometheus_*.deb "$root.build/x" &&
+  download() { (cd "$root.build" && { apt-get download -qq prometheus || { apt-get update -qq && apt-get download -qq prometheus; }; }) >/dev/null 2>&1; }
+  if again download && dpkg -x "$root.build"/prometheus_*.deb "$root.build/x" &&
     mv "$root.build"/x/usr/bin/{prometheus,promtool} "$root/bin/"; then
     say "prometheus: unpacked ($("$root/bin/promtool" --version | head -1))"
   else
@@ -275,7 +273,7 @@ go_tool() {
   command -v go >/dev/null || { lacking "$name" "needs Go: https://go.dev/dl/"; return; }
   say "$name $version: building (a few minutes)"
   mkdir -p "$root/bin" "$root.build"
-  if GOBIN=$root.build go install -ldflags '-s -w' "$module@v$version" && mv "$root.build/$name" "$root/bin/$name"; then
+  if GOBIN=$root.build again go install -ldflags '-s -w' "$module@v$version" && mv "$root.build/$name" "$root/bin/$name"; then
     say "$name $version: built"
   else
     lacking "$name" "go install $module@v$version failed"
@@ -326,7 +324,7 @@ install_panels() {
   root=$cache/panels-$(sha256sum "$list" | cut -c1-12)
   [[ ! -f $root/complete ]] || { say "panels: there"; return; }
   rm -rf "$root" && mkdir -p "$root"
-  if python3 -m venv "$root/venv" && "$root/venv/bin/pip" download --quiet --disable-pip-version-check -d "$root" -r "$list"; then
+  if python3 -m venv "$root/venv" && again "$root/venv/bin/pip" download --quiet --disable-pip-version-check -d "$root" -r "$list"; then
     rm -rf "$root/venv"
     touch "$root/complete"
     say "panels: downloaded"

@@ -9,6 +9,8 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=tests/parts/again.sh
+source "$here/again.sh"
 KUBERNETES_VERSION=1.34.0
 CSI_SANITY_VERSION=5.6.0
 cache=${MODELFS_TEST_CACHE:-$HOME/.cache/modelfs-tests}
@@ -34,8 +36,8 @@ version_flags() {
 build() { # NAME FOLDER
   case $1 in
   # Kubernetes pins its own libraries by replacements, which `go install` refuses: hence a module around it.
-  kube*) (cd "$here/kubernetes" && go build -ldflags "-s -w $(version_flags)" -o "$2/$1" "k8s.io/kubernetes/cmd/$1") ;;
-  csi-sanity) GOBIN=$2 go install -ldflags '-s -w' "github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity@v$CSI_SANITY_VERSION" ;;
+  kube*) (cd "$here/kubernetes" && again go build -ldflags "-s -w $(version_flags)" -o "$2/$1" "k8s.io/kubernetes/cmd/$1") ;;
+  csi-sanity) GOBIN=$2 again go install -ldflags '-s -w' "github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity@v$CSI_SANITY_VERSION" ;;
   esac
 }
 
@@ -48,7 +50,7 @@ install_apt() {
     command -v "$command" >/dev/null || wanted+=("${packages[$command]}")
   done
   # /bin/busybox of another package may be linked to libraries that an image does not have.
-  busybox 2>/dev/null | head -1 | grep -q BusyBox || wanted+=(busybox-static)
+  [[ $(busybox 2>/dev/null || true) == BusyBox* ]] || wanted+=(busybox-static)
   if [[ ${#wanted[@]} == 0 ]]; then
     echo "[parts] kubernetes: nothing to install with apt"
   elif [[ $EUID != 0 ]] || ! command -v apt-get >/dev/null; then
@@ -56,8 +58,7 @@ install_apt() {
     return 1
   else
     echo "[parts] kubernetes: apt installs ${wanted[*]}"
-    apt-get update -qq >/dev/null || true
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${wanted[@]}" >/dev/null
+    apt_install "${wanted[@]}"
   fi
 }
 

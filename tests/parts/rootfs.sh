@@ -6,6 +6,9 @@
 #   tests/parts/rootfs.sh path        prints where it is
 set -euo pipefail
 
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=tests/parts/again.sh
+source "$here/again.sh"
 SUITE=bookworm
 # Counts up when what is below makes another file system.
 RECIPE=1
@@ -25,8 +28,12 @@ install_tools() {
     return 1
   fi
   echo "[parts] rootfs: apt installs ${wanted[*]}"
-  apt-get update -qq >/dev/null || true
-  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${wanted[@]}" >/dev/null
+  apt_install "${wanted[@]}"
+}
+
+make_system() {
+  rm -rf --one-file-system "$root.build"
+  debootstrap --variant=minbase --include="$PACKAGES" "$SUITE" "$root.build" "$MIRROR"
 }
 
 case ${1:-install} in
@@ -45,8 +52,7 @@ install)
   fi
   echo "[parts] rootfs ${root##*/}: debootstrap (2 minutes)"
   # Made aside and moved, so that one cut short is not taken for it.
-  rm -rf "$root.build"
-  debootstrap --variant=minbase --include="$PACKAGES" "$SUITE" "$root.build" "$MIRROR" >"$root.log" 2>&1 ||
+  again make_system >"$root.log" 2>&1 ||
     { tail -5 "$root.log" >&2; exit 1; }
   # Half a minute less of every boot, and nothing that wants a network or a console of its own.
   for unit in systemd-resolved systemd-networkd systemd-timesyncd apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer \

@@ -8,6 +8,8 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=tests/parts/again.sh
+source "$here/again.sh"
 VAULT_VERSION=1.13.0
 MINIO_VERSION=v0.0.0-20260212201848-7aac2a2c5b7c
 cache=${MODELFS_TEST_CACHE:-$HOME/.cache/modelfs-tests}
@@ -16,8 +18,8 @@ declare -A root=([vault]=$cache/vault-$VAULT_VERSION [minio]=$cache/minio-$MINIO
 build() { # NAME: into $root.build
   case $1 in
   # Vault pins its dependencies by replacements in its own go.mod, which `go install` refuses: hence a module around it.
-  vault) (cd "$here/vault" && go build -ldflags '-s -w' -o "${root[vault]}.build/vault" github.com/hashicorp/vault) ;;
-  minio) GOBIN=${root[minio]}.build go install -ldflags '-s -w' "github.com/minio/minio@$MINIO_VERSION" ;;
+  vault) (cd "$here/vault" && again go build -ldflags '-s -w' -o "${root[vault]}.build/vault" github.com/hashicorp/vault) ;;
+  minio) GOBIN=${root[minio]}.build again go install -ldflags '-s -w' "github.com/minio/minio@$MINIO_VERSION" ;;
   esac
 }
 

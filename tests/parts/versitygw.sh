@@ -8,6 +8,9 @@
 # tests/common/mod.rs starts one server for each test that wants one, over a folder of its own, and stops it.
 set -euo pipefail
 
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=tests/parts/again.sh
+source "$here/again.sh"
 VERSITYGW_VERSION=1.8.0
 cache=${MODELFS_TEST_CACHE:-$HOME/.cache/modelfs-tests}
 root=$cache/versitygw-$VERSITYGW_VERSION
@@ -28,7 +31,7 @@ install)
   echo "[parts] versitygw $VERSITYGW_VERSION: building (80 s)"
   # Built aside and moved, so that a build cut short is not taken for the program.
   mkdir -p "$root.build"
-  GOBIN=$root.build go install "github.com/versity/versitygw/cmd/versitygw@v$VERSITYGW_VERSION"
+  GOBIN=$root.build again go install "github.com/versity/versitygw/cmd/versitygw@v$VERSITYGW_VERSION"
   mkdir -p "$root/bin"
   mv "$root.build/versitygw" "$root/bin/versitygw"
   rmdir "$root.build"
