@@ -209,9 +209,24 @@ up() { until_true 180 running "$1" || { kc describe pod -n chat "$1" | tail -20;
 reads() { # POD MODEL [FOLDER]: every byte as it was sealed
   local got want
   want=$(sha256sum <"$work/$2/model.safetensors")
-  got=$(kc exec -n chat "$1" -- sh -c "sha256sum <${3:-/models}/acme/$2/model.safetensors") && [[ $got == "$want" ]] || { echo "got $got"; return 1; }
+  got=$(answer_of "$1" sh -c "sha256sum <${3:-/models}/acme/$2/model.safetensors") && [[ $got == "$want" ]] || { echo "got $got"; return 1; }
+}
+# What the command said holds; where it was not reached, it is asked once more.
+answer_of() { # POD COMMAND...
+  local said rc=0
+  said=$(kc exec -n chat "$1" -- "${@:2}" 2>"$work/exec.err") || rc=$?
+  if [[ $rc != 0 ]] && ! grep "command terminated with exit code" "$work/exec.err" >/dev/null; then
+    sleep 2
+    rc=0
+    said=$(kc exec -n chat "$1" -- "${@:2}" 2>"$work/exec.err") || rc=$?
+  fi
+  [[ $rc == 0 ]] || cat "$work/exec.err" >&2
+  echo "$said"
+  return $rc
 }
 opens() { kc exec -n chat "$1" -- cat "/models/acme/$2/config.json" >/dev/null 2>&1; }
+# One `exec` that the kubelet did not manage is no loss of the model.
+still_opens() { opens "$@" || { sleep 1; opens "$@"; }; }
 cannot_open() { ! opens "$@"; }
 denied() { # POD MODEL: told so, not merely failing
   local said
@@ -322,7 +337,7 @@ drop_role() {
   until_true 240 denied llama llama || { echo "llama is not shut out"; log_of_driver --tail 5; return 1; }
   until_true 120 event_says llama VAULT_DENIED || return 1
   events llama | grep VAULT_DENIED | tail -1
-  reads qwen qwen && opens shared-2 shared
+  reads qwen qwen && still_opens shared-2 shared
 }
 restarts() { kc get pod -n chat "$1" -o jsonpath='{.status.containerStatuses[0].restartCount}'; }
 # Its own probe failed meanwhile, and may have had it restarted, or be about to: it reads, and goes on.
@@ -340,9 +355,8 @@ outage() {
   noticed() { log_of_driver | grep "could not be proved again, and stays" >/dev/null; }
   # The kubelet asks in its own time; on a busy machine its round and the driver's question to Vault take longer.
   while ((SECONDS < began + 30)) || { ((SECONDS < began + 240)) && ! noticed; }; do
-    # One `exec` that the kubelet did not manage is no loss of the model.
-    opens llama llama || { sleep 1; opens llama llama; } || outcome=1
-    opens qwen qwen || { sleep 1; opens qwen qwen; } || outcome=1
+    still_opens llama llama || outcome=1
+    still_opens qwen qwen || outcome=1
     sleep 1
   done
   kill -CONT "${cluster_pids[vault]}"

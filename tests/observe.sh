@@ -122,7 +122,7 @@ PYTHON
   receiver=$!
   until_true 120 bash -c "exec 3<>/dev/tcp/127.0.0.1/$port"
   run_page_block "$page" alerts || return 1
-  object=$(find store -type f -size +1M | head -1)
+  object=$(find store -type f -size +1M -print -quit)
   chmod u+w "$object"
   printf '\x5a\xa5\x5a\xa5' | dd of="$object" bs=1 seek=3000000 conv=notrunc status=none
   ! cat "$MNT/acme/llama/model.safetensors" >/dev/null 2>&1 || return 1

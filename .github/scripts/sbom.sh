@@ -31,7 +31,7 @@ program() { # FILE
 # owner PATH: the package that owns it, by either of its names where /lib is a link into /usr.
 owner() {
   local path
-  for path in "$1" "${1#/usr}" "/usr$1"; do dpkg-query -S "$path" 2>/dev/null | grep -v '^diversion' | head -1 | sed 's/: .*//' | grep . && return; done
+  for path in "$1" "${1#/usr}" "/usr$1"; do dpkg-query -S "$path" 2>/dev/null | grep -v '^diversion' | sed -n '1s/: .*//p' | grep . && return; done
   return 1
 }
 

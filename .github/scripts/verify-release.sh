@@ -35,7 +35,7 @@ for file in MANIFEST MANIFEST.sig; do
   head -c 1048577 "$folder/$file" >"$work/$file"
   [[ $(stat -c %s "$work/$file") -le 1048576 ]] || refuse "$file is larger than any manifest"
 done
-openssl pkey -pubin -in "$key" -noout -text 2>/dev/null | head -1 | grep '^ED25519 Public-Key' >/dev/null || refuse "$key is not an Ed25519 public key"
+openssl pkey -pubin -in "$key" -noout -text 2>/dev/null | grep '^ED25519 Public-Key' >/dev/null || refuse "$key is not an Ed25519 public key"
 openssl pkeyutl -verify -rawin -pubin -inkey "$key" -in "$work/MANIFEST" -sigfile "$work/MANIFEST.sig" >/dev/null 2>&1 ||
   refuse "MANIFEST was not signed by $key, or was changed since"
 
