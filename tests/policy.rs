@@ -501,12 +501,10 @@ fn whoever_is_out_of_sight_is_judged_by_uid_and_primary_group_alone() {
         };
     }
     let mut child = outside.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("unshare");
-    let deadline = Instant::now() + Duration::from_secs(30);
-    while !program::is_mountpoint(program.mountpoint()) {
+    until("it is not mounted", || {
         assert!(child.try_wait().expect("wait").is_none(), "the mount ended");
-        assert!(Instant::now() < deadline, "not mounted within 30 s");
-        std::thread::sleep(Duration::from_millis(20));
-    }
+        program::is_mountpoint(program.mountpoint())
+    });
     let secret = program.mountpoint().join("acme/secret/config.json");
     let by_primary = cat(MEMBER, &secret);
     let by_supplementary = cat(TRAINER, &secret);
@@ -624,7 +622,7 @@ impl Sink for Gate {
     fn take(&self, event: &Event) -> modelfs::error::Result<()> {
         if event.kind == Kind::Look {
             let state = self.state.lock().expect("a test");
-            let wait = Duration::from_secs(20);
+            let wait = Duration::from_secs(120);
             let (mut state, late) = self.changed.wait_timeout_while(state, wait, |state| !state.0).expect("a test");
             state.1 |= late.timed_out();
         }
@@ -803,7 +801,7 @@ fn told_after_a_wait<P: Sync, T: Send>(
 }
 
 fn until(what: &str, mut done: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + Duration::from_secs(120);
     while !done() {
         assert!(Instant::now() < deadline, "{what}");
         std::thread::sleep(Duration::from_millis(1));
@@ -1080,9 +1078,7 @@ fn a_policy_is_checked_before_it_takes_effect_and_a_refused_one_changes_nothing(
     assert_eq!(output.status.code(), Some(2));
     assert!(text(&output).contains("stays as it was") && text(&output).contains("`uids`"), "{}", text(&output));
     mount.signal(libc::SIGHUP);
-    while !program.log().contains("nothing changed") {
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    program.until("the word of a refused policy", || program.log().contains("nothing changed"));
     assert!(matches!(cat(STRANGER, &file), Told::Let(_)), "the old one stands");
 
     std::fs::write(&policy, grant(4302)).expect("written");
