@@ -696,9 +696,13 @@ fn a_new_policy_holds_for_new_opens_and_for_reads_of_open_files() {
     mount.set_policy(&format!("{all}[limits]\nbytes_per_s = \"128KiB\"\nbytes_burst = \"4KiB\"\n"));
     let limited = took();
     assert!(limited >= Duration::from_millis(700), "{limited:?} for what takes a second");
+    // With them none is as quick, however often it is tried; without them one is, on a machine that stands still at times.
     mount.set_policy(all);
-    let free = took();
-    assert!(free < limited, "{free:?} without limits, {limited:?} with them");
+    let free: Vec<Duration> = std::iter::repeat_with(took).take(20).collect();
+    assert!(
+        free.iter().any(|free| *free < Duration::from_millis(700)),
+        "{free:?} without limits, {limited:?} with them"
+    );
 }
 
 // ---- How often, and for how long not --------------------------------------------------------------------------------
