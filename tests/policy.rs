@@ -741,7 +741,7 @@ fn bytes_beyond_the_burst_are_delayed_and_a_file_larger_than_any_burst_is_read()
     if !can_mount() {
         return;
     }
-    let limits = "[limits]\nbytes_per_s = \"4MiB\"\nbytes_burst = \"1MiB\"\nwait = \"20s\"\n";
+    let limits = "[limits]\nbytes_per_s = \"2MiB\"\nbytes_burst = \"1MiB\"\nwait = \"20s\"\n";
     for open in [OpenPolicy::Lazy, OpenPolicy::Whole] {
         let mount = Mount::new(open, Layout::Plain, Some(&rules(limits)));
         let path = mount.path("open").join(BIG);
@@ -751,10 +751,18 @@ fn bytes_beyond_the_burst_are_delayed_and_a_file_larger_than_any_burst_is_read()
             mount.fs.drop_all_pages();
         }
         let (bytes, took) = (2 * BIG_BYTES as u64, began.elapsed());
-        println!("{open:?}: {bytes} bytes at 4 MiB a second after a burst of 1 MiB took {took:?}");
+        println!("{open:?}: {bytes} bytes at 2 MiB a second after a burst of 1 MiB took {took:?}");
         // The second file's bytes wait for the first's: of 3 MiB beyond the burst at least the first two must be paid.
-        assert!(took >= Duration::from_millis(400), "{open:?}: {took:?}");
-        assert!(mount.notes.of(Kind::Limit).iter().any(|event| event.actor.uid == Some(STRANGER.0)));
+        assert!(took >= Duration::from_millis(800), "{open:?}: {took:?}");
+        // A machine that stood still between the two let the debt be paid meanwhile, and nobody waited: then once more.
+        until("nobody waits", || {
+            let waited = mount.notes.of(Kind::Limit).iter().any(|event| event.actor.uid == Some(STRANGER.0));
+            if !waited {
+                assert!(cat(STRANGER, &path) == Told::Let(mount.fixture.files[1].1.clone()), "{open:?}");
+                mount.fs.drop_all_pages();
+            }
+            waited
+        });
     }
 }
 
