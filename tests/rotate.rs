@@ -9,6 +9,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use modelfs::crypto::{Dek, FileHasher, ModelKeys, SigningKey, Verify, open_chunk, open_manifest, scratch_len};
 use modelfs::error::{Code, Error, Result};
@@ -762,10 +763,7 @@ fn of_two_editors_at_once_both_edits_are_made() {
             let (bench, store) = (&bench, store.clone());
             scope.spawn(move || {
                 let slow = Faulty::new(store);
-                slow.on(
-                    When::call(Call::Create).name("/k/").once(),
-                    Fault::Delay(std::time::Duration::from_millis(50)),
-                );
+                slow.on(When::call(Call::Create).name("/k/").once(), Fault::Delay(Duration::from_millis(50)));
                 let edit = Edit::Add { keys: bench.ring(&[1]), new: bench.ring(&[number]), label: None };
                 bench.edit(slow, &edit).unwrap();
             });
@@ -783,30 +781,40 @@ fn of_two_editors_at_once_both_edits_are_made() {
 fn an_edit_that_another_editor_built_on_before_it_was_read_back_is_made() {
     // Theirs may not delete ours: then ours can be read, and counts for nothing all the same.
     for (label, deletes) in [(Some("third"), true), (Some("third"), false), (None, true)] {
-        let bench = Bench::new();
-        let store = bench.sealed(&[1, 2], false);
-        let slow = Faulty::new(store.clone());
-        slow.on(
-            When::call(Call::ReadSmall).name("/0000000002").once(),
-            Fault::Delay(std::time::Duration::from_millis(1500)),
-        );
-        let removed = std::thread::scope(|scope| {
-            let remove = Edit::Remove { keys: bench.ring(&[1]), label: "key-file-2".into() };
-            let (bench, slow) = (&bench, slow.clone());
-            let removed = scope.spawn(move || bench.edit(slow, &remove));
-            while !store.names().iter().any(|name| name.ends_with("/0000000002")) {
-                assert!(!removed.is_finished(), "it ended before it wrote");
-                std::thread::yield_now();
+        let mut delay = Duration::from_millis(1500);
+        let (bench, store, removed) = loop {
+            let bench = Bench::new();
+            let store = bench.sealed(&[1, 2], false);
+            let slow = Faulty::new(store.clone());
+            slow.on(When::call(Call::ReadSmall).name("/0000000002").once(), Fault::Delay(delay));
+            let began = Instant::now();
+            let (removed, in_time) = std::thread::scope(|scope| {
+                let remove = Edit::Remove { keys: bench.ring(&[1]), label: "key-file-2".into() };
+                let (bench, slow) = (&bench, slow.clone());
+                let removed = scope.spawn(move || bench.edit(slow, &remove));
+                let is_written = || store.names().iter().any(|name| name.ends_with("/0000000002"));
+                while !is_written() {
+                    assert!(!removed.is_finished() || is_written(), "it ended before it wrote");
+                    std::thread::yield_now();
+                }
+                let label = label.map(str::to_owned);
+                let add = Edit::Add { keys: bench.ring(&[1]), new: bench.ring(&[3]), label };
+                let other = Faulty::new(store.clone());
+                if !deletes {
+                    other.on(When::call(Call::Delete), Fault::Fail(Code::StoreDenied));
+                }
+                let added = bench.edit(other, &add);
+                let in_time = began.elapsed() < delay;
+                assert!(!in_time || added.is_ok_and(|added| added.generation == 3), "built on what was written");
+                (removed.join().unwrap(), in_time)
+            });
+            if in_time {
+                break (bench, store, removed);
             }
-            let label = label.map(str::to_owned);
-            let add = Edit::Add { keys: bench.ring(&[1]), new: bench.ring(&[3]), label };
-            let other = Faulty::new(store.clone());
-            if !deletes {
-                other.on(When::call(Call::Delete), Fault::Fail(Code::StoreDenied));
-            }
-            assert_eq!(bench.edit(other, &add).unwrap().generation, 3);
-            removed.join().unwrap()
-        });
+            // On a slow machine it was read back before the other one was through: again, with more time.
+            delay *= 2;
+            assert!(delay < Duration::from_secs(120), "the other edit takes longer than half of {delay:?}");
+        };
         match label {
             Some(_) => {
                 let removed = removed.unwrap();
