@@ -389,12 +389,16 @@ fn slots_replaced_under_one_tag_are_not_had_by_number_through_another() {
 fn a_refresh_signs_a_later_end_even_after_the_last_one() {
     let world = World::new();
     let now = unix_now();
-    world.seal_with(SealOptions { expires_at: Some(now + 100), ..world.options() });
+    world.seal_with(SealOptions { expires_at: Some(now + 1000), ..world.options() });
     let mut mover = world.mover();
-    mover.releaser.now = now + 50;
+    mover.releaser.now = now + 500;
     let first = run(mover.refresh(LATEST, Expires::AsBefore)).unwrap();
-    assert!(first.reference.expires_at >= now + 149, "as long as the ref before: {first:?}");
-    assert_eq!(code(run(mover.refresh(LATEST, Expires::At(now + 60)))), Code::Usage, "sooner");
+    let before = first.before.as_ref().unwrap();
+    assert!(before.issued_at >= now && before.expires_at == now + 1000, "{before:?}");
+    let lifetime = before.expires_at - before.issued_at;
+    assert_eq!(first.reference.expires_at, now + 500 + lifetime, "as long as the ref before: {first:?}");
+    assert!(first.reference.expires_at > before.expires_at, "a later end: {first:?}");
+    assert_eq!(code(run(mover.refresh(LATEST, Expires::At(now + 600)))), Code::Usage, "sooner");
 
     // Expired: readers refuse it, a refresh does not.
     let world = World::new();
