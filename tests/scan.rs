@@ -619,15 +619,36 @@ fn assert_unread(out: &std::process::Output) {
 
 // ---- hostile archives ---------------------------------------------------------------------------------------------------
 
+const WISH: &str = "MODELFS_TEST_SCAN_CHILD";
+const TOLD: &str = "CHILD ";
+
 /// Scans a file in a process of its own: its exit code, its report and the most memory it had, in bytes.
-#[allow(clippy::zombie_processes)] // waited for by wait4, which tells what it used
 fn apart(target: &Path, more: &[&str]) -> (i32, Value, String, u64) {
     let time: &[&str] = if more.contains(&"--time") { &[] } else { &["--time", "600s"] };
+    let words = [&["scan", "--json"][..], time, more, &[target.to_str().expect("UTF-8")]].concat();
+    let output = Command::new(std::env::current_exe().expect("this test"))
+        .args(["child", "--exact", "--nocapture", "--test-threads=1"])
+        .env(WISH, json!(words).to_string())
+        .stdin(Stdio::null())
+        .output()
+        .expect("started");
+    let text = String::from_utf8(output.stdout).expect("UTF-8");
+    // The harness may have written `test child ... ` before it.
+    let told = text.lines().find_map(|line| line.split_once(TOLD)).unwrap_or_else(|| panic!("{words:?}: {text}")).1;
+    let (code, out, err, memory): (i32, String, String, u64) = serde_json::from_str(told).expect("JSON");
+    (code, serde_json::from_str(&out).unwrap_or(Value::Null), err, memory)
+}
+
+/// Not a test of its own: starts the program and tells what it used. What whoever starts a process has in memory just then
+/// counts as had by that process: this one has little, the one in which all tests run may have more than any scan.
+#[test]
+#[allow(clippy::zombie_processes)] // waited for by wait4, which tells what it used
+fn child() {
+    let Ok(wish) = std::env::var(WISH) else { return };
+    let words: Vec<String> = serde_json::from_str(&wish).expect("words");
     let mut child = Command::new(env!("CARGO_BIN_EXE_modelfs"))
-        .args(["scan", "--json"])
-        .args(time)
-        .args(more)
-        .arg(target)
+        .args(words)
+        .env_remove(WISH)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -644,8 +665,7 @@ fn apart(target: &Path, more: &[&str]) -> (i32, Value, String, u64) {
         used
     };
     let code = if libc::WIFEXITED(status) { libc::WEXITSTATUS(status) } else { -1 };
-    let report = serde_json::from_str(&out).unwrap_or(Value::Null);
-    (code, report, err, used.ru_maxrss as u64 * 1024)
+    println!("{TOLD}{}", json!([code, out, err, used.ru_maxrss as u64 * 1024]));
 }
 
 /// Two threads, each with a decoder's window and a head: no archive needs more.
