@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use super::common::{free_port, part};
+use super::common::{free_port, is_listener, part};
 use super::program::run_ok;
 use modelfs::vault::{AuthMethod, Vault, VaultSettings};
 
@@ -32,7 +32,7 @@ impl DevVault {
             let dir = tempfile::tempdir().expect("a folder for the server");
             let port = free_port();
             let mut child = spawn(&program, dir.path(), port);
-            if listens(&mut child, port, &dir.path().join("log")) {
+            if listens(&mut child, port) {
                 let token = dir.path().join("token");
                 std::fs::write(&token, Self::TOKEN).expect("a file");
                 let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
@@ -82,13 +82,12 @@ impl DevVault {
 }
 
 fn spawn(program: &Path, home: &Path, port: u16) -> Child {
-    let log = std::fs::File::create(home.join("log")).expect("a log");
     let mut command = Command::new(program);
     command
         .args(["server", "-dev", "-dev-no-store-token", &format!("-dev-root-token-id={}", DevVault::TOKEN)])
         .arg(format!("-dev-listen-address=127.0.0.1:{port}"))
         .env("HOME", home)
-        .stdout(log)
+        .stdout(Stdio::null())
         .stderr(Stdio::null());
     // SAFETY: prctl is async-signal-safe and touches nothing of the parent.
     unsafe {
@@ -103,7 +102,7 @@ fn spawn(program: &Path, home: &Path, port: u16) -> Child {
 
 /// Whether it is this one that answers, and takes records, which its KV engine does a moment after Vault itself is well;
 /// false if the port was taken.
-fn listens(child: &mut Child, port: u16, log: &Path) -> bool {
+fn listens(child: &mut Child, port: u16) -> bool {
     use std::io::{Read, Write};
     let record = r#"{"data":{"is":"it"}}"#;
     let request = format!(
@@ -116,15 +115,17 @@ fn listens(child: &mut Child, port: u16, log: &Path) -> bool {
         if child.try_wait().expect("our own child").is_some() {
             return false;
         }
-        if let Ok(mut stream) = TcpStream::connect(("127.0.0.1", port)) {
+        // Another test's server may answer there while this one has not yet met that the port is taken.
+        if is_listener(child.id(), port)
+            && let Ok(mut stream) = TcpStream::connect(("127.0.0.1", port))
+        {
             let _ = stream.write_all(request.as_bytes());
             let mut answer = [0; 12];
-            let takes = stream.read_exact(&mut answer).is_ok() && answer.ends_with(b" 200");
-            if takes && std::fs::read_to_string(log).is_ok_and(|log| log.contains("Unseal Key: ")) {
+            if stream.read_exact(&mut answer).is_ok() && answer.ends_with(b" 200") {
                 return true;
             }
         }
-        std::thread::sleep(Duration::from_millis(20));
+        std::thread::sleep(Duration::from_millis(50));
     }
     panic!("vault was not ready within 120 s");
 }

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use super::{free_port, part};
+use super::{free_port, is_listener, part};
 
 /// The version that tests/parts/vault.sh installs.
 const MINIO: &str = "minio-v0.0.0-20260212201848-7aac2a2c5b7c/bin/minio";
@@ -90,7 +90,9 @@ fn listens(child: &mut Child, port: u16) -> bool {
         if child.try_wait().expect("our own child").is_some() {
             return false;
         }
-        if let Ok(mut stream) = TcpStream::connect(("127.0.0.1", port)) {
+        if is_listener(child.id(), port)
+            && let Ok(mut stream) = TcpStream::connect(("127.0.0.1", port))
+        {
             // It calls itself ready a moment before it serves: whom it does not know it tells so only then.
             let _ = stream.write_all(b"GET / HTTP/1.0\r\nHost: x\r\n\r\n");
             let mut answer = [0; 12];

@@ -103,7 +103,7 @@ impl S3Server {
                 return None;
             }
             // Somebody else may answer there while ours has not yet met that the port is taken.
-            if listens(server.child.id(), port) {
+            if is_listener(server.child.id(), port) {
                 return Some(server);
             }
             std::thread::sleep(Duration::from_millis(10));
@@ -141,7 +141,7 @@ impl Drop for S3Server {
 }
 
 /// Whether this very process listens on `port`.
-fn listens(pid: u32, port: u16) -> bool {
+pub fn is_listener(pid: u32, port: u16) -> bool {
     let place = format!(":{port:04X}");
     let read = |table: &str| std::fs::read_to_string(format!("/proc/{pid}/net/{table}")).unwrap_or_default();
     let sockets: Vec<PathBuf> = ["tcp", "tcp6"]
