@@ -441,6 +441,25 @@ fn row_66_a_full_cache_makes_readers_wait_and_then_refuses_them() {
     assert_eq!(library.cache.budget().peak(), budget);
 }
 
+/// Nobody tells of the end of a promise: whoever waits looks for room again, long before the deadline.
+#[test]
+fn row_66_room_that_time_alone_gives_back_is_found() {
+    let scene = Scene::new(&[("a", 2 * CHUNK), ("b", CHUNK)], Style::default());
+    let limits = CacheLimits { room_deadline: LONG, ..CacheLimits::default() };
+    let library = Library::new(&scene, 2 * CHUNK as u64, limits);
+    for chunk in 0..2 {
+        drop(library.read(chunk * CHUNK).expect("room"));
+    }
+    let whole = library.file.sole_object().expect("a file of its own object");
+    assert!(whole.promise_hot().is_some(), "it is whole, and the open that follows a look-up is to find it");
+    let other = Arc::new(OpenFile::new(&library.cache, &scene.model(), 1));
+    let reading = library.reader.read(&other, 0, 10);
+    let read = library.runtime.block_on(async { tokio::time::timeout(LONG / 5, reading).await });
+    let read = read.expect("within a fifth of the deadline").expect("room");
+    assert!(read.bytes() == &scene.plain("b")[..10]);
+    assert!(!whole.is_whole());
+}
+
 /// A fill that waits for room must not keep the end waiting.
 #[test]
 fn row_64_stopping_ends_a_read_that_waits_for_room() {
