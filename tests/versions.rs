@@ -391,12 +391,12 @@ fn a_refresh_signs_a_later_end_even_after_the_last_one() {
     let now = unix_now();
     world.seal_with(SealOptions { expires_at: Some(now + 1000), ..world.options() });
     let mut mover = world.mover();
-    mover.releaser.now = now + 500;
+    mover.releaser.now = now + 200;
     let first = run(mover.refresh(LATEST, Expires::AsBefore)).unwrap();
     let before = first.before.as_ref().unwrap();
     assert!(before.issued_at >= now && before.expires_at == now + 1000, "{before:?}");
     let lifetime = before.expires_at - before.issued_at;
-    assert_eq!(first.reference.expires_at, now + 500 + lifetime, "as long as the ref before: {first:?}");
+    assert_eq!(first.reference.expires_at, now + 200 + lifetime, "as long as the ref before: {first:?}");
     assert!(first.reference.expires_at > before.expires_at, "a later end: {first:?}");
     assert_eq!(code(run(mover.refresh(LATEST, Expires::At(now + 600)))), Code::Usage, "sooner");
 
