@@ -737,6 +737,39 @@ fn opens_beyond_the_burst_wait_and_those_that_waited_too_long_are_busy() {
 }
 
 #[test]
+/// Two rules let one user in to different models; neither has limits of its own.
+#[test]
+fn a_user_has_the_policys_limits_once_however_many_rules_let_him_in() {
+    if !can_mount() {
+        return;
+    }
+    const OPENS: usize = 300;
+    const BURST: usize = 100;
+    let let_through = |limits_of_rule: &str| {
+        let rules = format!(
+            "[limits]\nopens_per_s = 1\nopens_burst = {BURST}\nwait = \"0s\"\n\
+             [[rule]]\nuids = [{}]\nmodels = [\"open\"]\nmay = \"read\"\n{limits_of_rule}{ALL}",
+            STRANGER.0
+        );
+        let mount = Mount::new(OpenPolicy::Lazy, Layout::Plain, Some(&rules));
+        let files = ["open/config.json", "acme/shown/config.json"].map(|file| mount.path(file));
+        let began = Instant::now();
+        let output = command_as(STRANGER, "cat").args(files.iter().cycle().take(OPENS)).output().expect("setpriv");
+        let refused = text(&output).matches("resource busy").count();
+        // One owes, and some may have come back meanwhile.
+        (OPENS - refused, BURST + 2 + began.elapsed().as_secs() as usize)
+    };
+    let (opens, most) = let_through("");
+    assert!((BURST..=most).contains(&opens), "{opens} opens under two rules, {most} are what one user may");
+    let (opens, most) = let_through("limits = { bytes_per_s = \"1GiB\" }\n");
+    assert!(
+        (BURST..=most).contains(&opens),
+        "{opens} opens, {most} are what one user may: the rule limits bytes alone"
+    );
+    let (opens, _) = let_through("limits = { opens_per_s = 1000 }\n");
+    assert!(opens >= OPENS / 2 + BURST, "{opens}: a rule with opens of its own");
+}
+
 fn bytes_beyond_the_burst_are_delayed_and_a_file_larger_than_any_burst_is_read() {
     if !can_mount() {
         return;

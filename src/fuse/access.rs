@@ -48,7 +48,7 @@ impl Active {
     /// What a verdict of this policy means for whoever has a file open.
     fn last(&self, uid: u32, verdict: Verdict) -> Last {
         let buckets = match verdict.may {
-            May::Read => self.limiter.buckets(uid, verdict.rule, self.policy.limits_of(verdict.rule)),
+            May::Read => self.limiter.buckets(uid, &self.policy.shares_of(verdict.rule)),
             May::See | May::None => None,
         };
         Last { epoch: self.epoch, may: verdict.may, buckets }

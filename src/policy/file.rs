@@ -203,7 +203,8 @@ fn read_rule(table: &Table, name: String, place: &str) -> Result<Rule> {
         limits: table
             .get("limits")
             .map(|value| as_table(value, "limits").and_then(|table| limits(table, place)))
-            .transpose()?,
+            .transpose()?
+            .unwrap_or_default(),
     })
 }
 
@@ -277,8 +278,8 @@ fn time(table: &Table, name: &str) -> Result<Option<Duration>> {
 
 fn limits(table: &Table, place: &str) -> Result<Limits> {
     only(table, LIMITS, place)?;
-    let wait = time(table, "wait")?.unwrap_or(Limits::default().wait);
-    if wait > WAIT_MAX {
+    let wait = time(table, "wait")?;
+    if let Some(wait) = wait.filter(|wait| *wait > WAIT_MAX) {
         refuse!(Usage, "wait {wait:?}: who waits in an open cannot be killed; give at most {} s", WAIT_MAX.as_secs());
     }
     let opens =
@@ -363,6 +364,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
+    use crate::policy::{Share, Shares};
 
     const GOOD: &str = r#"
 [limits]
@@ -404,9 +406,12 @@ may = "see"
             (policy.rules[0].who.uids.as_slice(), policy.rules[0].who.gids.as_slice()),
             (&[0][..], &[4300, 0][..])
         );
-        assert_eq!(policy.limits_of(Some(0)).bytes, Some(Rate { per_s: 1 << 30, burst: 8 << 30 }));
-        assert_eq!(policy.limits_of(Some(0)).opens, None, "a rule's limits stand for all of the policy's");
-        assert_eq!(policy.limits_of(Some(1)), &policy.limits);
+        let (opens, bytes) = (Rate { per_s: 20, burst: 100 }, Rate { per_s: 500 << 20, burst: 500 << 20 });
+        let of_all = |rate| Some(Share { rate, rule: None });
+        let all = Shares { opens: of_all(opens), bytes: of_all(bytes), wait: Duration::from_secs(2) };
+        assert_eq!((policy.shares_of(Some(1)), policy.shares_of(None)), (all, all));
+        let own = Some(Share { rate: Rate { per_s: 1 << 30, burst: 8 << 30 }, rule: Some(0) });
+        assert_eq!(policy.shares_of(Some(0)), Shares { bytes: own, ..all }, "what a rule leaves out is the policy's");
         assert_eq!(policy.told(Some(0)), "rule 1 (trainers)");
         let usual = Policy::parse("[[rule]]\neverybody = true\nmodels = [\"*\"]\nmay = \"read\"").expect("a policy");
         assert_eq!(

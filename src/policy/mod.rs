@@ -18,7 +18,7 @@ mod rules;
 pub mod types;
 
 pub use denials::{Block, Blocked, Counted, Culprit, DenialRules, Denials, Notice, Where};
-pub use limits::{Buckets, Limiter, Limits, Rate, WAIT_MAX, Wait};
+pub use limits::{Buckets, Limiter, Limits, Rate, Share, Shares, WAIT_MAX, Wait};
 pub use rules::{Asker, May, Rule, Verdict, Who};
 
 pub use crate::processes::Seen;
@@ -27,7 +27,7 @@ pub use crate::processes::Seen;
 #[derive(Debug, Clone, PartialEq)]
 pub struct Policy {
     pub rules: Vec<Rule>,
-    /// Of whom no rule says otherwise.
+    /// Where a rule has none of its own.
     pub limits: Limits,
     pub denials: DenialRules,
 }

@@ -4,8 +4,9 @@
 //! seen, or only a piece of it, whether the rule fits is unknown: then it grants nothing, and what it takes away it takes away. So the answer is the
 //! least that any process behind the request could get.
 
+use super::Policy;
 use super::denials::{Culprit, Where};
-use super::{Limits, Policy};
+use super::limits::{Limits, Rate, Share, Shares, WAIT_USUAL};
 use crate::keys::Glob;
 use crate::processes::{self, Name, Seen};
 
@@ -175,8 +176,8 @@ pub struct Rule {
     pub who: Who,
     pub models: Vec<Glob>,
     pub may: May,
-    /// Instead of the policy's own.
-    pub limits: Option<Limits>,
+    /// Each of them instead of the policy's own.
+    pub limits: Limits,
 }
 
 /// The answer, and the number of the rule that gave it; `None`: no rule fits.
@@ -207,9 +208,16 @@ impl Policy {
         self.rules.iter().any(|rule| rule.who.needs_process())
     }
 
-    /// The limits that hold for whom this rule lets in.
-    pub fn limits_of(&self, rule: Option<usize>) -> &Limits {
-        rule.and_then(|rule| self.rules.get(rule)?.limits.as_ref()).unwrap_or(&self.limits)
+    /// The limits that hold for whom this rule lets in. What the rule does not limit itself counts with all that the other
+    /// rules let: else a user would have the policy's limits once for each rule that fits him.
+    pub fn shares_of(&self, rule: Option<usize>) -> Shares {
+        let own = rule.and_then(|rule| self.rules.get(rule)).map(|rule| &rule.limits);
+        let share = |of: fn(&Limits) -> Option<Rate>| match own.and_then(of) {
+            Some(rate) => Some(Share { rate, rule }),
+            None => of(&self.limits).map(|rate| Share { rate, rule: None }),
+        };
+        let wait = own.and_then(|own| own.wait).or(self.limits.wait).unwrap_or(WAIT_USUAL);
+        Shares { opens: share(|limits| limits.opens), bytes: share(|limits| limits.bytes), wait }
     }
 
     /// How a rule is called in a sentence.
@@ -224,6 +232,7 @@ impl Policy {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::policy::Limiter;
 
     fn policy(rules: &str) -> Policy {
         Policy::parse(rules).unwrap_or_else(|error| panic!("{rules}: {}", error.chain()))
@@ -255,6 +264,42 @@ mod tests {
         assert_eq!(may(&policy, &host(1000, 1000, &[]), "acme/open"), May::See);
         assert_eq!(may(&policy, &host(0, 0, &[]), "acme/secret"), May::None, "root like anybody");
         assert_eq!(policy.judge(&host(1000, 1000, &[]), "other").rule, None);
+    }
+
+    /// One user, whom two rules let in to different models.
+    #[test]
+    fn the_policys_limits_hold_for_a_user_whatever_rules_let_him_in() {
+        let of = |limits: &str| {
+            policy(&format!(
+                "[limits]\nopens_per_s = 1\nopens_burst = 2\nbytes_per_s = \"1KiB\"\nwait = \"7s\"\n\
+                 [[rule]]\nuids = [1000]\nmodels = [\"a\"]\nmay = \"read\"\n\
+                 [[rule]]\neverybody = true\nmodels = [\"b\"]\nmay = \"read\"\n{limits}"
+            ))
+        };
+        // What he is given of one model, asked about under the rule of the other.
+        let left = |policy: &Policy| {
+            let limiter = Limiter::default();
+            let buckets = |model| {
+                let verdict = policy.judge(&host(1000, 1000, &[]), model);
+                assert_eq!(verdict.may, May::Read);
+                limiter.buckets(1000, &policy.shares_of(verdict.rule)).expect("limited")
+            };
+            // More than comes back while this runs.
+            let first = buckets("a");
+            (0..100_000).for_each(|_| first.opened());
+            first.given(1 << 40);
+            let second = buckets("b");
+            (second.may_open(false).is_ok(), second.may_read().is_ok(), second.wait().as_secs())
+        };
+        assert_eq!(left(&of("")), (false, false, 7), "neither rule has limits of its own");
+        assert_eq!(
+            left(&of("limits = { opens_per_s = 9 }\n")),
+            (true, false, 7),
+            "its own opens, and no bytes of its own"
+        );
+        assert_eq!(left(&of("limits = { bytes_per_s = \"9KiB\" }\n")), (false, true, 7));
+        assert_eq!(left(&of("limits = { wait = \"1s\" }\n")), (false, false, 1), "a time to wait is no bucket");
+        assert_eq!(left(&of("limits = { opens_per_s = 9, bytes_per_s = \"9KiB\" }\n")), (true, true, 7));
     }
 
     #[test]
