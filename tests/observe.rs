@@ -24,7 +24,7 @@ use modelfs::crypto::Verify;
 use modelfs::error::Code;
 use modelfs::observe::table;
 use modelfs::store::fault::{Call, Fault, Faulty, When};
-use modelfs::telemetry::events::{Event, Kind, Sink};
+use modelfs::telemetry::events::{Event, Kind, Severity, Sink};
 use mounted::{How, Mounted};
 use program::{Mount, Program, can_mount, run_ok};
 use serde_json::Value;
@@ -483,7 +483,7 @@ fn a_store_that_does_not_answer_is_told_of_once_and_so_is_its_return() {
     let events = notes.0.lock().expect("a test");
     let down = events.iter().find(|event| event.kind == Kind::StoreDown).expect("told above");
     assert_eq!(down.subject.store.as_deref(), Some("s3://models/prod"));
-    assert_eq!(down.code, Some(Code::Unreachable));
+    assert_eq!((down.code, down.severity), (Some(Code::Unreachable), Severity::High));
     drop(events);
     drop(file);
     mount.unmount();

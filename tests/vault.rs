@@ -23,7 +23,7 @@ use modelfs::error::{Code, Error};
 use modelfs::mem::Secret;
 use modelfs::store::IssueCredentials;
 use modelfs::telemetry::Telemetry;
-use modelfs::telemetry::events::{Event, Kind, Sink};
+use modelfs::telemetry::events::{Event, Kind, Severity, Sink};
 use modelfs::vault::{AuthMethod, AwsRole, TransitKey, Vault, VaultSettings, VaultState};
 use serde_json::{Map, Value, json};
 
@@ -500,7 +500,7 @@ fn a_login_that_is_refused_after_the_token_ended_is_a_loss() {
 
 /// What a client tells of itself from now on.
 #[derive(Default)]
-struct Told(Mutex<Vec<Kind>>);
+struct Told(Mutex<Vec<Event>>);
 
 impl Told {
     fn by(vault: &Vault) -> Arc<Told> {
@@ -511,13 +511,13 @@ impl Told {
     }
 
     fn kinds(&self) -> Vec<Kind> {
-        self.0.lock().expect("a test").clone()
+        self.0.lock().expect("a test").iter().map(|event| event.kind).collect()
     }
 }
 
 impl Sink for Told {
     fn take(&self, event: &Event) -> modelfs::error::Result<()> {
-        self.0.lock().expect("a test").push(event.kind);
+        self.0.lock().expect("a test").push(event.clone());
         Ok(())
     }
 }
@@ -532,6 +532,7 @@ fn a_token_that_was_given_and_revoked_is_lost() {
     until("the loss is seen", || vault.state().is_lost());
     says(&vault.login().expect_err("lost"), Code::VaultDenied, &["revoked or has expired"]);
     until("the loss is told", || told.kinds() == [Kind::LeaseLost]);
+    assert_eq!(told.0.lock().expect("a test")[0].severity, Severity::High);
 }
 
 /// As Vault Agent does it: a new token lies in the file before the old one ends, or comes after that was revoked.

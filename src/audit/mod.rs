@@ -305,7 +305,7 @@ fn found(plan: &AuditPlan, tail: Option<&Tail>) -> Option<Event> {
     };
     tracing::error!("{detail}");
     let error = Error::new(Code::AuditChain, detail);
-    Some(Event::new(Kind::Tamper).severity(Severity::Critical).error(&error))
+    Some(Event::new(Kind::Tamper).error(&error))
 }
 
 impl Shared {

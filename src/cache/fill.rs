@@ -231,7 +231,7 @@ impl Shared {
         }
         let store = store_of(model);
         if self.telemetry.stores.fell_silent(&store) {
-            let event = Event::new(Kind::StoreDown).severity(Severity::High).subject(of_store(&store)).error(error);
+            let event = Event::new(Kind::StoreDown).subject(of_store(&store)).error(error);
             self.telemetry.events.tell(&event);
         }
     }

@@ -262,7 +262,7 @@ mod tests {
         telemetry.audit_failures.inc();
         telemetry.unwiped_bytes.add(4096);
         telemetry.blocked.set(1);
-        telemetry.events.tell(&Event::new(Kind::Rollback).severity(Severity::Critical));
+        telemetry.events.tell(&Event::new(Kind::Rollback));
         let told = security(&facts(&telemetry));
         for (name, wanted) in [("audit", "fail"), ("tamper", "fail"), ("blocks", "warn"), ("wiped", "warn")] {
             assert_eq!(verdict(&told, name), wanted, "{name}");

@@ -365,7 +365,7 @@ mod tests {
     use super::super::facts::{ModelFacts, MountFacts};
     use super::*;
     use crate::telemetry::Telemetry;
-    use crate::telemetry::events::{Event, Kind, Outcome, Severity};
+    use crate::telemetry::events::{Event, Kind, Outcome};
 
     fn model(name: &str, version: u64, resident_bytes: u64) -> ModelFacts {
         ModelFacts {
@@ -386,7 +386,7 @@ mod tests {
         telemetry.fetch_bytes.add(4096);
         telemetry.tag_failures.inc();
         telemetry.wipe_seconds.add(Duration::from_millis(1500));
-        telemetry.events.tell(&Event::new(Kind::LeaseLost).severity(Severity::Critical).outcome(Outcome::Failed));
+        telemetry.events.tell(&Event::new(Kind::LeaseLost).outcome(Outcome::Failed));
         let mut facts = Facts::empty(&telemetry);
         facts.models.push(model("acme/llama \"8b\"", 3, 500));
         facts.mounts.push(MountFacts::still("/mnt/a\nb".into()));
@@ -396,7 +396,7 @@ mod tests {
             "modelfs_fetch_bytes_total 4096",
             "modelfs_tampered_chunks_total{reason=\"tag\"} 1",
             "modelfs_wipe_seconds_total 1.5",
-            "modelfs_events_total{kind=\"lease-lost\",severity=\"critical\",outcome=\"failed\"} 1",
+            "modelfs_events_total{kind=\"lease-lost\",severity=\"high\",outcome=\"failed\"} 1",
             "modelfs_model_resident_bytes{model=\"acme/llama \\\"8b\\\"\",version=\"3\"} 500",
             "modelfs_mount_up{mountpoint=\"/mnt/a\\nb\"} 1",
         ] {

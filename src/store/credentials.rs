@@ -25,7 +25,7 @@ use zeroize::Zeroize;
 use crate::error::{Code, Error, Result};
 use crate::mem::LockedBuf;
 use crate::telemetry::Telemetry;
-use crate::telemetry::events::{Event, Kind, Severity};
+use crate::telemetry::events::{Event, Kind, Outcome, Severity};
 
 /// How long a replaced set is left alone before its lease is given back: longer than one attempt of a request.
 const RETIRE_GRACE: Duration = Duration::from_secs(60);
@@ -513,12 +513,10 @@ impl LeasedCredentials {
         self.shared.telemetry.credentials_refused.inc();
         tracing::info!(reason, "the store takes these storage credentials no more; asking for new ones");
         drop(state);
-        let lost = Event::new(Kind::LeaseLost).severity(Severity::Medium);
-        self.shared.tell(
-            lost,
-            &format!("the store takes them no more ({})", reason.unwrap_or("no reason given")),
-            None,
-        );
+        // Whether others can be had is told by what comes of asking: no lease is lost yet.
+        let refused = Event::new(Kind::Renewal).severity(Severity::Medium).outcome(Outcome::Denied);
+        let why = reason.unwrap_or("no reason given");
+        self.shared.tell(refused, &format!("the store takes them no more ({why}); new ones are asked for"), None);
         self.shared.wake.notify_one();
         true
     }

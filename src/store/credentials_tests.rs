@@ -139,6 +139,40 @@ async fn a_set_the_store_took_and_now_refuses_is_replaced_once() {
     assert_eq!((asked.try_iter().count(), telemetry.credentials_refused.get()), (0, 1));
 }
 
+#[derive(Default)]
+struct Notes(Mutex<Vec<(Kind, Severity)>>);
+
+impl crate::telemetry::events::Sink for Notes {
+    fn take(&self, event: &Event) -> Result<()> {
+        self.0.lock().expect("a test").push((event.kind, event.severity));
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn a_set_that_is_refused_and_replaced_is_no_lost_lease_and_calls_nobody() {
+    let (credentials, telemetry, _asked) = Issuer::start(|_| {});
+    let notes = Arc::new(Notes::default());
+    telemetry.events.add(notes.clone());
+    assert_eq!(key_id(&credentials).await, "AK1");
+    credentials.accepted("AK1");
+    assert!(credentials.refused("AK1", Some("ExpiredToken")));
+    assert_eq!(key_id(&credentials).await, "AK2");
+    credentials.close();
+    let renewal = |severity| (Kind::Renewal, severity);
+    let wanted = [renewal(Severity::Low), renewal(Severity::Medium), renewal(Severity::Low)];
+    assert_eq!(*notes.0.lock().expect("a test"), wanted);
+}
+
+#[tokio::test]
+async fn an_issuer_that_refuses_while_there_is_no_set_calls_somebody() {
+    let (credentials, telemetry, _asked) = Issuer::start(|_| {});
+    let notes = Arc::new(Notes::default());
+    telemetry.events.add(notes.clone());
+    credentials.shared.failed(Error::new(Code::VaultDenied, "the role is gone"));
+    assert_eq!(*notes.0.lock().expect("a test"), [(Kind::Renewal, Severity::High)]);
+}
+
 #[tokio::test]
 async fn a_policy_that_forbids_is_no_reason_for_new_ones() {
     let (credentials, _, asked) = Issuer::start(|_| {});

@@ -31,9 +31,10 @@ pub enum Kind {
     Open,
     /// A name or a listing was refused to somebody who knew it.
     Look,
-    /// A login at Vault, a renewal, the end of what was lent.
+    /// A login at Vault; what it lent was renewed, replaced, or could not be.
     Login,
     Renewal,
+    /// Vault takes our token no more, and we get no other.
     LeaseLost,
     /// Keys were read anew, slots or data keys changed.
     Rotation,
@@ -124,6 +125,37 @@ impl Kind {
             Kind::VaultDown => "vault-down",
             Kind::VaultUp => "vault-up",
             Kind::Checkpoint => "checkpoint",
+        }
+    }
+
+    /// How bad it is where whoever emits it does not say otherwise. What calls somebody has its severity here alone, so that
+    /// rules of alerts, webhooks and pages can go by it.
+    pub const fn severity(self) -> Severity {
+        match self {
+            Kind::Tamper | Kind::Rollback => Severity::Critical,
+            Kind::Block | Kind::LeaseLost | Kind::StoreDown => Severity::High,
+            // What is mounted is served with the keys that it has.
+            Kind::VaultDown => Severity::Medium,
+            Kind::Start
+            | Kind::Stop
+            | Kind::Mount
+            | Kind::Unmount
+            | Kind::Open
+            | Kind::Look
+            | Kind::Login
+            | Kind::Renewal
+            | Kind::Rotation
+            | Kind::Publish
+            | Kind::Reload
+            | Kind::Limit
+            | Kind::Unblock
+            | Kind::Configuration
+            | Kind::Admin
+            | Kind::Lock
+            | Kind::Unlock
+            | Kind::StoreUp
+            | Kind::VaultUp
+            | Kind::Checkpoint => Severity::Low,
         }
     }
 }
@@ -221,11 +253,11 @@ pub struct Event {
 }
 
 impl Event {
-    /// Something that was let and done, of the lowest severity.
+    /// Something that was let and done, of its kind's severity.
     pub fn new(kind: Kind) -> Event {
         Event {
             kind,
-            severity: Severity::Low,
+            severity: kind.severity(),
             outcome: Outcome::Allowed,
             actor: Actor::default(),
             subject: Subject::default(),
@@ -269,7 +301,7 @@ impl Event {
             code if code.class() == crate::error::Class::Tampered => Kind::Tamper,
             _ => return None,
         };
-        Some(Event::new(kind).severity(Severity::Critical).error(error))
+        Some(Event::new(kind).error(error))
     }
 
     /// With the code and the words of an error: denied or failed, as its class says.
@@ -381,6 +413,15 @@ mod tests {
         for sink in [full, fine] {
             assert_eq!(*sink.0.lock().expect("a test"), [Kind::Mount, Kind::Unmount]);
         }
+    }
+
+    #[test]
+    fn a_store_that_offers_other_bytes_or_an_older_version_is_critical_and_a_word_of_time_is_no_alarm() {
+        let told = |code| Event::of_hostile(&Error::new(code, "x")).map(|event| (event.kind, event.severity));
+        assert_eq!(told(Code::ChunkHash), Some((Kind::Tamper, Severity::Critical)));
+        assert_eq!(told(Code::Rollback), Some((Kind::Rollback, Severity::Critical)));
+        assert_eq!(told(Code::RefExpired), None);
+        assert_eq!(told(Code::Unreachable), None);
     }
 
     #[test]

@@ -572,11 +572,11 @@ impl Inner {
         let is_down = |state: &VaultState| matches!(state, VaultState::Away { .. } | VaultState::Sealed { .. });
         match &state {
             VaultState::Away { why } | VaultState::Sealed { why } if !is_down(&was) => {
-                self.tell(Event::new(Kind::VaultDown).severity(Severity::Medium).error(why));
+                self.tell(Event::new(Kind::VaultDown).error(why));
             }
             VaultState::Live { .. } if is_down(&was) => self.tell(Event::new(Kind::VaultUp)),
             VaultState::Lost { why } if !was.is_lost() => {
-                self.tell(Event::new(Kind::LeaseLost).severity(Severity::High).error(why));
+                self.tell(Event::new(Kind::LeaseLost).error(why));
             }
             VaultState::Idle
             | VaultState::Live { .. }
