@@ -31,6 +31,7 @@ use modelfs::telemetry::Telemetry;
 use modelfs::telemetry::events::{Event, Kind, Outcome, Severity, Sink};
 use modelfs::vfs::{Layout, Ownership, Shown, Vfs};
 use program::{Program, can_mount, run_ok};
+use sha2::Digest;
 
 const BIG: &str = "model.safetensors";
 const BIG_BYTES: usize = (3 << 20) + 77;
@@ -736,7 +737,6 @@ fn opens_beyond_the_burst_wait_and_those_that_waited_too_long_are_busy() {
     assert!(mount.notes.of(Kind::Limit).iter().all(|event| event.outcome != Outcome::Denied));
 }
 
-#[test]
 /// Two rules let one user in to different models; neither has limits of its own.
 #[test]
 fn a_user_has_the_policys_limits_once_however_many_rules_let_him_in() {
@@ -770,6 +770,7 @@ fn a_user_has_the_policys_limits_once_however_many_rules_let_him_in() {
     assert!(opens >= OPENS / 2 + BURST, "{opens}: a rule with opens of its own");
 }
 
+#[test]
 fn bytes_beyond_the_burst_are_delayed_and_a_file_larger_than_any_burst_is_read() {
     if !can_mount() {
         return;
@@ -1124,7 +1125,9 @@ fn a_policy_is_checked_before_it_takes_effect_and_a_refused_one_changes_nothing(
 
     let grant = |uid: u32| format!("[[rule]]\nuids = [{uid}]\nmodels = [\"m\"]\nmay = \"read\"\n");
     std::fs::write(&policy, grant(4303)).expect("written");
-    let mount = program.mount(&["--allow-other", "--umask", "0222", "--policy", policy_arg]);
+    let log = dir.path().join("audit.log");
+    let log = log.to_str().expect("utf-8");
+    let mount = program.mount(&["--allow-other", "--umask", "0222", "--policy", policy_arg, "--audit-file", log]);
     let file = program.mountpoint().join("m/config.json");
     assert!(matches!(cat(STRANGER, &file), Told::Let(_)));
     assert_eq!(cat(MEMBER, &file), Told::NotFound);
@@ -1145,6 +1148,19 @@ fn a_policy_is_checked_before_it_takes_effect_and_a_refused_one_changes_nothing(
     let status = text(&run_ok(program.command(&["status", "--json"]).arg(program.mountpoint())));
     assert!(status.contains("policy.toml"), "{status}");
     mount.unmount();
+
+    // Which policy was in force, from the mount on, and which was refused.
+    let show = ["audit", "show", log, "--kind", "configuration", "--json"];
+    let told = text(&run_ok(&mut program.command(&show)));
+    let told: Vec<serde_json::Value> = told.lines().map(|line| serde_json::from_str(line).expect("a record")).collect();
+    let outcomes: Vec<_> = told.iter().map(|record| record["outcome"].as_str().unwrap_or_default()).collect();
+    assert_eq!((outcomes.first(), outcomes.last()), (Some(&"allowed"), Some(&"allowed")), "{told:?}");
+    assert!(outcomes[1..outcomes.len() - 1].iter().all(|outcome| *outcome != "allowed"), "{told:?}");
+    for (record, uid) in [(&told[0], 4303), (&told[told.len() - 1], 4302)] {
+        let digest = hex::encode(sha2::Sha256::digest(grant(uid)));
+        let detail = record["detail"].as_str().expect("a sentence");
+        assert!(detail.contains("1 rules") && detail.ends_with(&format!("sha256:{digest}")), "{detail}");
+    }
 }
 
 /// What the kernel serves by itself it serves to whoever has the descriptor (docs/ACCESS.md); not what it asks us about.

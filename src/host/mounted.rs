@@ -150,7 +150,8 @@ impl Mounted {
         let reader = Reader::sharing(host.cache.clone(), deadline, host.gather.clone());
         let layout = if plan.versions { Layout::Versions } else { Layout::Plain };
         let vfs = Vfs::with_layout(layout, shown, ownership(&plan), host.cache.clone())?;
-        let policy = plan.policy.as_deref().map(Policy::read).transpose()?;
+        let policy = plan.policy.as_deref().map(|path| read_policy(host, &plan, path)).transpose()?;
+        let in_force = policy.as_ref().map(|(_, event)| event.clone());
         let behaviour =
             Behaviour { open: plan.open, no_page_cache: plan.no_page_cache, no_passthrough: plan.no_passthrough };
         let fs = ModelFs::new(vfs, reader, behaviour, host.handle.clone());
@@ -161,7 +162,7 @@ impl Mounted {
             service_account: plan.service_account.clone(),
         });
 
-        fs.set_policy(policy);
+        fs.set_policy(policy.map(|(policy, _)| policy));
         if admits(&plan).no_pickles() {
             fs.refuse_pickles();
         }
@@ -172,6 +173,7 @@ impl Mounted {
         // Before anybody can read it: what must be recorded and cannot is not mounted.
         let mut shown = fs.vfs().shown().into_iter();
         let recorded = proven.and_then(|()| {
+            in_force.iter().try_for_each(|event| host.telemetry.events.emit(event))?;
             shown.try_for_each(|one| {
                 let place = subject(&plan);
                 let subject = Subject { mountpoint: place.mountpoint, store: place.store, ..one.model.subject() };
@@ -478,26 +480,11 @@ impl Mounted {
     }
 
     fn reload_policy(&self, path: &Path) -> Result<Value> {
-        let place = || Subject {
-            mountpoint: Some(self.mountpoint().to_owned()),
-            store: Some(self.plan.store.to_string()),
-            ..Subject::default()
-        };
-        let event = Event::new(Kind::Configuration).subject(place());
-        let policy = match Policy::read(path) {
-            Ok(policy) => policy,
-            Err(error) => {
-                let error = error.context("the policy stays as it was");
-                self.host.telemetry.events.tell(&event.severity(Severity::Medium).error(&error));
-                return Err(error);
-            }
-        };
+        let stays = |error: Error| error.context("the policy stays as it was");
+        let (policy, in_force) = read_policy(&self.host, &self.plan, path).map_err(stays)?;
         let rules = policy.rules.len();
-        let event =
-            event.severity(Severity::Medium).detail(format!("policy {} is in force, {rules} rules", path.display()));
         // First: it may give, and what gives is on record before it is done.
-        let recorded = self.host.telemetry.events.emit(&event);
-        recorded.map_err(|error| error.context("the policy stays as it was"))?;
+        self.host.telemetry.events.emit(&in_force).map_err(stays)?;
         self.fs.set_policy(Some(policy));
         tracing::warn!(rules, "policy {} is in force", path.display());
         Ok(json!({ "path": path, "rules": rules }))
@@ -840,6 +827,15 @@ impl ControlTarget for Mounted {
 pub(super) fn blocks_told(fs: &ModelFs) -> Vec<Value> {
     let told = |(who, why, left): (Blocked, String, Duration)| json!({ "session": who.to_string(), "seconds_left": left.as_secs(), "why": why });
     fs.blocks().into_iter().map(told).collect()
+}
+
+/// A policy, and the event that is to be told before it is in force. One that is refused has been told.
+fn read_policy(host: &Host, plan: &MountPlan, path: &Path) -> Result<(Policy, Event)> {
+    let event = Event::new(Kind::Configuration).severity(Severity::Medium).subject(subject(plan));
+    let policy = Policy::read(path).inspect_err(|error| host.telemetry.events.tell(&event.clone().error(error)))?;
+    let (rules, digest) = (policy.rules.len(), hex::encode(policy.digest));
+    let detail = format!("policy {} is in force, {rules} rules, sha256:{digest}", path.display());
+    Ok((policy, event.detail(detail)))
 }
 
 /// The mount itself, whatever it shows.

@@ -10,6 +10,7 @@ use toml::{Table, Value};
 
 use super::limits::{Limits, Rate, WAIT_MAX};
 use super::{DenialRules, May, Policy, Rule, Who};
+use crate::crypto::sha256;
 use crate::error::{Code, Error, Result};
 use crate::keys::Glob;
 use crate::refuse;
@@ -92,7 +93,7 @@ impl Policy {
         if rules.is_empty() {
             refuse!(Usage, "there is no rule, so nobody could see anything; add one below a line [[rule]]");
         }
-        Ok(Policy { rules, limits, denials })
+        Ok(Policy { rules, limits, denials, digest: sha256(&[text.as_bytes()]) })
     }
 }
 

@@ -30,4 +30,6 @@ pub struct Policy {
     /// Where a rule has none of its own.
     pub limits: Limits,
     pub denials: DenialRules,
+    /// SHA-256 of the file's bytes, for the record.
+    pub digest: [u8; 32],
 }
