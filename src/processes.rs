@@ -21,7 +21,7 @@ pub struct Process {
     pub command: String,
     /// The program's file, where we may look.
     pub exe: Option<PathBuf>,
-    /// The path of its control group (version 2, else the first of version 1).
+    /// The path of its control group, of whichever hierarchy [`path_in`] goes by.
     pub cgroup: Option<String>,
     /// The container's id, as docker, podman, containerd and CRI-O name it.
     pub container: Option<String>,
@@ -90,11 +90,25 @@ fn field(status: &str, name: &str) -> Option<u32> {
 }
 
 fn cgroup_of(pid: u32) -> Option<String> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
-    // "hierarchy:controllers:path"; version 2 has the hierarchy 0. On a mixed host the containers are in version 1.
-    let paths = text.lines().filter_map(|line| line.splitn(3, ':').nth(2));
-    let best = paths.max_by_key(|path| (container_and_pod(path).0.is_some(), path.len()))?;
-    Some(best.to_string())
+    path_in(&std::fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?).map(str::to_owned)
+}
+
+/// The path that a process is judged by, of a text as /proc/PID/cgroup has it: "hierarchy:controllers:path" in each line.
+///
+/// That of version 2 (hierarchy 0), unless everything lies at its root, as on a host that uses version 1; else that of systemd;
+/// else the first. A host that mixes both may have its containers in version 1 alone, while version 2 tells of their engine: the
+/// first path in this order that names a container or a pod goes before all that name none. How long a path is says nothing:
+/// other controllers' groups may be anybody's.
+fn path_in(text: &str) -> Option<&str> {
+    let lines = || text.lines().filter_map(|line| line.split_once(':'));
+    let lines = || lines().filter_map(|(number, rest)| Some((number, rest.split_once(':')?)));
+    let unified =
+        lines().find(|(number, (controllers, path))| *number == "0" && controllers.is_empty() && *path != "/");
+    let systemd = lines().find(|(_, (controllers, _))| *controllers == "name=systemd");
+    // Only where there is no version 1 is the root of version 2 left.
+    let others = lines().filter(|(number, _)| *number != "0").chain(lines());
+    let paths = || unified.into_iter().chain(systemd).chain(others.clone()).map(|(_, (_, path))| path);
+    paths().find(|path| container_and_pod(path) != (None, None)).or_else(|| paths().next())
 }
 
 /// A component of a control group's path that is named as engines name containers and pods.
@@ -249,6 +263,48 @@ mod tests {
             assert_eq!(container, has_container.then(|| id.clone()), "{path}");
             assert_eq!(pod, has_pod.then(|| uid.to_string()), "{path}");
         }
+    }
+
+    /// Texts of real machines, shortened in the middle where lines repeat.
+    #[test]
+    fn a_process_is_judged_by_version_2_else_by_systemd_and_by_no_other_controllers_path() {
+        let id = "3f2a".repeat(16);
+        // Version 2 alone: a service, a login, a container of docker, what lies at the root.
+        assert_eq!(path_in("0::/system.slice/vllm.service\n"), Some("/system.slice/vllm.service"));
+        let login = "/user.slice/user-1000.slice/user@1000.service/app.slice/app-a:b.scope";
+        assert_eq!(path_in(&format!("0::{login}\n")), Some(login), "a path may hold colons");
+        let docker = format!("/system.slice/docker-{id}.scope");
+        assert_eq!(path_in(&format!("0::{docker}\n")), Some(docker.as_str()));
+        assert_eq!(path_in("0::/\n"), Some("/"));
+
+        // Hybrid, as systemd makes it: a service, with a group of a longer name in another hierarchy.
+        let hybrid = |memory: &str, systemd: &str, unified: &str| {
+            format!(
+                "12:pids:/system.slice/vllm.service\n11:rdma:/\n10:freezer:/\n9:perf_event:/\n8:devices:/system.slice\n\
+                 7:memory:{memory}\n6:cpu,cpuacct:/system.slice\n5:blkio:/system.slice\n4:net_cls,net_prio:/\n3:hugetlb:/\n\
+                 2:cpuset:/\n1:name=systemd:{systemd}\n0::{unified}\n"
+            )
+        };
+        let (service, far) = ("/system.slice/vllm.service", "/batch/a-group-of-memory-with-a-longer-name");
+        assert_eq!(path_in(&hybrid(far, service, service)), Some(service));
+        assert_eq!(path_in(&hybrid(far, service, "/")), Some(service), "version 2 is not used there");
+        assert_eq!(path_in(&hybrid(far, "/", "/")), Some("/"), "nor is systemd's elsewhere");
+        // A container of docker with cgroupfs: version 2 tells of the engine.
+        let of_docker = format!("/docker/{id}");
+        let engine = "/system.slice/containerd.service";
+        assert_eq!(path_in(&hybrid(&of_docker, &of_docker, engine)), Some(of_docker.as_str()));
+        assert_eq!(path_in(&hybrid(&of_docker, "/", "/")), Some(of_docker.as_str()), "systemd knows nothing of it");
+
+        // Version 1: with systemd, without it, and before version 2.
+        let old = "11:memory:/user.slice/user-0.slice/session-3.scope\n10:pids:/user.slice/user-0.slice/session-3.scope\n\
+                   9:cpuset:/\n1:name=systemd:/user.slice/user-0.slice/session-3.scope\n";
+        assert_eq!(path_in(old), Some("/user.slice/user-0.slice/session-3.scope"));
+        let openrc = "9:memory:/vllm\n8:cpu,cpuacct:/a/longer/one\n1:name=openrc:/vllm\n0::/\n";
+        assert_eq!(path_in(openrc), Some("/vllm"));
+        let pod =
+            format!("11:memory:/kubepods/burstable/pod0f8fad5b-d9cb-469f-a165-70867728950e/{id}\n1:name=systemd:/\n");
+        assert_eq!(path_in(&pod).map(container_and_pod).and_then(|(container, _)| container), Some(id));
+        assert_eq!(path_in(""), None);
     }
 
     #[test]
