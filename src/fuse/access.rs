@@ -23,7 +23,7 @@ use lru::LruCache;
 use super::{Handle, Inner, ModelFs, Opener, Session, told};
 use crate::error::{Code, Error, Result};
 use crate::policy::{
-    Asker, Block, Blocked, Buckets, Counted, Denials, Limiter, May, Policy, Verdict, Wait, Where, types,
+    Asker, Block, Blocked, Buckets, Counted, Culprit, Denials, Limiter, May, Policy, Verdict, Wait, Where, types,
 };
 use crate::processes;
 use crate::telemetry::events::{Actor, Event, Kind, Outcome, Severity};
@@ -416,8 +416,10 @@ impl Inner {
             let detail = format!("{} is refused everything for {seconds} s: {}", block.who, block.why);
             tracing::warn!(model, "{detail}");
             if self.is_heard() {
-                let event = Event::new(Kind::Block).severity(Severity::High).outcome(Outcome::Denied).detail(detail);
-                let mut event = event.actor(actor()).subject(self.subject(node));
+                let event = Event::new(Kind::Block).outcome(Outcome::Denied).detail(detail);
+                // Of whom the block is about: others of his control group may be blocked for what he did.
+                let about = if block.who == Blocked::User(culprit.clone()) { actor() } else { named(&block.who) };
+                let mut event = event.actor(about).subject(self.subject(node));
                 event.code = Some(Code::Policy);
                 events.push(event);
             }
@@ -442,10 +444,7 @@ impl Inner {
         let detail = format!("{} is no longer refused: {why}", block.who);
         tracing::warn!("{detail}");
         let place = self.place();
-        let mut event = Event::new(Kind::Unblock).detail(detail);
-        if let Blocked::User(who) = &block.who {
-            event.actor.uid = Some(who.uid);
-        }
+        let mut event = Event::new(Kind::Unblock).detail(detail).actor(named(&block.who));
         event.subject.mountpoint = Some(place.mountpoint.clone());
         event.subject.store = Some(place.store.clone());
         event
@@ -547,6 +546,17 @@ impl Inner {
 
 /// What was denied, and why.
 struct Denial<'a> {
+/// As much of somebody who is blocked as his block says.
+fn named(who: &Blocked) -> Actor {
+    match who {
+        Blocked::User(Culprit { uid, place }) => {
+            let container = if let Where::Container(id) = place { Some(id.clone()) } else { None };
+            Actor { uid: Some(*uid), container, ..Actor::default() }
+        }
+        Blocked::Cgroup(path) => Actor { cgroup: Some(path.clone()), ..Actor::default() },
+    }
+}
+
     kind: Kind,
     node: NodeId,
     error: &'a Error,

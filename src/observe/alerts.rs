@@ -32,6 +32,8 @@ pub const FROM: Severity = Severity::High;
 pub const MERGE_WINDOW: Duration = Duration::from_secs(30);
 /// Different things that are counted at once.
 const KEYS_MAX: usize = 256;
+/// Users and control groups blocked at once that have alerts of their own; those beyond are counted together.
+const BLOCKS_MAX: usize = 32;
 /// Events taken and not looked at yet.
 const EVENTS_MAX: usize = 1024;
 /// Alerts that wait for one webhook.
@@ -196,16 +198,47 @@ fn addresses_in(path: &Path) -> Result<Vec<String>> {
     Ok(lines)
 }
 
-/// By what two events are the same to whoever is told: not by who did it, since a flood may come from many.
+/// By what two events are the same to whoever is told: not by who did it, since a flood may come from many. Whom a block is
+/// about is what it is.
 #[derive(PartialEq, Eq, Hash, Clone)]
-struct Key(Kind, Severity, Option<Code>, [Option<String>; 3]);
+struct Key {
+    kind: Kind,
+    severity: Severity,
+    code: Option<Code>,
+    place: [Option<String>; 3],
+    blocked: Option<(Option<u32>, Option<String>)>,
+}
 
 impl Key {
-    fn of(event: &Event) -> Key {
-        let subject = &event.subject;
+    /// `apart`: there is room for an alert for each who is blocked.
+    fn of(event: &Event, apart: bool) -> Key {
+        let (subject, actor) = (&event.subject, &event.actor);
         let mountpoint = subject.mountpoint.as_ref().map(|path| path.display().to_string());
-        Key(event.kind, event.severity, event.code, [subject.model.clone(), subject.store.clone(), mountpoint])
+        // A user is counted apart in each container; a control group that is blocked comes without a user.
+        let place_of = if actor.uid.is_some() { &actor.container } else { &actor.cgroup };
+        Key {
+            kind: event.kind,
+            severity: event.severity,
+            code: event.code,
+            place: [subject.model.clone(), subject.store.clone(), mountpoint],
+            blocked: (apart && is_of_a_block(event.kind)).then(|| (actor.uid, place_of.clone())),
+        }
     }
+}
+
+const fn is_of_a_block(kind: Kind) -> bool {
+    matches!(kind, Kind::Block | Kind::Unblock)
+}
+
+/// The window that an event falls into.
+fn key_of(event: &Event, open: &HashMap<Key, Open>) -> Key {
+    let key = Key::of(event, true);
+    if key.blocked.is_none() || open.contains_key(&key) {
+        return key;
+    }
+    let apart = open.keys().filter(|key| key.blocked.is_some()).count();
+    // However many are blocked at once, there is room for what else happens.
+    if apart < BLOCKS_MAX { key } else { Key::of(event, false) }
 }
 
 /// One kind of thing within its window.
@@ -241,7 +274,7 @@ async fn work(
         tokio::select! {
             alert = events.recv() => {
                 let Some(alert) = alert else { break };
-                let (key, full) = (Key::of(&alert.event), open.len() >= KEYS_MAX);
+                let (key, full) = (key_of(&alert.event, &open), open.len() >= KEYS_MAX);
                 match open.get_mut(&key) {
                     Some(one) => {
                         telemetry.alerts_merged.inc();
@@ -414,7 +447,7 @@ mod tests {
     use std::sync::mpsc as std_mpsc;
 
     use super::*;
-    use crate::telemetry::events::{Outcome, Subject};
+    use crate::telemetry::events::{Actor, Outcome, Subject};
 
     /// Takes one request after the other and answers each with the next status, the last one for ever.
     fn receiver(statuses: &'static [u16]) -> (String, std_mpsc::Receiver<String>) {
@@ -500,6 +533,84 @@ mod tests {
         assert_eq!((telemetry.alerts_sent.get(), telemetry.alerts_merged.get()), (3, 99));
         alerts.take(&tampered("late")).expect("never refuses");
         assert_eq!(telemetry.alerts_dropped.get(), 1, "after the end");
+    }
+
+    fn next(told: &std_mpsc::Receiver<String>) -> Value {
+        serde_json::from_str(&told.recv_timeout(Duration::from_secs(60)).expect("told")).expect("JSON")
+    }
+
+    #[test]
+    fn blocks_of_different_users_containers_and_control_groups_are_alerts_of_their_own() {
+        let (url, told) = receiver(&[200]);
+        let telemetry = Arc::new(Telemetry::default());
+        let alerts = alerts(&url, &telemetry);
+        let block = |actor: Actor| {
+            let event = Event::new(Kind::Block).outcome(Outcome::Denied).actor(actor);
+            alerts.take(&event.subject(Subject { model: Some("acme/llama".into()), ..Subject::default() }))
+        };
+        let user = |uid, container: Option<&str>| Actor {
+            uid: Some(uid),
+            pid: Some(7),
+            container: container.map(str::to_owned),
+            ..Actor::default()
+        };
+        let group = |path: &str| Actor { cgroup: Some(path.into()), ..Actor::default() };
+        let different =
+            [user(1000, None), user(1001, None), user(1000, Some("3f2a")), group("/a.service"), group("/b.service")];
+        for actor in &different {
+            block(actor.clone()).expect("never refuses");
+        }
+        for actor in &different {
+            let alert = next(&told);
+            assert_eq!((&alert["kind"], &alert["count"]), (&json!("block"), &json!(1)), "{alert}");
+            assert_eq!(alert["actor"], serde_json::to_value(actor).expect("JSON"), "{alert}");
+        }
+        // The same user again, by another process of his: counted with the first.
+        block(Actor { pid: Some(8), ..user(1000, None) }).expect("never refuses");
+        // So many that they would leave no room: counted together, and what else happens is told.
+        for uid in 2000..2000 + 2 * KEYS_MAX as u32 {
+            block(user(uid, None)).expect("never refuses");
+        }
+        alerts.take(&tampered("acme/llama")).expect("never refuses");
+        // Those that are apart, the first of those that are not, and the other thing.
+        let at_once: Vec<Value> = (0..BLOCKS_MAX - different.len() + 2).map(|_| next(&told)).collect();
+        assert_eq!(at_once.last().expect("some")["kind"], "tamper");
+        alerts.close();
+        let rest = [next(&told), next(&told)].map(|alert| alert["count"].as_u64().expect("a number"));
+        let together = (2 * KEYS_MAX - (BLOCKS_MAX - different.len()) - 1) as u64;
+        assert!(rest == [1, together] || rest == [together, 1], "{rest:?}, {together} together");
+        assert_eq!(telemetry.alerts_dropped.get(), 0);
+    }
+
+    /// Each alarm as the program emits it: the severity is its kind's, in `Event::new`, or the error's.
+    #[test]
+    fn what_calls_somebody_by_default_is_just_what_the_pages_say() {
+        let error = |code| Error::new(code, "x");
+        let hostile = |code| Event::of_hostile(&error(code)).expect("an alarm");
+        // The wanted answers are docs/METRICS.md's, "Alerts".
+        let cases = [
+            ("tamper", "critical", hostile(Code::ChunkHash)),
+            ("rollback", "critical", hostile(Code::Rollback)),
+            ("block", "high", Event::new(Kind::Block)),
+            ("lease-lost", "high", Event::new(Kind::LeaseLost).error(&error(Code::VaultDenied))),
+            ("store-down", "high", Event::new(Kind::StoreDown).error(&error(Code::Unreachable))),
+            ("", "medium", Event::new(Kind::VaultDown).error(&error(Code::VaultUnreachable))),
+            ("", "low", Event::new(Kind::Renewal)),
+            ("", "low", Event::new(Kind::Unblock)),
+            ("", "low", Event::new(Kind::Open)),
+        ];
+        let (url, told) = receiver(&[200]);
+        let alerts = alerts(&url, &Arc::new(Telemetry::default()));
+        for (_, severity, event) in &cases {
+            assert_eq!(event.severity.name(), *severity, "{event:?}");
+            alerts.take(event).expect("never refuses");
+        }
+        for (kind, severity, _) in cases.iter().filter(|(kind, ..)| !kind.is_empty()) {
+            let alert = next(&told);
+            assert_eq!((&alert["kind"], &alert["severity"]), (&json!(kind), &json!(severity)), "{alert}");
+        }
+        alerts.close();
+        assert!(told.try_recv().is_err(), "nobody is called for the rest");
     }
 
     #[test]
