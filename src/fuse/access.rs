@@ -164,12 +164,14 @@ impl ModelFs {
         denials.standing(now).into_iter().map(left).collect()
     }
 
-    /// Tells of the blocks that are over. To be called now and again.
+    /// Tells of the blocks that are over, and forgets denials that count no more. To be called now and again.
     pub fn expire_blocks(&self) {
-        if !self.inner.access.has_blocks.load(Ordering::SeqCst) {
+        let active = self.inner.access();
+        if active.is_none() && !self.inner.access.has_blocks.load(Ordering::SeqCst) {
             return;
         }
-        let over = self.inner.denials().expire(Instant::now());
+        let within = active.map_or(Duration::ZERO, |active| active.policy.denials.within);
+        let over = self.inner.denials().expire(within, Instant::now());
         self.inner.unblocked(&over, "its time is over");
     }
 
@@ -544,8 +546,6 @@ impl Inner {
     }
 }
 
-/// What was denied, and why.
-struct Denial<'a> {
 /// As much of somebody who is blocked as his block says.
 fn named(who: &Blocked) -> Actor {
     match who {
@@ -557,6 +557,8 @@ fn named(who: &Blocked) -> Actor {
     }
 }
 
+/// What was denied, and why.
+struct Denial<'a> {
     kind: Kind,
     node: NodeId,
     error: &'a Error,

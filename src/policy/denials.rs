@@ -236,8 +236,18 @@ impl Denials {
         self.blocks.iter().map(|(_, block)| block.clone()).filter(|block| block.until > now).collect()
     }
 
-    /// Takes out what is over, and tells of it.
-    pub fn expire(&mut self, now: Instant) -> Vec<Block> {
+    /// Takes out what is over, and tells of the blocks among it. Denials count for as long as `within`, so nobody whose last
+    /// one is longer ago is kept in mind.
+    pub fn expire(&mut self, within: Duration, now: Instant) -> Vec<Block> {
+        let is_old = |last: Option<&Instant>| last.is_none_or(|last| now.saturating_duration_since(*last) > within);
+        while self.users.peek_lru().is_some_and(|(_, times)| is_old(times.back())) {
+            self.users.pop_lru();
+        }
+        while self.groups.peek_lru().is_some_and(|(_, group)| is_old(group.members.last().map(|(_, last)| last))) {
+            self.groups.pop_lru();
+        }
+        forget(&mut self.last, now);
+        forget(&mut self.refused, now);
         self.take(|block| block.until <= now)
     }
 
@@ -261,6 +271,15 @@ impl Denials {
 
     pub fn has_blocks(&self) -> bool {
         !self.blocks.is_empty()
+    }
+}
+
+/// Drops what the next denial would begin anew, unless there is something to be told with that.
+fn forget<K: Clone + Eq + std::hash::Hash>(table: &mut LruCache<K, Last>, now: Instant) {
+    let old = table.iter().rev().take_while(|(_, last)| now.saturating_duration_since(last.since) >= ONE_DENIAL);
+    let over: Vec<K> = old.filter(|(_, last)| last.untold == 0).map(|(who, _)| who.clone()).collect();
+    for who in &over {
+        table.pop(who);
     }
 }
 
@@ -303,8 +322,8 @@ mod tests {
         assert_eq!(denials.blocked(&host(1000), start + s(302)), Some(s(3599)));
         assert_eq!(denials.blocked(&host(1001), start + s(302)), None);
         assert_eq!(denials.blocked(&host(1000), start + s(301 + 3600)), None);
-        assert_eq!(denials.expire(start + s(301 + 3599)), []);
-        assert_eq!(denials.expire(start + s(301 + 3600)), begun);
+        assert_eq!(denials.expire(RULES.within, start + s(301 + 3599)), []);
+        assert_eq!(denials.expire(RULES.within, start + s(301 + 3600)), begun);
         assert!(!denials.has_blocks());
     }
 
@@ -404,6 +423,40 @@ mod tests {
         }
         assert_eq!(denials.blocked(&innocent, now), None);
         assert_eq!(denials.count(&RULES, &innocent, Some("/s"), now).begun.len(), 1, "the group is blocked still");
+    }
+
+    #[test]
+    fn who_was_not_denied_for_a_while_is_forgotten_and_who_was_is_not() {
+        let (mut denials, start) = (Denials::default(), Instant::now());
+        let kept = |denials: &Denials| {
+            let tables = [denials.users.len(), denials.groups.len(), denials.last.len(), denials.refused.len()];
+            (tables, denials.blocks.len())
+        };
+        for uid in 0..4 {
+            denials.note(&host(uid), "m", 1, start);
+            denials.note_refusal(&host(uid), 1, start);
+            denials.count(&RULES, &host(uid), Some(&format!("/{uid}")), start);
+        }
+        // Of the last one more is to be told than was.
+        denials.note(&host(3), "m", 1, start);
+        denials.note_refusal(&host(3), 1, start);
+        denials.expire(RULES.within, start);
+        assert_eq!(kept(&denials), ([4, 4, 4, 4], 0), "a moment ago");
+        denials.count(&RULES, &host(0), Some("/0"), start + s(100));
+        denials.expire(RULES.within, start + s(300));
+        assert_eq!(kept(&denials), ([4, 4, 1, 1], 0), "they count for five minutes");
+        denials.expire(RULES.within, start + s(301));
+        assert_eq!(kept(&denials), ([1, 1, 1, 1], 0), "one of them has been denied since");
+        // What was counted of him counts on.
+        let begun: Vec<Block> =
+            (0..4).flat_map(|_| denials.count(&RULES, &host(0), None, start + s(301)).begun).collect();
+        assert_eq!(begun.len(), 1, "{begun:?}");
+        denials.expire(RULES.within, start + s(301 + 1000));
+        assert_eq!(kept(&denials), ([0, 0, 1, 1], 1), "a block stands for its own time");
+        assert_eq!(denials.note_refusal(&host(3), 1, start + s(2000)), Some(1), "and what was not told is told");
+        denials.note(&host(3), "m", 1, start + s(2000));
+        denials.expire(RULES.within, start + s(4000));
+        assert_eq!(kept(&denials), ([0; 4], 0));
     }
 
     #[test]
