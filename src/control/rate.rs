@@ -28,7 +28,10 @@ impl<K: Eq + Hash> Rates<K> {
     /// So many a second, and `burst` at once after a pause. Numbers below 1 count as 1.
     pub fn new(per_second: u32, burst: u32) -> Rates<K> {
         let at_least_one = |number| NonZeroU32::new(number).unwrap_or(NonZeroU32::MIN);
-        let quota = Quota::per_second(at_least_one(per_second)).allow_burst(at_least_one(burst));
+        Rates::of(Quota::per_second(at_least_one(per_second)).allow_burst(at_least_one(burst)))
+    }
+
+    pub(super) fn of(quota: Quota) -> Rates<K> {
         Rates { quota, peers: Mutex::default(), rest: RateLimiter::direct(quota) }
     }
 

@@ -52,10 +52,21 @@ struct Door {
     mountpoint: PathBuf,
     target: Arc<dyn ControlTarget>,
     rules: Rules,
-    own: Rates<u32>,
-    others: Rates<u32>,
+    pace: Pace,
     busy: AtomicUsize,
     busy_others: AtomicUsize,
+}
+
+/// How often each user may ask.
+struct Pace {
+    own: Rates<u32>,
+    others: Rates<u32>,
+}
+
+impl Default for Pace {
+    fn default() -> Pace {
+        Pace { own: Rates::new(OWN_PER_SECOND, OWN_BURST), others: Rates::new(OTHERS_PER_SECOND, OTHERS_BURST) }
+    }
 }
 
 /// What a running mount does when it is asked. Called from the socket's threads; must not hold locks that reads need.
@@ -171,6 +182,16 @@ pub(super) fn serve_at(
     target: Arc<dyn ControlTarget>,
     rules: Rules,
 ) -> Result<ControlServer> {
+    serve_paced(path, mountpoint, target, rules, Pace::default())
+}
+
+fn serve_paced(
+    path: PathBuf,
+    mountpoint: &Path,
+    target: Arc<dyn ControlTarget>,
+    rules: Rules,
+    pace: Pace,
+) -> Result<ControlServer> {
     let open = anyone_named(&rules.roles);
     own_dir(path.parent().expect("a socket path is a folder and a name"), open)?;
     let listener = listen_at(&path, if open { 0o666 } else { 0o600 }, mountpoint)?;
@@ -192,8 +213,7 @@ pub(super) fn serve_at(
         mountpoint: mountpoint.to_owned(),
         target,
         rules,
-        own: Rates::new(OWN_PER_SECOND, OWN_BURST),
-        others: Rates::new(OTHERS_PER_SECOND, OTHERS_BURST),
+        pace,
         busy: AtomicUsize::new(0),
         busy_others: AtomicUsize::new(0),
     };
@@ -293,7 +313,7 @@ impl Admitted {
     /// # Errors
     /// `STORE_DENIED`: too often.
     fn in_time(&self) -> Result<()> {
-        let rates = if self.role == Some(Role::Admin) { &self.door.own } else { &self.door.others };
+        let rates = if self.role == Some(Role::Admin) { &self.door.pace.own } else { &self.door.pace.others };
         match rates.admits(self.peer.uid) {
             true => Ok(()),
             false => Err(Error::new(
@@ -603,6 +623,62 @@ mod tests {
             ask(takes).expect("done all the same");
         }
         assert_eq!(*done.0.lock().expect("a test"), ["lock", "shut out uid=1", "stop"]);
+    }
+
+    /// Asks as another user, where we may become one: `None` where not.
+    fn ask_as(uid: u32, path: &Path) -> Option<Result<serde_json::Value>> {
+        let path = path.to_owned();
+        let asker = std::thread::spawn(move || {
+            // SAFETY: the system call itself changes this thread alone, which ends with the question.
+            let became = unsafe { libc::syscall(libc::SYS_setresuid, uid, uid, uid) } == 0;
+            became.then(|| ask_at(&path, Request::Status, Duration::from_secs(60)))
+        });
+        asker.join().expect("a thread")
+    }
+
+    #[test]
+    fn who_asks_too_often_is_refused_before_a_word_of_his_is_read_and_holds_back_nobody_else() {
+        const VIEWERS: [u32; 2] = [54_321, 54_322];
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).expect("opened");
+        let names = VIEWERS.map(|uid| format!("uid={uid}").parse().expect("a user"));
+        let roles = RolesPlan { viewers: names.to_vec(), ..RolesPlan::default() };
+        let (rules, telemetry) = (Rules { roles, ..Rules::default() }, Arc::new(Telemetry::default()));
+        let rules = Rules { telemetry: telemetry.clone(), ..rules };
+        // Nothing comes back while this runs.
+        let at_once = |burst: u32| {
+            let hour = governor::Quota::with_period(Duration::from_secs(3600)).expect("longer than nothing");
+            Rates::of(hour.allow_burst(burst.try_into().expect("some")))
+        };
+        let pace = Pace { own: at_once(5), others: at_once(3) };
+        let path = dir.path().join("run/a.sock");
+        let server = serve_paced(path, Path::new("/mnt/x"), Arc::new(Fake::default()), rules, pace).expect("served");
+        let too_often = |answer: Result<serde_json::Value>| {
+            let error = answer.expect_err("too often");
+            assert_eq!(error.code(), Code::StoreDenied, "{error:?}");
+            assert!(error.chain().contains("asks too often"), "{error:?}");
+        };
+        for _ in 0..5 {
+            ask_at(server.path(), Request::Status, Duration::from_secs(60)).expect("an answer");
+        }
+        too_often(ask_at(server.path(), Request::Status, Duration::from_secs(60)));
+        // He who has said nothing yet is told so all the same.
+        let mut silent = UnixStream::connect(server.path()).expect("connects");
+        let mut reply = String::new();
+        silent.read_to_string(&mut reply).expect("an answer");
+        assert!(reply.contains("asks too often"), "{reply}");
+        let mut refused = 2;
+        for uid in VIEWERS {
+            for _ in 0..3 {
+                let Some(answer) = ask_as(uid, server.path()) else { continue };
+                answer.expect("a burst of his own");
+            }
+            if let Some(answer) = ask_as(uid, server.path()) {
+                too_often(answer);
+                refused += 1;
+            }
+        }
+        assert_eq!(telemetry.control_refused.get(), refused);
     }
 
     #[test]
