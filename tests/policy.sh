@@ -49,10 +49,16 @@ export STORE=$work/store MOUNTPOINT=$work/mnt KEY=file:$work/home/model.key SOUR
 export TRUST=$XDG_CONFIG_HOME/modelfs/signing.key.pub
 log=/var/log/modelfs/audit.log
 
+groups_at="" # a hierarchy of control groups in which groups can be made
+
 cleanup() {
   podman ps -aq 2>/dev/null | xargs -r podman rm -f -t 0 >/dev/null 2>&1 || true
   modelfs umount "$MOUNTPOINT" >/dev/null 2>&1 || umount -l "$MOUNTPOINT" 2>/dev/null || true
   umount /etc/modelfs /var/log/modelfs 2>/dev/null || true
+  if [[ -n $groups_at ]]; then
+    local group
+    for group in a/worker a b c; do until_true 10 rmdir "$groups_at/modelfs-policy-$$-$group" || true; done
+  fi
   rm -rf --one-file-system "$work"
 }
 trap cleanup EXIT
@@ -171,6 +177,90 @@ refusals_are_recorded() {
   return $bad
 }
 
+# ---- By control group. WHICH: a, b or c, or what lies below one.
+
+find_groups() { # a hierarchy by which the daemon tells processes apart, and where this test may make groups
+  local at groups=()
+  # Version 2, else that of systemd.
+  mapfile -t groups < <(awk '{
+    split($0, half, " - "); split(half[1], left, " "); split(half[2], right, " ")
+    if (right[1] == "cgroup2") print "1 " left[5]
+    if (right[1] == "cgroup" && right[3] ~ /(^|,)name=systemd(,|$)/) print "2 " left[5]
+  }' /proc/self/mountinfo | sort -u | cut -d ' ' -f 2)
+  for at in "${groups[@]}"; do
+    mkdir "$at/modelfs-policy-$$-a" 2>/dev/null || continue
+    groups_at=$at
+    mkdir "$at/modelfs-policy-$$-a/worker" "$at/modelfs-policy-$$-"{b,c} && (echo $BASHPID >"$at/modelfs-policy-$$-b/cgroup.procs") && return
+    break
+  done 2>/dev/null
+  return 1
+}
+in_group() { # WHICH UID GID GROUPS COMMAND...
+  (echo $BASHPID >"$groups_at/modelfs-policy-$$-$1/cgroup.procs" && as "${@:2}")
+}
+group_path() { # WHICH: as /proc says it, in the hierarchy that was found
+  in_group "$1" 0 0 - cat /proc/self/cgroup | sed -n "s|^[0-9]*:[^:]*:\(.*/modelfs-policy-$$-.*\)|\1|p"
+}
+by_control_group() {
+  local bad=0 a b who=(4303 4303 -)
+  a=$(group_path a) b=$(group_path b)
+  echo "rules on $a and $b"
+  policy || return 1
+  {
+    printf '[[rule]]\nname = "service"\ncgroups = ["%s"]\nmodels = ["lone/*"]\nmay = "read"\n' "$a"
+    printf '[[rule]]\nname = "batch"\ncgroups = ["%s"]\nmodels = ["open/*"]\nmay = "none"\n' "$b"
+    page_block "$page" toml policy
+  } >>/etc/modelfs/policy.toml
+  run_page_block "$page" reload || return 1
+  # Twice, and the same user in each: his control group tells the answers apart.
+  for _ in 1 2; do
+    names "lone open shown" in_group a "${who[@]}" ls "$MOUNTPOINT" || bad=1
+    wants reads in_group a "${who[@]}" cat "$MOUNTPOINT/lone/secret/config.json" || bad=1
+    wants reads in_group a/worker "${who[@]}" cat "$MOUNTPOINT/lone/secret/config.json" || bad=1
+    wants reads in_group a "${who[@]}" cat "$MOUNTPOINT/open/base/config.json" || bad=1
+    names "shown" in_group b "${who[@]}" ls "$MOUNTPOINT" || bad=1
+    wants absent in_group b "${who[@]}" cat "$MOUNTPOINT/lone/secret/config.json" || bad=1
+    wants absent in_group b "${who[@]}" cat "$MOUNTPOINT/open/base/config.json" || bad=1
+    wants absent as "${who[@]}" cat "$MOUNTPOINT/lone/secret/config.json" || bad=1
+    wants reads as "${who[@]}" cat "$MOUNTPOINT/open/base/config.json" || bad=1
+  done
+  modelfs audit show $log --uid 4303 --outcome denied --json >"$work/found" || bad=1
+  grep -F "\"cgroup\":\"$b\"" "$work/found" >/dev/null || { echo "no refusal in $b is in the log"; bad=1; }
+  return $bad
+}
+a_control_group_is_blocked() {
+  local bad=0 uid c
+  c=$(group_path c)
+  policy denials policy && run_page_block "$page" reload || return 1
+  wants refused in_group a 4320 4320 - cat "$MOUNTPOINT/shown/next/config.json" || bad=1
+  # One denial each, of five users: a program that goes through them.
+  for uid in 4321 4322 4323 4324; do wants refused in_group c $uid $uid - cat "$MOUNTPOINT/shown/next/config.json" || bad=1; done
+  for uid in 4321 4322 4323 4324; do wants reads in_group c $uid $uid - cat "$MOUNTPOINT/open/base/config.json" || bad=1; done
+  wants refused in_group c 4325 4325 - cat "$MOUNTPOINT/shown/next/config.json" || bad=1
+  for uid in 4321 4322 4323 4324 4325; do
+    wants refused in_group c $uid $uid - cat "$MOUNTPOINT/open/base/config.json" || bad=1
+  done
+  # The next one with his first denial, and nobody who was denied nothing, nor in another group.
+  wants reads in_group c 4326 4326 - cat "$MOUNTPOINT/open/base/config.json" || bad=1
+  wants refused in_group c 4326 4326 - cat "$MOUNTPOINT/shown/next/config.json" || bad=1
+  wants refused in_group c 4326 4326 - cat "$MOUNTPOINT/open/base/config.json" || bad=1
+  wants reads in_group c 4327 4327 - cat "$MOUNTPOINT/open/base/config.json" || bad=1
+  wants reads in_group a 4320 4320 - cat "$MOUNTPOINT/open/base/config.json" || bad=1
+  run_page_block "$page" blocked >"$work/said" || bad=1
+  grep -F "blocked: cgroup=$c" "$work/said" || { cat "$work/said"; bad=1; }
+  modelfs audit show $log --kind block --severity high --json >"$work/found" || bad=1
+  grep -F "cgroup=$c is refused everything" "$work/found" >/dev/null || { echo "no block of $c is in the log"; cat "$work/found"; bad=1; }
+  # Each by his own name, whoever was denied last.
+  for uid in 4321 4322 4325; do
+    modelfs audit show $log --kind block --uid $uid --json >"$work/found" || bad=1
+    [[ -s $work/found ]] || { echo "no block of uid $uid is in the log"; bad=1; }
+  done
+  modelfs sessions "$MOUNTPOINT" --let-in "cgroup=$c" || bad=1
+  for uid in 4321 4322 4323 4324 4325 4326; do modelfs sessions "$MOUNTPOINT" --let-in uid=$uid || bad=1; done
+  wants reads in_group c 4321 4321 - cat "$MOUNTPOINT/open/base/config.json" || bad=1
+  return $bad
+}
+
 # ---- In a container.
 
 container_setup() {
@@ -282,6 +372,12 @@ step "policy: a pickle by another name is not sealed" pickles_are_not_sealed
 step "policy: mount as the page says" mount_as_the_page_says
 step "policy: on the host each sees and reads what the rules grant" on_the_host
 step "policy: each refusal is in the audit log, and each open" refusals_are_recorded
+if find_groups; then
+  step "policy: rules on control groups let in who is in one, and keep out who is in another" by_control_group
+  step "policy: repeated denials of several users of a control group block it, and no other" a_control_group_is_blocked
+else
+  skip "policy: rules on control groups" "no control groups can be made here: neither version 2 nor name=systemd is writable"
+fi
 step "policy: podman has an image" container_setup
 step "policy: two containers with the mount in them, one of them in a rule" containers_start
 step "policy: in containers each sees and reads what the rules grant" in_containers
