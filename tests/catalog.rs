@@ -252,6 +252,49 @@ fn a_record_follows_a_rotation_that_names_it_and_one_left_behind_says_how() {
     assert!(text.contains("NO_KEY") && text.contains(&format!("key rotate ... --register {at}")), "{text}");
 }
 
+/// The records are keys from Vault, though no `--key` names one.
+#[test]
+fn a_catalog_of_raw_keys_is_locked_when_vault_takes_the_token_back() {
+    let Some(world) = World::start() else { return };
+    if !can_mount() {
+        return;
+    }
+    world.seal_raw("acme/llama", "acme/llama");
+    let token = run_ok(&mut world.vault.command(&["token", "create", "-policy=root", "-field=token"])).stdout;
+    let token = String::from_utf8(token).expect("text").trim().to_owned();
+    let file = world.program.root().join("home/token");
+    std::fs::write(&file, &token).expect("written");
+    std::fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o600)).expect("ours");
+    let mountpoint = world.program.mountpoint();
+    let mut mount = world.command(&["mount", CATALOG, "--daemon", "--on-key-loss", "lock", "--open", "lazy"]);
+    mount.env("MODELFS_VAULT_TOKEN_FILE", &file).arg(mountpoint).arg("--trust").arg(world.program.trusted_key());
+    run_ok(&mut mount);
+    let weights = mountpoint.join("acme/llama/weights.bin");
+    assert!(std::fs::read(&weights).expect("read") == common::hostile::object(3_000_000));
+    let held = std::fs::File::open(&weights).expect("open");
+
+    world.vault.admin(&["token", "revoke", &token]);
+    let until = |what: &str, done: &dyn Fn() -> bool| {
+        let start = Instant::now();
+        while !done() {
+            assert!(start.elapsed() < Duration::from_secs(120), "{what} two minutes after the token was revoked");
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    };
+    until("still opened", &|| std::fs::File::open(&weights).is_err());
+    let denied = std::fs::File::open(&weights).expect_err("locked");
+    assert_eq!(denied.raw_os_error(), Some(libc::EACCES), "{denied}");
+    // Opens are refused first, then what is open is cut off.
+    let read = || std::os::unix::fs::FileExt::read_at(&held, &mut [0; 4096], 0);
+    // EACCES, or the end of a file that the kernel served by itself.
+    until("an open file still read", &|| !matches!(read(), Ok(1..)));
+    drop(held);
+    let status = run_ok(world.command(&["status", "--json"]).arg(mountpoint)).stdout;
+    let status = String::from_utf8_lossy(&status).into_owned();
+    assert!(status.contains("\"lost\""), "{status}");
+    run_ok(world.command(&["umount"]).arg(mountpoint));
+}
+
 /// A record that got the ciphertext of another version would open nothing.
 #[test]
 fn a_record_of_another_version_is_refused_before_anything_is_rewrapped() {

@@ -87,6 +87,11 @@ impl Said<'_> {
         paths
     }
 
+    /// Whether the store is a path in Vault, whose records hold what opens each model.
+    fn is_catalog(&self) -> bool {
+        matches!(self.store, Some(StoreUrl::VaultKv { .. }))
+    }
+
     fn local_store(&self) -> Option<PathBuf> {
         match self.store {
             Some(StoreUrl::Local(path)) => Some(settled(path)),
@@ -265,12 +270,13 @@ pub const RULES: &[Rule] = &[
         id: "lock-on-nothing",
         level: Level::Refused,
         together: "`on-key-loss` lock, and no key from Vault",
-        why: "There is nothing whose loss would lock.",
+        why: "There is nothing whose loss would lock. A catalog's records are keys from Vault.",
         of: takes::MOUNT,
         broken: |said| {
             let from_vault =
                 |key: &String| matches!(key.parse(), Ok(KeySource::VaultTransit { .. } | KeySource::VaultKv { .. }));
-            (said.one("on-key-loss") == "lock" && !said.many("key").iter().any(from_vault)).then(|| {
+            let keys_from_vault = said.is_catalog() || said.many("key").iter().any(from_vault);
+            (said.one("on-key-loss") == "lock" && !keys_from_vault).then(|| {
                 "on-key-loss=lock has nothing to watch: no key comes from Vault; drop it, or use lock-when-idle".into()
             })
         },
@@ -605,6 +611,26 @@ mod tests {
             assert!(!ids[..i].contains(id), "{id} twice");
         }
         assert!(broken_by("key=file:/k,trust=/t,cache=64MiB,model=a", None, None).is_empty());
+    }
+
+    /// With a raw key in each record no `key` is named, and with a transit ciphertext Vault is asked as well.
+    #[test]
+    fn a_loss_locks_what_has_its_keys_from_vault_and_nothing_else() {
+        let catalog: StoreUrl = "vault-kv://secret/models".parse().expect("a catalog");
+        let bucket: StoreUrl = "s3://models/prod".parse().expect("a bucket");
+        for (words, store, refused) in [
+            ("on-key-loss=lock", &catalog, false),
+            ("on-key-loss=lock,key=file:/k", &catalog, false),
+            ("on-key-loss=lock,key=vault-kv:secret/a#key,vault-addr=https://v", &bucket, false),
+            ("on-key-loss=lock,key=vault-transit:t/k,vault-addr=https://v", &bucket, false),
+            ("on-key-loss=lock,key=file:/k", &bucket, true),
+            ("on-key-loss=lock,key=file:/k,vault-addr=https://v", &bucket, true),
+            ("on-key-loss=lock", &bucket, true),
+            ("on-key-loss=keep", &bucket, false),
+        ] {
+            let broken = broken_by(words, Some(store), None);
+            assert_eq!(broken.contains(&"lock-on-nothing"), refused, "{words} of {store}: {broken:?}");
+        }
     }
 
     #[test]
