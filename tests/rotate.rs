@@ -612,6 +612,61 @@ fn the_old_version_is_not_withdrawn_while_another_tag_names_one_that_would_go_wi
     }
 }
 
+/// Readers of the tags that were moved see it: an error would say that nothing happened.
+#[test]
+fn a_withdrawal_that_reached_some_tags_is_told_with_them_and_one_that_reached_none_is_an_error() {
+    let bench = Bench::new();
+    let sealed = || {
+        let store = bench.sealed(&[1], false);
+        bench.seal(&store, &[1], false);
+        store
+    };
+    let withdraw = |store: Faulty<MemoryStore>| {
+        bench.rotate(Arc::new(store), None, async |rotator| rotator.withdraw_below_tags(&[1]).await)
+    };
+    let lost = |tag: &str, rounds: u32| {
+        let faulty = Faulty::new(sealed());
+        faulty.on(When::call(Call::Create).name(tag).times(rounds), Fault::Fail(Code::Exists));
+        faulty
+    };
+    // Others are first at one tag, every time.
+    let faulty = lost("/r/prod/", u32::MAX);
+    let withdrawn = withdraw(faulty.clone()).unwrap();
+    assert_eq!((withdrawn.below, &withdrawn.refs[..]), (2, &[(LATEST.to_owned(), 3)][..]));
+    let why = withdrawn.unfinished.expect("prod does not say it");
+    assert!(why.code() == Code::Exists && withdrawn.warnings.contains(&why.chain()), "{:?}", withdrawn.warnings);
+    faulty.heal();
+    let again = withdraw(faulty).unwrap();
+    assert!(again.unfinished.is_none() && again.refs == [("prod".to_owned(), 3)], "{again:?}");
+    // At every tag.
+    let faulty = lost("/r/", u32::MAX);
+    let before = faulty.inner().names();
+    assert_eq!(withdraw(faulty.clone()).unwrap_err().code(), Code::Exists);
+    assert_eq!(faulty.inner().names(), before);
+    // The store answers no more, at any listing of two rounds.
+    let counted = lost("/r/prod/", 1);
+    withdraw(counted.clone()).unwrap();
+    let lists = u32::try_from(counted.count(Call::List)).unwrap();
+    let mut broke_off = 0;
+    for list in 0..lists {
+        let faulty = lost("/r/prod/", 1);
+        faulty.on(When::call(Call::List).after(list), Fault::Fail(Code::StoreDenied));
+        let refs = named(faulty.inner(), "/r/");
+        match withdraw(faulty.clone()) {
+            Ok(withdrawn) => {
+                assert_eq!((withdrawn.below, withdrawn.refs.len()), (2, 1), "listing {list}");
+                assert_eq!(withdrawn.unfinished.expect("prod is behind").code(), Code::StoreDenied);
+                broke_off += 1;
+            }
+            Err(denied) => {
+                assert_eq!(denied.code(), Code::StoreDenied);
+                assert_eq!(named(faulty.inner(), "/r/"), refs, "listing {list}: an error, and yet written");
+            }
+        }
+    }
+    assert!(broke_off > 0 && broke_off < lists, "{broke_off} of {lists}");
+}
+
 /// Nothing but its age tells a version that such an order has made from one whose data key leaked since.
 #[test]
 fn an_order_for_a_new_data_key_that_is_given_again_makes_another_unless_the_version_is_too_young() {

@@ -139,6 +139,15 @@ impl Moves {
         Withdrawn { below, refs, floor_raised: unraised.is_none(), unraised, unfinished, warnings }
     }
 
+    /// What failed is the answer if no ref was written; else it is told beside those that readers see already.
+    fn broke_off(self, below: u64, failed: Error, mut warnings: Vec<String>) -> Result<Withdrawn> {
+        if self.refs.is_empty() {
+            return Err(failed);
+        }
+        warnings.push(failed.chain());
+        Ok(self.withdrew(below, Some(failed), warnings))
+    }
+
     fn has(&self, channel: &str) -> bool {
         self.refs.iter().any(|(written, _)| written == channel)
     }
@@ -459,14 +468,18 @@ impl Rotator<'_> {
     ///
     /// # Errors
     /// `USAGE` if one of those would not be. `EXISTS` if others were first every time; what the signers and the store say, but
-    /// for what came after the first ref. With an error nothing was withdrawn.
+    /// for what came after the first ref, which is [`Withdrawn::unfinished`]. With an error nothing was withdrawn, unless it
+    /// is that of an answer that was lost.
     pub async fn withdraw_below_tags(&self, replaced: &[u64]) -> Result<Withdrawn> {
-        let (mut moves, mut warnings) = (Moves::default(), Vec::new());
+        let (mut moves, mut warnings, mut below) = (Moves::default(), Vec::new(), 0);
         for _ in 0..RACES_MAX {
-            let heads = self.heads(&mut warnings).await?;
+            let heads = match self.heads(&mut warnings).await {
+                Ok(heads) => heads,
+                Err(failed) => return moves.broke_off(below, failed, warnings),
+            };
             let allowed = lowest_allowed(&heads);
             let named = || heads.iter().filter(|(_, head)| head.seq >= allowed);
-            let below = named().map(|(_, head)| head.seq).min().unwrap_or(allowed);
+            below = named().map(|(_, head)| head.seq).min().unwrap_or(allowed);
             if moves.refs.is_empty()
                 && let Some(old) = replaced.iter().find(|&&old| old >= below)
             {
@@ -491,19 +504,19 @@ impl Rotator<'_> {
                         moves.floor(unraised, &mut warnings);
                     }
                     Err(first) if first.code() == Code::Exists => lost = true,
-                    Err(failed) if !moves.refs.is_empty() => {
+                    Err(failed) => {
                         let failed = failed.context(format!("tag {channel} does not say yet what was withdrawn"));
-                        warnings.push(failed.chain());
-                        return Ok(moves.withdrew(below, Some(failed), warnings));
+                        return moves.broke_off(below, failed, warnings);
                     }
-                    Err(other) => return Err(other),
                 }
             }
             if !lost {
                 return Ok(moves.withdrew(below, None, warnings));
             }
         }
-        refuse!(Exists, "others moved tags of {} first {RACES_MAX} times in a row; try again later", self.name());
+        let name = self.name();
+        let others = format!("others moved tags of {name} first {RACES_MAX} times in a row; try again later");
+        moves.broke_off(below, Error::new(Code::Exists, others), warnings)
     }
 
     /// Who gets a slot in the new version, and the labels that are shown: new ones, and old ones that are left out.
