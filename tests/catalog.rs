@@ -6,11 +6,16 @@ mod dev_vault;
 #[path = "common/program.rs"]
 mod program;
 
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::path::PathBuf;
 use std::process::{Command, Output};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use common::S3Server;
+use common::hostile::{Hostile, Request, respond};
 use dev_vault::DevVault;
 use modelfs::catalog::{Records, VaultRecords};
 use modelfs::error::Code;
@@ -250,6 +255,159 @@ fn a_record_follows_a_rotation_that_names_it_and_one_left_behind_says_how() {
     rotated(&["--key", &new, "--to", &raw]);
     let (_, text) = world.refused(true, &["--model", "acme/llama"]);
     assert!(text.contains("NO_KEY") && text.contains(&format!("key rotate ... --register {at}")), "{text}");
+}
+
+/// What becomes of the next writes of records.
+#[derive(Clone, Copy, PartialEq)]
+enum RecordWrite {
+    Applied,
+    /// 503, as by a Vault that is sealed.
+    Refused,
+    /// Nobody answers any more, after it was applied or without.
+    Unanswered {
+        applied: bool,
+    },
+}
+
+/// Stands before the real Vault.
+struct Between {
+    server: Hostile,
+    rule: Arc<Mutex<RecordWrite>>,
+    met: Arc<AtomicUsize>,
+}
+
+impl Between {
+    fn start(vault: &DevVault) -> Between {
+        let to = vault.address().strip_prefix("http://").expect("plain HTTP").to_owned();
+        let (rule, met) = (Arc::new(Mutex::new(RecordWrite::Applied)), Arc::new(AtomicUsize::new(0)));
+        let (of_server, meeting) = (Arc::clone(&rule), Arc::clone(&met));
+        let server = Hostile::start(move |request, stream| {
+            let writes = request.method != "GET" && request.target.contains("/secret/data/models/");
+            let rule = if writes { *of_server.lock().expect("whole") } else { RecordWrite::Applied };
+            let (answer, unanswered) = match rule {
+                RecordWrite::Applied => (Some(hand_on(&to, request)?), false),
+                RecordWrite::Refused => (None, false),
+                RecordWrite::Unanswered { applied: true } => (Some(hand_on(&to, request)?), true),
+                RecordWrite::Unanswered { applied: false } => (None, true),
+            };
+            if rule != RecordWrite::Applied {
+                meeting.fetch_add(1, Ordering::Release);
+            }
+            match answer {
+                // Until whoever asked is gone.
+                _ if unanswered => std::io::copy(stream, &mut std::io::sink()).map(drop),
+                Some(answer) => stream.write_all(&answer),
+                None => {
+                    let sealed = br#"{"errors":["Vault is sealed"]}"#;
+                    respond(stream, "503 Service Unavailable", &[("Content-Type", "application/json")], sealed)
+                }
+            }
+        });
+        Between { server, rule, met }
+    }
+
+    fn set(&self, rule: RecordWrite) {
+        *self.rule.lock().expect("whole") = rule;
+        self.met.store(0, Ordering::Release);
+    }
+}
+
+/// What the server at `to` answers to this request.
+fn hand_on(to: &str, request: &Request) -> std::io::Result<Vec<u8>> {
+    let mut server = TcpStream::connect(to)?;
+    let mut head = format!("{} {} HTTP/1.1\r\nConnection: close\r\n", request.method, request.target);
+    for (name, value) in request.headers.iter().filter(|(name, _)| name != "connection") {
+        head.push_str(&format!("{name}: {value}\r\n"));
+    }
+    server.write_all(&[head.as_bytes(), b"\r\n", &request.body].concat())?;
+    let mut answer = Vec::new();
+    server.read_to_end(&mut answer)?;
+    Ok(answer)
+}
+
+/// Whoever goes by the record opens the model at every moment: the old key is taken away when the record has the new one.
+#[test]
+fn a_rotation_that_dies_around_the_write_of_its_record_leaves_one_that_opens_and_a_rerun_completes_it() {
+    let Some(world) = World::start() else { return };
+    let between = Between::start(&world.vault);
+    let (old, new) = (world.program.key(), format!("file:{}", world.program.root().join("home/new.key").display()));
+    run_ok(world.program.command(&["keygen"]).arg(world.program.root().join("home/new.key")));
+    let rules = [
+        ("refused", RecordWrite::Refused),
+        ("unheard", RecordWrite::Unanswered { applied: false }),
+        ("applied", RecordWrite::Unanswered { applied: true }),
+    ];
+    for (name, rule) in rules {
+        world.seal_raw(name, name);
+        let before = world.record(name);
+        let at = format!("{CATALOG}/{name}");
+        let rotate = || {
+            let words = ["key", "rotate", STORE, name, "--key", &old, "--to", &new, "--register", &at, "--json"];
+            let mut command = world.command(&words);
+            command.arg("--register-raw-key");
+            command
+        };
+        between.set(rule);
+        let mut dying = rotate();
+        dying.env("VAULT_ADDR", between.server.endpoint());
+        if rule == RecordWrite::Refused {
+            dying.args(["--vault-timeout", "3s"]);
+            let output = end_of(&mut dying);
+            let text = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert!(!output.status.success(), "{name}: the record was not written");
+            assert!(text.contains("the old key and the new one open version 1") && text.contains("again"), "{text}");
+        } else {
+            dying
+                .args(["--vault-timeout", "5m"])
+                .stdout(std::process::Stdio::null())
+                .stderr(std::process::Stdio::null());
+            let mut child = dying.spawn().expect("the binary runs");
+            let start = Instant::now();
+            while between.met.load(Ordering::Acquire) == 0 {
+                assert!(start.elapsed() < Duration::from_secs(120), "{name}: it never wrote the record");
+                assert!(child.try_wait().expect("our child").is_none(), "{name}: it ended before it wrote the record");
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            child.kill().expect("our child");
+            child.wait().expect("our child");
+        }
+        let verify = |key: &str| {
+            let mut verify = world.command(&["verify", STORE, name, "--key", key, "--trust"]);
+            verify.arg(world.program.trusted_key()).output().expect("runs").status.code().expect("an exit")
+        };
+        let by_record = || {
+            if can_mount() {
+                world.mounted(&["--model", name], |mountpoint| {
+                    let read = std::fs::read(mountpoint.join(name).join("weights.bin")).expect("read");
+                    assert!(read == common::hostile::object(3_000_000), "{name}");
+                });
+            }
+        };
+        let applied = rule == RecordWrite::Unanswered { applied: true };
+        assert_eq!(world.record(name) != before, applied, "{name}");
+        assert_eq!((verify(&old), verify(&new)), (0, 0), "{name}: both keys are in");
+        by_record();
+
+        let again: Value = serde_json::from_slice(&run_ok(&mut rotate()).stdout).expect("JSON");
+        assert_eq!(
+            (&again["status"], &again["registered"]["version"]),
+            (&json!("rotated"), &json!(2)),
+            "{name}: {again}"
+        );
+        assert_eq!(
+            again["removed"].as_array().map(|labels| labels.contains(&json!("key-file"))),
+            Some(true),
+            "{again}"
+        );
+        assert_eq!((verify(&old), verify(&new)), (25, 0), "{name}");
+        by_record();
+        let third: Value = serde_json::from_slice(&run_ok(&mut rotate()).stdout).expect("JSON");
+        assert_eq!((&third["status"], &third["registered"]["version"]), (&json!("unchanged"), &json!(2)), "{third}");
+        let mut list = world.command(&["key", "list", STORE, name, "--json", "--trust"]);
+        let list: Value = serde_json::from_slice(&run_ok(list.arg(world.program.trusted_key())).stdout).expect("JSON");
+        let labels: Vec<&Value> = list["slots"].as_array().expect("slots").iter().map(|slot| &slot["label"]).collect();
+        assert_eq!(labels, [&json!("key-file")], "{name}");
+    }
 }
 
 /// The records are keys from Vault, though no `--key` names one.

@@ -7,16 +7,19 @@ mod program;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use modelfs::catalog::{Records, Registration, SealedRecord};
 use modelfs::crypto::{Dek, FileHasher, ModelKeys, SigningKey, Verify, open_chunk, open_manifest, scratch_len};
 use modelfs::error::{Code, Error, Result};
 use modelfs::format::*;
 use modelfs::keys::{
-    FloorPolicy, FloorStore, Glob, KeySource, Keyring, ModelSelector, Resolved, Resolver, Roles, Trust, Wanted,
-    unix_now,
+    self, Cost, FloorPolicy, FloorStore, Glob, KeyMaterial, KeySource, Keyring, KvFloor, ModelSelector, Resolved,
+    Resolver, Roles, Trust, VersionedKv, Wanted, unix_now,
 };
 use modelfs::mem::{LockedBuf, Secret};
 use modelfs::rotate::{Edit, Edited, Keys, Level, Rekey, Rekeyed, Rewrap, Rotator};
@@ -25,7 +28,8 @@ use modelfs::store::fault::{Call, Death, Fault, Faulty, When};
 use modelfs::store::memory::MemoryStore;
 use modelfs::store::{ChunkSink, ChunkSource, fetch_chunk};
 use program::{Program, run_ok};
-use serde_json::Value;
+use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
 
 const MODEL: &str = "acme/llama";
 
@@ -184,6 +188,20 @@ impl Bench {
         run(self.resolver(store, None).resolve(&selector, None))
     }
 
+    /// What a new reader gets whom the fake Vault answers, while it takes no version older than `least`; with no other key.
+    fn read_by_transit(&self, store: &dyn ChunkSource, selector: &str, least: u32) -> Result<Files> {
+        let resolved = self.resolve(store, selector)?;
+        let slot = resolved.slots.slots.iter().find(|slot| slot.kind() == SlotKind::VaultTransit).expect("a slot");
+        let context = Slot::transit_context(resolved.header.model_id, resolved.header.vid);
+        let inside = FakeVault::decrypt(least, &context, std::str::from_utf8(&slot.body).unwrap())?;
+        let (salt, body) = inside.split_first_chunk().expect("a salt");
+        let slot = Slot { label: "inside".into(), params: SlotParams::Raw { salt: *salt }, body: body.to_vec() };
+        let alone = Slots { slots: vec![slot], ..resolved.slots.clone() };
+        let dek = self.ring(&[INSIDE]).unlock(&alone, &resolved.header)?;
+        let (manifest, keys) = open_manifest(&resolved.manifest_bytes, dek)?;
+        run(plain(store, &manifest, &keys))
+    }
+
     /// What a new reader with these keys gets from `selector`.
     fn read(&self, store: &dyn ChunkSource, selector: &str, numbers: &[u8]) -> Result<(Manifest, Files)> {
         let resolved = self.resolve(store, selector)?;
@@ -202,7 +220,11 @@ impl SlotKeys for SealKeys {
     fn wrap(&self, dek: &Dek, target: &SlotTarget) -> Result<Vec<Slot>> {
         let mut slots = self.ring.wrap_all(dek, target)?;
         if self.transit {
-            let body = b"vault:v1:QUFBQQ==".to_vec();
+            let context = Slot::transit_context(target.model_id, target.vid);
+            let kek = KeyMaterial::Key(Secret::from_bytes(&mut [INSIDE; 32]));
+            let inside = keys::wrap(&kek, "inside", Cost::default(), target, dek)?;
+            let SlotParams::Raw { salt } = inside.params else { panic!("a key file's slot is a raw one") };
+            let body = FakeVault::encrypt(1, &context, &[&salt[..], &inside.body].concat()).into_bytes();
             slots.push(Slot { label: "vault".into(), params: SlotParams::VaultTransit, body });
         }
         Ok(slots)
@@ -213,7 +235,10 @@ impl SlotKeys for SealKeys {
     }
 }
 
-/// A Vault whose key has this version.
+/// The key that wraps what the fake transit engine then encrypts: data keys are seen by the library alone.
+const INSIDE: u8 = 77;
+
+/// A transit engine whose key has this version: what it encrypted opens with the same version, in the same context.
 struct FakeVault {
     version: u32,
     asked: AtomicUsize,
@@ -223,14 +248,154 @@ impl FakeVault {
     fn at(version: u32) -> Arc<FakeVault> {
         Arc::new(FakeVault { version, asked: AtomicUsize::new(0) })
     }
+
+    fn digest(what: &[u8], version: u32, context: &[u8; 32], more: &[u8]) -> Vec<u8> {
+        Sha256::digest([what, &version.to_le_bytes(), context, more].concat()).to_vec()
+    }
+
+    fn masked(version: u32, context: &[u8; 32], bytes: &[u8]) -> Vec<u8> {
+        let pad = (0..).flat_map(|block: u32| Self::digest(b"pad", version, context, &block.to_le_bytes()));
+        bytes.iter().zip(pad).map(|(byte, pad)| byte ^ pad).collect()
+    }
+
+    fn encrypt(version: u32, context: &[u8; 32], plain: &[u8]) -> String {
+        let tag = Self::digest(b"tag", version, context, plain);
+        format!("vault:v{version}:{}", STANDARD.encode([tag, Self::masked(version, context, plain)].concat()))
+    }
+
+    /// As with this `min_decryption_version`.
+    fn decrypt(least: u32, context: &[u8; 32], wrapped: &str) -> Result<Vec<u8>> {
+        let denied = |why: &str| Error::new(Code::VaultDenied, why);
+        let (version, body) = wrapped.strip_prefix("vault:v").and_then(|rest| rest.split_once(':')).expect("the form");
+        let version = version.parse().expect("a number");
+        if version < least {
+            return Err(denied("of a version that is retired"));
+        }
+        let body = STANDARD.decode(body).map_err(|_| denied("not base64"))?;
+        let (tag, masked) = body.split_at_checked(32).ok_or_else(|| denied("too short"))?;
+        let plain = Self::masked(version, context, masked);
+        if Self::digest(b"tag", version, context, &plain) != tag {
+            return Err(denied("not encrypted by this version, or in another context"));
+        }
+        Ok(plain)
+    }
 }
 
 impl Rewrap for FakeVault {
     fn rewrap(&self, context: &[u8; 32], wrapped: &str) -> Result<String> {
         assert_ne!(context, &[0; 32]);
         self.asked.fetch_add(1, Ordering::Relaxed);
-        let payload = wrapped.rsplit(':').next().unwrap();
-        Ok(format!("vault:v{}:{payload}", self.version))
+        Ok(Self::encrypt(self.version, context, &Self::decrypt(1, context, wrapped)?))
+    }
+}
+
+/// A Vault's KV engine, which holds floors and the record of a catalog, and which nobody reaches from some write on.
+#[derive(Debug, Default, Clone)]
+struct Kv(Arc<Mutex<KvState>>);
+
+#[derive(Debug, Default)]
+struct KvState {
+    entries: BTreeMap<String, (Map<String, Value>, u32)>,
+    writes: u32,
+    goes_at: Option<(u32, Death)>,
+    gone: bool,
+}
+
+impl Kv {
+    fn get(&self, path: &str) -> Result<Option<(Map<String, Value>, u32)>> {
+        let kv = self.0.lock().unwrap();
+        if kv.gone { Err(away()) } else { Ok(kv.entries.get(path).cloned()) }
+    }
+
+    fn put(&self, path: &str, data: &Map<String, Value>, version: u32) -> Result<u32> {
+        let mut kv = self.0.lock().unwrap();
+        let goes = kv.goes_at.filter(|(at, _)| *at == kv.writes).map(|(_, side)| side);
+        kv.gone |= goes.is_some();
+        kv.writes += 1;
+        if goes == Some(Death::Before) || (kv.gone && goes.is_none()) {
+            return Err(away());
+        }
+        let seen = kv.entries.get(path).map_or(0, |(_, version)| *version);
+        if seen != version {
+            return Err(Error::new(Code::Exists, format!("version {seen} is there, not {version}")));
+        }
+        kv.entries.insert(path.to_owned(), (data.clone(), version + 1));
+        if goes.is_some() { Err(away()) } else { Ok(version + 1) }
+    }
+
+    fn writes(&self) -> u32 {
+        self.0.lock().unwrap().writes
+    }
+
+    fn go_at(&self, write: u32, side: Death) {
+        let mut kv = self.0.lock().unwrap();
+        (kv.writes, kv.goes_at) = (0, Some((write, side)));
+    }
+
+    fn come_back(&self) {
+        let mut kv = self.0.lock().unwrap();
+        (kv.goes_at, kv.gone) = (None, false);
+    }
+}
+
+fn away() -> Error {
+    Error::new(Code::VaultUnreachable, "scripted: nobody answers")
+}
+
+impl VersionedKv for Kv {
+    fn read(&self, path: &str) -> Result<Option<(Map<String, Value>, u32)>> {
+        self.get(path)
+    }
+    fn write(&self, path: &str, data: &Map<String, Value>, version: u32) -> Result<()> {
+        self.put(path, data, version).map(drop)
+    }
+    fn describe(&self) -> String {
+        "scripted".into()
+    }
+}
+
+impl Records for Kv {
+    fn list(&self, _: &str, _: &str) -> Result<Vec<String>> {
+        panic!("nobody lists")
+    }
+    fn read(&self, _: &str, path: &str) -> Result<Option<(Map<String, Value>, u32)>> {
+        self.get(path)
+    }
+    fn write(&self, _: &str, path: &str, data: &Map<String, Value>, cas: u32) -> Result<u32> {
+        self.put(path, data, cas)
+    }
+    fn unwrap_transit(&self, _: &KeySource, _: &[u8; 32], _: &str) -> Result<Secret<32>> {
+        panic!("the record holds a raw key")
+    }
+}
+
+/// What one operator has beside the store: a folder of state, and a Vault with floors and a record.
+struct Outside {
+    state: tempfile::TempDir,
+    kv: Kv,
+}
+
+impl Outside {
+    fn new() -> Outside {
+        Outside { state: tempfile::tempdir().unwrap(), kv: Kv::default() }
+    }
+
+    fn floors(&self) -> FloorStore {
+        FloorStore::new(self.state.path()).pinned(Arc::new(KvFloor::new(self.kv.clone(), "floor")), false)
+    }
+
+    /// As `key rotate --register --register-raw-key` writes it.
+    fn record(&self, version: &Resolved, key: u8) -> Result<()> {
+        let (at, store) = ("vault-kv://secret/record".parse().unwrap(), "s3://models".parse().unwrap());
+        let registration = Registration::prepare(Arc::new(self.kv.clone()), at, &store, MODEL)?;
+        let encryption_key = &*STANDARD.encode([key; 32]);
+        registration.write(SealedRecord { manifest: version.digest, size_bytes: 1, encryption_key }).map(drop)
+    }
+
+    /// The key that the record holds, and the version of the record.
+    fn recorded(&self) -> (u8, u32) {
+        let (record, version) = self.kv.0.lock().unwrap().entries["record"].clone();
+        (STANDARD.decode(record["encryption_key"].as_str().unwrap()).unwrap()[0], version)
     }
 }
 
@@ -271,10 +436,28 @@ fn named(store: &MemoryStore, part: &str) -> BTreeSet<String> {
     store.names().into_iter().filter(|name| name.contains(part)).collect()
 }
 
-/// What is done at each level, and the keys that open before and after.
+/// What is done at each level, and the keys that open before and after. Before, key 1 always does.
 enum Level0 {
-    Edit { before: &'static [u8], edit: Edit, after: &'static [u8], shut: &'static [u8] },
-    Rekey { order: Rekey, after: &'static [u8] },
+    Edit {
+        before: &'static [u8],
+        edit: Edit,
+        after: &'static [u8],
+        shut: &'static [u8],
+    },
+    /// Key 2 for key 1, which a record of a catalog holds.
+    AroundRecord {
+        prepare: Edit,
+        replace: Edit,
+    },
+    Rekey {
+        order: Rekey,
+        after: &'static [u8],
+    },
+    /// Every tag, and then what is older than what they name is withdrawn.
+    All {
+        order: Rekey,
+        after: &'static [u8],
+    },
 }
 
 fn levels(bench: &Bench) -> Vec<(&'static str, Level0)> {
@@ -308,6 +491,22 @@ fn levels(bench: &Bench) -> Vec<(&'static str, Level0)> {
             },
         ),
         (
+            "replace by two",
+            Level0::Edit {
+                before: &[1],
+                edit: Edit::Replace { keys: ring(&[1]), new: ring(&[2, 3]), label: None },
+                after: &[2, 3],
+                shut: &[1],
+            },
+        ),
+        (
+            "replace, with a record",
+            Level0::AroundRecord {
+                prepare: Edit::Prepare { keys: ring(&[1]), new: ring(&[2]), label: None },
+                replace: Edit::Replace { keys: ring(&[1]), new: ring(&[2]), label: None },
+            },
+        ),
+        (
             "rewrap",
             Level0::Edit {
                 before: &[1],
@@ -318,64 +517,238 @@ fn levels(bench: &Bench) -> Vec<(&'static str, Level0)> {
         ),
         ("new-key", Level0::Rekey { order: bench.order(Level::NewKey, &[1], &[2]), after: &[2] }),
         ("reencrypt", Level0::Rekey { order: bench.order(Level::Reencrypt, &[1], &[2]), after: &[2] }),
+        (
+            "reencrypt, withdraw",
+            Level0::Rekey {
+                order: Rekey { withdraw_old: true, ..bench.order(Level::Reencrypt, &[1], &[2]) },
+                after: &[2],
+            },
+        ),
+        ("all, withdraw", Level0::All { order: bench.order(Level::NewKey, &[1], &[2]), after: &[2] }),
     ]
 }
 
+fn copy_of(store: &MemoryStore) -> MemoryStore {
+    let copy = MemoryStore::new();
+    for name in store.names() {
+        copy.put(&name, store.get(&name).unwrap());
+    }
+    copy
+}
+
+const TAGS: [&str; 2] = [LATEST, "prod"];
+
+/// What there was before: what each tag named, opened.
+type Before = Vec<(Resolved, Manifest)>;
+
 impl Level0 {
-    fn prepare(&self, bench: &Bench, name: &str) -> MemoryStore {
+    fn rewraps(&self) -> bool {
+        matches!(self, Level0::Edit { edit: Edit::Rewrap { .. }, .. })
+    }
+
+    fn prepare(&self, bench: &Bench) -> (MemoryStore, Before) {
+        let store = MemoryStore::new();
         match self {
-            Level0::Edit { before, .. } => bench.sealed(before, name == "rewrap"),
-            Level0::Rekey { .. } => bench.sealed(&[1], false),
+            Level0::Edit { before, .. } => bench.seal(&store, before, self.rewraps()),
+            Level0::AroundRecord { .. } | Level0::Rekey { .. } => bench.seal(&store, &[1], false),
+            Level0::All { .. } => {
+                bench.seal(&store, &[1], false);
+                bench.seal_as(&store, &[1], false, &[]);
+            }
+        }
+        let named = TAGS.map(|tag| {
+            let selector = format!("{MODEL}@{tag}");
+            (bench.resolve(&store, &selector).unwrap(), bench.read(&store, &selector, &[1]).unwrap().0)
+        });
+        (store, named.into())
+    }
+
+    /// What an operator has beside a store that was prepared.
+    fn outside(&self, before: &Before) -> Outside {
+        let outside = Outside::new();
+        if let Level0::AroundRecord { .. } = self {
+            outside.record(&before[0].0, 1).unwrap();
+        }
+        outside
+    }
+
+    /// The refs that it wrote.
+    fn run(
+        &self,
+        bench: &Bench,
+        store: impl ChunkSink + 'static,
+        outside: Option<&Outside>,
+    ) -> Result<Vec<(String, u64)>> {
+        let store: Arc<dyn ChunkSink> = Arc::new(store);
+        let floors = || outside.map(Outside::floors);
+        let edit = |edit: &Edit| {
+            let edited = bench
+                .rotate(Arc::clone(&store), floors(), async |rotator| rotator.edit(&Wanted::Newest, edit).await)?;
+            Ok::<_, Error>(edited.refs)
+        };
+        let rekey = |tag: &str, order: &Rekey| {
+            let wanted = Wanted::Tag(tag.into());
+            bench.rotate(Arc::clone(&store), floors(), async |rotator| rotator.rekey(&wanted, order).await)
+        };
+        match self {
+            Level0::Edit { edit: order, .. } => edit(order),
+            Level0::AroundRecord { prepare, replace } => {
+                let mut refs = edit(prepare)?;
+                if let Some(outside) = outside {
+                    outside.record(&bench.resolve(&*store, MODEL)?, 2)?;
+                }
+                refs.extend(edit(replace)?);
+                Ok(refs)
+            }
+            Level0::Rekey { order, .. } => rekey(LATEST, order).map(|rekeyed| rekeyed.refs),
+            Level0::All { order, .. } => {
+                let mut refs = Vec::new();
+                let mut old = Vec::new();
+                for tag in TAGS {
+                    let rekeyed = rekey(tag, order)?;
+                    if rekeyed.from_version != rekeyed.version {
+                        old.push(rekeyed.from_version);
+                    }
+                    refs.extend(rekeyed.refs);
+                }
+                let withdraw = async |rotator: &Rotator<'_>| rotator.withdraw_below_tags(&old).await;
+                let withdrawn = bench.rotate(Arc::clone(&store), floors(), withdraw)?;
+                refs.extend(withdrawn.refs);
+                withdrawn.unfinished.map_or(Ok(refs), Err)
+            }
         }
     }
 
-    fn run(&self, bench: &Bench, store: impl ChunkSink + 'static) -> Result<()> {
-        match self {
-            Level0::Edit { edit, .. } => bench.edit(store, edit).map(drop),
-            Level0::Rekey { order, .. } => bench.rekey(store, order).map(drop),
+    /// What must hold at every moment: each tag opens with the old key or the new one, a record with the one that it holds,
+    /// and Vault's slot whatever else there is.
+    fn assert_opens(&self, bench: &Bench, store: &MemoryStore, outside: &Outside, told: &str) {
+        for tag in TAGS {
+            let selector = format!("{MODEL}@{tag}");
+            // Old and new keys are tried apart: one of them must do.
+            let with: Vec<Result<Files>> =
+                [1, 2].iter().map(|key| bench.read(store, &selector, &[*key]).map(|read| read.1)).collect();
+            assert!(with.iter().flatten().all(|read| *read == files()), "{told}");
+            assert!(with.iter().any(Result::is_ok), "{told}: {with:?}");
+            if self.rewraps() {
+                assert_eq!(bench.read_by_transit(store, &selector, 1).unwrap(), files(), "{told}");
+            }
+        }
+        if let Level0::AroundRecord { .. } = self {
+            let (key, _) = outside.recorded();
+            let read = bench.read(store, MODEL, &[key]);
+            assert_eq!(read.unwrap_or_else(|shut| panic!("{told}: key {key} of the record: {shut:?}")).1, files());
         }
     }
 
     /// Everything is as it was wanted, whatever happened on the way.
-    fn assert_done(&self, bench: &Bench, store: &MemoryStore, told: &str) {
-        let tags = [LATEST, "prod"].map(|tag| bench.resolve(store, &format!("{MODEL}@{tag}")).unwrap());
-        assert_eq!(tags[0].digest, tags[1].digest, "{told}");
+    fn assert_done(&self, bench: &Bench, store: &MemoryStore, outside: &Outside, before: &Before, told: &str) {
+        let tags = TAGS.map(|tag| bench.resolve(store, &format!("{MODEL}@{tag}")).unwrap());
         match self {
-            Level0::Edit { after, shut, .. } => {
-                for number in *after {
+            Level0::Edit { .. } | Level0::AroundRecord { .. } => {
+                let (after, shut, least): (&[u8], &[u8], _) = match self {
+                    Level0::Edit { after, shut, .. } => (after, shut, 2),
+                    _ => (&[2], &[1], 3),
+                };
+                for number in after {
                     assert_eq!(bench.read(store, MODEL, &[*number]).unwrap().1, files(), "{told}");
                 }
-                for number in *shut {
+                for number in shut {
                     assert_eq!(bench.read(store, MODEL, &[*number]).unwrap_err().code(), Code::NoKey, "{told}");
                 }
+                if self.rewraps() {
+                    assert_eq!(bench.read_by_transit(store, MODEL, 2).unwrap(), files(), "{told}");
+                }
                 let generation = tags[0].slots.generation;
-                assert_eq!(generation, 2, "{told}");
+                assert_eq!(generation, least, "{told}");
                 for tag in &tags {
                     assert_eq!(tag.reference.unwrap().min_slots_generation, generation, "{told}");
                 }
                 assert_eq!(named(store, "/k/").len(), 1, "{told}: {:?}", named(store, "/k/"));
                 assert_eq!(tags[0].header.seq, 1);
-            }
-            Level0::Rekey { order, after } => {
-                let (manifest, read) = bench.read(store, MODEL, after).unwrap();
-                assert_eq!(read, files(), "{told}");
-                assert_eq!(bench.read(store, MODEL, &[1]).unwrap_err().code(), Code::NoKey, "{told}");
-                let (old, _) = bench.read(store, &format!("{MODEL}@1"), &[1]).unwrap();
-                let oids =
-                    |manifest: &Manifest| manifest.objects().iter().map(|object| object.oid).collect::<BTreeSet<_>>();
-                match order.level {
-                    Level::NewKey => assert_eq!(oids(&manifest), oids(&old), "{told}"),
-                    Level::Reencrypt => assert!(oids(&manifest).is_disjoint(&oids(&old)), "{told}"),
+                if let Level0::AroundRecord { .. } = self {
+                    assert_eq!(outside.recorded(), (2, 2), "{told}: it is written once");
+                    let labels: Vec<&str> = tags[0].slots.slots.iter().map(|slot| &*slot.label).collect();
+                    assert_eq!(labels, ["key-file"], "{told}: the label goes on");
                 }
-                assert_ne!(manifest.header().dek_commit, old.header().dek_commit);
-                // One round of it, whatever died: no second key for what was already under a new one.
-                assert_eq!(
-                    manifest.header().previous,
-                    Some(bench.resolve(store, &format!("{MODEL}@1")).unwrap().digest)
-                );
+            }
+            Level0::Rekey { order, after } | Level0::All { order, after } => {
+                for (tag, (old, old_manifest)) in tags.iter().zip(before) {
+                    let selector = format!("{MODEL}@{}", tag.header.seq);
+                    let (manifest, read) = bench.read(store, &selector, after).unwrap();
+                    assert_eq!(read, files(), "{told}");
+                    assert_eq!(bench.read(store, &selector, &[1]).unwrap_err().code(), Code::NoKey, "{told}");
+                    let oids = |manifest: &Manifest| {
+                        manifest.objects().iter().map(|object| object.oid).collect::<BTreeSet<_>>()
+                    };
+                    match order.level {
+                        Level::NewKey => assert_eq!(oids(&manifest), oids(old_manifest), "{told}"),
+                        Level::Reencrypt => assert!(oids(&manifest).is_disjoint(&oids(old_manifest)), "{told}"),
+                    }
+                    assert_ne!(manifest.header().dek_commit, old.header.dek_commit);
+                    // One round of it, whatever died: no second key for what was already under a new one.
+                    assert_eq!(manifest.header().previous, Some(old.digest), "{told}");
+                    let old = bench.read(store, &format!("{MODEL}@{}", old.header.seq), &[1]);
+                    if order.withdraw_old || matches!(self, Level0::All { .. }) {
+                        assert_eq!(old.unwrap_err().code(), Code::BelowFloor, "{told}");
+                    } else {
+                        assert_eq!(old.unwrap().1, files(), "{told}");
+                    }
+                }
             }
         }
+        if !matches!(self, Level0::All { .. }) {
+            assert_eq!(tags[0].digest, tags[1].digest, "{told}");
+        }
         assert!(named(store, "/l/").is_empty() || told.contains("after a death"), "{told}");
+        self.assert_floors(&outside.floors(), store, &tags, told);
+    }
+
+    fn assert_floors(&self, floors: &FloorStore, store: &MemoryStore, tags: &[Resolved], told: &str) {
+        for (tag, resolved) in TAGS.iter().zip(tags) {
+            let model = ModelId::of_name(MODEL);
+            let newest = resolved.reference.unwrap();
+            let floor =
+                floors.load(&store.describe(), model, tag).unwrap().unwrap_or_else(|| panic!("{told}: no floor"));
+            assert_eq!(floor.max_ref_seq, newest.ref_seq, "{told}, {tag}");
+            assert_eq!(floor.min_version_seq, newest.min_version_seq, "{told}, {tag}");
+            let slots = floor.slots_generations.get(&resolved.header.vid.to_string()).copied().unwrap_or(1);
+            assert!(slots >= newest.min_slots_generation, "{told}, {tag}: {slots}");
+            if floors.has_pin() {
+                let pinned = floors.load_pinned(&store.describe(), model, tag).unwrap().unwrap();
+                assert_eq!(pinned.max_ref_seq, newest.ref_seq, "{told}, {tag}: outside this machine");
+            }
+        }
+    }
+
+    /// After something went wrong on the way: whatever is there opens, the same order completes it, and once more changes
+    /// nothing.
+    fn assert_completes(&self, bench: &Bench, store: &MemoryStore, outside: &Outside, before: &Before, told: &str) {
+        self.assert_opens(bench, store, outside, told);
+        let removes = matches!(self, Level0::Edit { edit: Edit::Remove { .. }, .. });
+        match self.run(bench, store.clone(), Some(outside)) {
+            Ok(_) => {}
+            // The slot is gone and nothing is left to do: that is said, since a label may be mistyped.
+            Err(gone) if removes && gone.code() == Code::NotFound => {}
+            Err(other) => panic!("{told}: {other:?}"),
+        }
+        self.assert_done(bench, store, outside, before, told);
+        let (names, record) = (store.names(), outside.kv.get("record").unwrap());
+        match self {
+            Level0::Edit { edit, .. } => match bench.edit(store.clone(), edit) {
+                Ok(third) => assert!(!third.written && !third.finished, "{told}: {third:?}"),
+                Err(gone) => assert_eq!(gone.code(), Code::NotFound, "{told}"),
+            },
+            Level0::Rekey { order, .. } => {
+                let third = bench.rekey(store.clone(), order).unwrap();
+                assert!(third.finished && third.refs.is_empty(), "{told}: {third:?}");
+            }
+            Level0::AroundRecord { .. } | Level0::All { .. } => {
+                let refs = self.run(bench, store.clone(), Some(outside)).unwrap();
+                assert!(refs.is_empty(), "{told}: {refs:?}");
+            }
+        }
+        assert_eq!(store.names(), names, "{told}");
+        assert_eq!(outside.kv.get("record").unwrap(), record, "{told}");
     }
 }
 
@@ -383,11 +756,12 @@ impl Level0 {
 fn a_rotation_that_dies_at_any_write_leaves_a_model_that_opens_and_a_rerun_completes_it() {
     let bench = Bench::new();
     for (name, level) in levels(&bench) {
+        let (prepared, before) = level.prepare(&bench);
         let writes = {
-            let store = level.prepare(&bench, name);
+            let (store, outside) = (copy_of(&prepared), level.outside(&before));
             let faulty = Faulty::new(store.clone());
-            level.run(&bench, faulty.clone()).unwrap();
-            level.assert_done(&bench, &store, name);
+            level.run(&bench, faulty.clone(), Some(&outside)).unwrap();
+            level.assert_done(&bench, &store, &outside, &before, name);
             faulty.writes()
         };
         eprintln!("{name}: {writes} writes to die at");
@@ -395,37 +769,38 @@ fn a_rotation_that_dies_at_any_write_leaves_a_model_that_opens_and_a_rerun_compl
         for write in 0..writes {
             for side in [Death::Before, Death::After] {
                 let told = format!("{name}, after a death at write {write} of {writes}, {side:?}");
-                let store = level.prepare(&bench, name);
+                let (store, outside) = (copy_of(&prepared), level.outside(&before));
                 let faulty = Faulty::new(store.clone());
                 faulty.die_at_write(write, side);
-                drop(level.run(&bench, faulty));
-                // Old and new keys are tried apart: one of them must do.
-                for tag in [LATEST, "prod"] {
-                    let selector = format!("{MODEL}@{tag}");
-                    let with: Vec<Result<Files>> =
-                        [1, 2].iter().map(|key| bench.read(&store, &selector, &[*key]).map(|read| read.1)).collect();
-                    assert!(with.iter().flatten().all(|read| *read == files()), "{told}");
-                    assert!(with.iter().any(Result::is_ok), "{told}: {with:?}");
-                }
-                match (level.run(&bench, store.clone()), &level) {
-                    (Ok(()), _) => {}
-                    // The slot is gone and nothing is left to do: that is said, since a label may be mistyped.
-                    (Err(gone), Level0::Edit { edit: Edit::Remove { .. }, .. }) if gone.code() == Code::NotFound => {}
-                    (Err(other), _) => panic!("{told}: {other:?}"),
-                }
-                level.assert_done(&bench, &store, &told);
-                let before = store.names();
-                match &level {
-                    Level0::Edit { edit, .. } => match bench.edit(store.clone(), edit) {
-                        Ok(third) => assert!(!third.written && !third.finished, "{told}: {third:?}"),
-                        Err(gone) => assert_eq!(gone.code(), Code::NotFound, "{told}"),
-                    },
-                    Level0::Rekey { order, .. } => {
-                        let third = bench.rekey(store.clone(), order).unwrap();
-                        assert!(third.finished && third.refs.is_empty(), "{told}: {third:?}");
-                    }
-                }
-                assert_eq!(store.names(), before, "{told}");
+                drop(level.run(&bench, faulty, Some(&outside)));
+                level.assert_completes(&bench, &store, &outside, &before, &told);
+            }
+        }
+    }
+}
+
+/// Floors and records are written there: nobody who goes by them is left without a key, and a floor that was not raised is
+/// raised by the next run.
+#[test]
+fn a_rotation_during_which_vault_goes_away_at_any_write_leaves_a_model_that_opens_and_a_rerun_completes_it() {
+    let bench = Bench::new();
+    // Encrypting the objects anew writes nothing to Vault.
+    for (name, level) in levels(&bench).into_iter().filter(|(name, _)| !name.starts_with("reencrypt")) {
+        let (prepared, before) = level.prepare(&bench);
+        let outside = level.outside(&before);
+        outside.kv.go_at(u32::MAX, Death::Before);
+        level.run(&bench, copy_of(&prepared), Some(&outside)).unwrap();
+        let writes = outside.kv.writes();
+        eprintln!("{name}: {writes} writes to Vault");
+        assert!(writes >= 2, "{name}: a floor for each tag");
+        for write in 0..writes {
+            for side in [Death::Before, Death::After] {
+                let told = format!("{name}, without Vault from write {write} of {writes}, {side:?}");
+                let (store, outside) = (copy_of(&prepared), level.outside(&before));
+                outside.kv.go_at(write, side);
+                drop(level.run(&bench, store.clone(), Some(&outside)));
+                outside.kv.come_back();
+                level.assert_completes(&bench, &store, &outside, &before, &told);
             }
         }
     }
@@ -436,22 +811,85 @@ fn a_rotation_that_dies_at_any_write_leaves_a_model_that_opens_and_a_rerun_compl
 fn a_rotation_that_is_complete_still_raises_the_floor() {
     let bench = Bench::new();
     for (name, level) in levels(&bench) {
-        let store = level.prepare(&bench, name);
-        level.run(&bench, store.clone()).unwrap();
-        let floors = FloorStore::new(&bench.dir.path().join(name));
-        let again = bench.rotate(Arc::new(store.clone()), Some(floors.clone()), async |rotator| match &level {
-            Level0::Edit { edit, .. } => rotator.edit(&Wanted::Newest, edit).await.map(|edited| edited.refs),
-            Level0::Rekey { order, .. } => rotator.rekey(&Wanted::Newest, order).await.map(|rekeyed| rekeyed.refs),
-        });
-        match again {
+        let (store, before) = level.prepare(&bench);
+        let outside = level.outside(&before);
+        level.run(&bench, store.clone(), None).unwrap();
+        if let Level0::AroundRecord { .. } = level {
+            outside.record(&bench.resolve(&store, MODEL).unwrap(), 2).unwrap();
+        }
+        match level.run(&bench, store.clone(), Some(&outside)) {
             Ok(refs) => assert!(refs.is_empty(), "{name}: {refs:?}"),
             Err(gone) => assert!(name == "remove" && gone.code() == Code::NotFound, "{name}: {gone:?}"),
         }
-        for tag in [LATEST, "prod"] {
-            let floor = floors.load(&store.describe(), ModelId::of_name(MODEL), tag).unwrap().unwrap();
-            assert_eq!(floor.max_ref_seq, 2, "{name}, {tag}");
+        let tags = TAGS.map(|tag| bench.resolve(&store, &format!("{MODEL}@{tag}")).unwrap());
+        level.assert_floors(&outside.floors(), &store, &tags, name);
+    }
+}
+
+/// The detector of what opens with Vault's slot alone.
+#[test]
+fn a_slot_that_vault_rewrapped_to_something_else_opens_nothing_without_the_other_key() {
+    struct Liar;
+    impl Rewrap for Liar {
+        fn rewrap(&self, context: &[u8; 32], _: &str) -> Result<String> {
+            Ok(FakeVault::encrypt(2, context, &[1; 112]))
         }
     }
+    let bench = Bench::new();
+    let store = bench.sealed(&[1], true);
+    assert_eq!(bench.read_by_transit(&store, MODEL, 1).unwrap(), files());
+    assert_eq!(bench.read_by_transit(&store, MODEL, 2).unwrap_err().code(), Code::VaultDenied, "it is of version 1");
+    bench.edit(store.clone(), &Edit::Rewrap { vault: Arc::new(Liar), label: None }).unwrap();
+    assert_eq!(bench.read(&store, MODEL, &[1]).unwrap().1, files());
+    assert_eq!(bench.read_by_transit(&store, MODEL, 1).unwrap_err().code(), Code::NoKey);
+}
+
+/// The slot that waits for the old one to go has a name of its own, and gets the label once that is free.
+#[test]
+fn a_replacement_in_two_halves_ends_with_the_labels_of_one_at_once() {
+    let bench = Bench::new();
+    let labels = |store: &MemoryStore| -> Vec<String> {
+        let slots = bench.resolve(store, MODEL).unwrap().slots.slots;
+        slots.into_iter().map(|slot| slot.label).collect()
+    };
+    let halves = |to: &[u8], label: Option<&str>| {
+        let (keys, new, label) = (bench.ring(&[1]), bench.ring(to), label.map(str::to_owned));
+        let prepare = Edit::Prepare { keys: Arc::clone(&keys), new: Arc::clone(&new), label: label.clone() };
+        (prepare, Edit::Replace { keys, new, label })
+    };
+    for (to, label) in [(&[2][..], None), (&[2], Some("key-file")), (&[2], Some("own")), (&[2, 4], None)] {
+        let at_once = bench.sealed(&[1, 3], false);
+        let (prepare, replace) = halves(to, label);
+        bench.edit(at_once.clone(), &replace).unwrap();
+        let store = bench.sealed(&[1, 3], false);
+        let prepared = bench.edit(store.clone(), &prepare).unwrap();
+        assert_eq!((prepared.added.len(), &prepared.removed[..]), (to.len(), &[] as &[String]));
+        for key in [&[1, 3], to].concat() {
+            assert_eq!(bench.read(&store, MODEL, &[key]).unwrap().1, files(), "key {key} of {to:?}");
+        }
+        let again = bench.edit(store.clone(), &prepare).unwrap();
+        assert!(!again.written && !again.finished, "{again:?}");
+        let done = prepared.followed_by(bench.edit(store.clone(), &replace).unwrap());
+        assert_eq!(labels(&store), labels(&at_once), "{to:?}, {label:?}");
+        assert_eq!((done.removed, done.written, done.finished), (vec!["key-file".to_owned()], true, false));
+        assert_eq!(bench.read(&store, MODEL, &[1]).unwrap_err().code(), Code::NoKey);
+        for key in [&[3], to].concat() {
+            assert_eq!(bench.read(&store, MODEL, &[key]).unwrap().1, files(), "key {key} of {to:?}");
+        }
+        assert!(!bench.edit(store.clone(), &replace).unwrap().written && !bench.edit(store, &prepare).unwrap().written);
+    }
+    // A label that another slot has is refused before anything is written.
+    let store = bench.sealed(&[1, 3], false);
+    let names = store.names();
+    let taken = bench.edit(store.clone(), &halves(&[2], Some("key-file-2")).0).unwrap_err();
+    assert!(taken.code() == Code::Usage && store.names() == names, "{taken:?}");
+    // What an order to another key left behind is told by name; whose it is, only the operator knows.
+    bench.edit(store.clone(), &halves(&[4], None).0).unwrap();
+    let (prepare, replace) = halves(&[2], None);
+    bench.edit(store.clone(), &prepare).unwrap();
+    let told = bench.edit(store.clone(), &replace).unwrap().warnings;
+    assert!(told.iter().any(|told| told.contains("\"key-file-next\" was made by an earlier rotation")), "{told:?}");
+    assert_eq!(labels(&store), ["key-file", "key-file-next", "key-file-2"]);
 }
 
 /// The detector of the first test: a model without slots opens with no key.

@@ -3,7 +3,7 @@
 //! ```text
 //!  vault-kv://MOUNT/PATH ──list──> names ──read──> Record (5 fields) ──open──> store, signed manifest, data key
 //!                                                     ^ seal --register writes one, key rotate --register another key into it;
-//!                                                       both with check-and-set
+//!                                                       both with check-and-set, the second while both keys open
 //! ```
 //! In: the records of a KV version 2 path. Out: names, checked [`Record`]s, and from [`Catalog::open`] a model as any store
 //! gives it. Promises: a record decides where to look and what to expect, never whom to trust: a trusted publisher must

@@ -2,7 +2,8 @@
 //!
 //! In: a catalog, what the user trusts, and a store for each bucket. Out: [`OpenedRecord`].
 //! Promises: the version is the one whose digest the record holds, no ref is consulted; it is signed by a publisher whom
-//! the user trusts under the name the model was sealed with, or it is refused; its size is the record's.
+//! the user trusts under the name the model was sealed with, or it is refused; its size is the record's. A record that is
+//! written anew while its model is opened is read again.
 //! Held by: tests/catalog.rs.
 
 use std::collections::HashMap;
@@ -17,6 +18,9 @@ use crate::format::{Manifest, ManifestDigest, ModelId, Slot, SlotKind, names as 
 use crate::keys::{FloorPolicy, KeySource, Resolved, Resolver, Trust, unix_now};
 use crate::refuse;
 use crate::store::{self, ChunkSink, ChunkSource, StoreUrl};
+
+/// How often a record is read that changes while its model is being opened.
+const RECORD_READS_MAX: u32 = 4;
 
 /// A catalog and everything that decides which of its models may be read.
 pub struct Catalog {
@@ -76,7 +80,25 @@ impl Catalog {
     /// As [`Catalog::record`]; `NO_TRUST`; `CATALOG` where the record and the sealed model disagree; `NO_KEY`; those of the
     /// manifest and the slots; the store's own.
     pub async fn open(self: &Arc<Self>, name: &str) -> Result<OpenedRecord> {
-        let record = self.record(name).await?;
+        let mut record = self.record(name).await?;
+        for _ in 1..RECORD_READS_MAX {
+            let version = record.version;
+            let failed = match self.open_as(record).await {
+                Ok(opened) => return Ok(opened),
+                Err(failed) => failed,
+            };
+            // A rotation may have written another key or another version into it, and taken away what it said before.
+            record = match self.record(name).await {
+                Ok(newer) if newer.version != version => newer,
+                Ok(_) | Err(_) => return Err(failed),
+            };
+        }
+        self.open_as(record).await
+    }
+
+    async fn open_as(self: &Arc<Self>, record: Record) -> Result<OpenedRecord> {
+        let name = record.name.clone();
+        let name = &*name;
         let source = self.store(&record.store)?;
         let sealed_name = sealed_name(&*source, &record).await?;
         let resolver = Resolver {
@@ -224,9 +246,20 @@ async fn sealed_name(source: &dyn ChunkSource, record: &Record) -> Result<String
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use base64::Engine;
+    use base64::engine::general_purpose::STANDARD;
+    use serde_json::{Map, Value, json};
+
     use super::*;
+    use crate::config::Layers;
+    use crate::crypto::SigningKey;
     use crate::format::names::model_name;
+    use crate::format::{ManifestHeader, Slots};
+    use crate::keys::{Keyring, prompt_terminal};
     use crate::mem::Secret;
+    use crate::seal::{SealOptions, SlotKeys, SlotTarget, seal};
     use crate::store::memory::MemoryStore;
 
     fn record(name: &str, sealed_as: &str) -> Record {
@@ -239,6 +272,92 @@ mod tests {
             key: RecordKey::Raw(Secret::from_bytes(&mut [7; 32])),
             version: 1,
         }
+    }
+
+    /// Opens a folder that is sealed for key 7, by a record that holds `key`, and others when it is read the first `stale` times.
+    async fn opened_after(stale: u32, key: u8) -> (Result<OpenedRecord>, u32) {
+        let dir = tempfile::tempdir().expect("a folder");
+        let (source, key_file) = (dir.path().join("m"), dir.path().join("key"));
+        std::fs::create_dir(&source).expect("made");
+        std::fs::write(source.join("a"), b"four").expect("written");
+        std::fs::write(&key_file, [7; 32]).expect("written");
+        std::fs::set_permissions(&key_file, std::os::unix::fs::PermissionsExt::from_mode(0o600)).expect("ours");
+        let signing = Arc::new(SigningKey::from_seed(Secret::from_bytes(&mut [9; 32])));
+        let trusted = signing.public().to_string();
+        let store = Arc::new(MemoryStore::new());
+        let ring = Keyring::new(&[KeySource::File(key_file)], &prompt_terminal);
+        let options = SealOptions::new(Arc::new(OneKey(ring)), signing);
+        let sealed = seal(&source, store.clone(), "acme/a", options).await.expect("sealed");
+
+        let mut layers = Layers::default();
+        layers.flag("trust", vec![trusted]);
+        let records = Arc::new(Changing {
+            fields: json!({
+                "s3_bucket": "models", "s3_key": ModelId::of_name("acme/a").to_string(), "size_bytes": 4,
+                "checksum": format!("sha256:{}", sealed.manifest),
+            }),
+            reads: AtomicU32::new(0),
+            stale,
+            key,
+        });
+        let at = "vault-kv://secret/models".parse().expect("a catalog");
+        let catalog = Catalog::new(at, Access::from_layers(&layers).expect("options"), records.clone());
+        let catalog = Arc::new(catalog.expect("a catalog"));
+        catalog.stores.lock().expect("whole").insert("s3://models".parse().expect("a URL"), store);
+        let opened = catalog.open("acme/a").await;
+        (opened, records.reads.load(Ordering::Relaxed))
+    }
+
+    struct OneKey(Keyring<'static>);
+
+    impl SlotKeys for OneKey {
+        fn wrap(&self, dek: &Dek, target: &SlotTarget) -> Result<Vec<Slot>> {
+            self.0.wrap_all(dek, target)
+        }
+        fn unlock(&self, slots: &Slots, header: &ManifestHeader) -> Result<Dek> {
+            self.0.unlock(slots, header)
+        }
+    }
+
+    /// A record into which somebody writes another key after each of the first `stale` reads.
+    struct Changing {
+        fields: Value,
+        reads: AtomicU32,
+        stale: u32,
+        key: u8,
+    }
+
+    impl Records for Changing {
+        fn list(&self, _: &str, _: &str) -> Result<Vec<String>> {
+            unreachable!("a name was given")
+        }
+        fn read(&self, _: &str, _: &str) -> Result<Option<(Map<String, Value>, u32)>> {
+            let read = self.reads.fetch_add(1, Ordering::Relaxed);
+            let (key, version) = if read < self.stale { (99, read + 1) } else { (self.key, self.stale + 1) };
+            let mut fields = self.fields.as_object().expect("an object").clone();
+            fields.insert("encryption_key".into(), STANDARD.encode([key; 32]).into());
+            Ok(Some((fields, version)))
+        }
+        fn write(&self, _: &str, _: &str, _: &Map<String, Value>, _: u32) -> Result<u32> {
+            unreachable!("nothing is written")
+        }
+        fn unwrap_transit(&self, _: &KeySource, _: &[u8; 32], _: &str) -> Result<Secret<32>> {
+            unreachable!("the key is a raw one")
+        }
+    }
+
+    /// Whoever read the record before a rotation wrote it, and the slots after it took the old one away.
+    #[tokio::test]
+    async fn a_record_that_changed_while_its_model_was_opened_is_read_again() {
+        let (opened, reads) = opened_after(0, 7).await;
+        assert_eq!((opened.expect("opens at once").name.as_str(), reads), ("acme/a", 1));
+        let (opened, reads) = opened_after(1, 7).await;
+        assert_eq!((opened.expect("opens by the new record").name.as_str(), reads), ("acme/a", 2));
+        let (refused, reads) = opened_after(100, 7).await;
+        assert_eq!((refused.err().expect("it never settles").code(), reads), (Code::NoKey, RECORD_READS_MAX));
+        // One that stays as it is and opens nothing is looked at once more.
+        let (refused, reads) = opened_after(0, 8).await;
+        assert_eq!((refused.err().expect("another key").code(), reads), (Code::NoKey, 2));
     }
 
     #[tokio::test]

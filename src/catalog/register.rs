@@ -150,14 +150,17 @@ impl Registration {
     }
 
     fn try_write(&self, sealed: SealedRecord<'_>) -> Result<Registered> {
-        let version = self.write_once(sealed).or_else(|refused| {
-            if refused.code() != Code::Exists {
-                return Err(refused);
-            }
-            // A write whose answer was lost is sent again, and meets itself.
-            self.version_that_says(sealed).ok().flatten().ok_or(refused)
-        });
-        Ok(Registered { record: self.at.to_string(), version: version? })
+        // An order that is given again, and a write whose answer was lost and that is sent again, meet themselves.
+        let version = match self.version_that_says(sealed)? {
+            Some(version) => version,
+            None => self.write_once(sealed).or_else(|refused| {
+                if refused.code() != Code::Exists {
+                    return Err(refused);
+                }
+                self.version_that_says(sealed).ok().flatten().ok_or(refused)
+            })?,
+        };
+        Ok(Registered { record: self.at.to_string(), version })
     }
 
     /// The version of the record, if its five fields are what we would write.

@@ -394,12 +394,24 @@ fn rotate(args: &RotateArgs, mut layers: Layers, out: &Out) -> Result<()> {
     let selector: ModelSelector = model.parse()?;
     let releaser = releaser_for(&mut reading, &selector.name, releasers, &work)?;
     let record = args.register.as_deref().map(|at| prepare_record(args, &reading, at, &selector)).transpose()?;
-    let done = runtime()?.block_on(rotate_one(&reading, releaser, &selector.wanted, &work));
-    bar.end();
-    let done = done?;
-    let registered = match &record {
-        Some(record) => register(record, args.register_raw_key, &reading, &selector.name, &work, &done)?,
-        None => None,
+    let (done, registered) = match (&record, &work) {
+        (Some(record), Work::Edit(Edit::Replace { keys, new, label })) => {
+            let prepare = Edit::Prepare { keys: Arc::clone(keys), new: Arc::clone(new), label: label.clone() };
+            let halves = [&Work::Edit(prepare), &work];
+            let (done, registered) =
+                replace_around(record, args.register_raw_key, &reading, releaser, &selector, halves)?;
+            (Done::Edited(done), registered)
+        }
+        _ => {
+            let done = runtime()?.block_on(rotate_one(&reading, releaser, &selector.wanted, &work));
+            bar.end();
+            let done = done?;
+            let registered = match &record {
+                Some(record) => register(record, args.register_raw_key, &reading, &selector.name, &work, &done)?,
+                None => None,
+            };
+            (done, registered)
+        }
     };
     tell(&reading, &selector.name, &done, registered.as_ref(), out)?;
     match done {
@@ -426,6 +438,36 @@ fn prepare_record(args: &RotateArgs, reading: &Reading, at: &str, selector: &Mod
     Ok(record)
 }
 
+/// Replaces a key that a record holds. Both keys open the version until the record has the new one, so that whoever goes by
+/// the record opens it at every moment; whatever this dies at, the same order goes on from there.
+fn replace_around(
+    record: &Registration,
+    raw: bool,
+    reading: &Reading,
+    releaser: Releaser,
+    selector: &ModelSelector,
+    [prepare, replace]: [&Work; 2],
+) -> Result<(Edited, Option<Registered>)> {
+    let runtime = runtime()?;
+    // A tag may be moved meanwhile: each step is about one version, the one that the record will name.
+    let number = runtime.block_on(rotating(reading).resolve(selector, None))?.header.seq;
+    let edit =
+        |work: &Work| match runtime.block_on(rotate_one(reading, releaser.clone(), &Wanted::Version(number), work))? {
+            Done::Edited(edited) => Ok(edited),
+            Done::Rekeyed(_) | Done::Withdrawn(_) | Done::Untouched { .. } => unreachable!("both halves are edits"),
+        };
+    let prepared = edit(prepare)?;
+    let done = Done::Edited(prepared.clone());
+    let registered = register(record, raw, reading, &selector.name, prepare, &done)
+        .map_err(|failed| failed.context(format!("the old key and the new one open version {number} now")))?;
+    let replaced = edit(replace).map_err(|failed| {
+        failed.context(format!(
+            "the record has the new key, and the old one opens version {number} still; run the same command again"
+        ))
+    })?;
+    Ok((prepared.followed_by(replaced), registered))
+}
+
 /// Writes the record of what was rotated; `None`: nothing was.
 fn register(
     record: &Registration,
@@ -447,7 +489,7 @@ fn register(
             let wrapped = rewrapped(&version.slots, label.as_deref())?;
             return record.rewrap(version.digest, wrapped).map(Some);
         }
-        Work::Edit(Edit::Replace { new, .. }) => new,
+        Work::Edit(Edit::Replace { new, .. } | Edit::Prepare { new, .. }) => new,
         Work::Edit(Edit::Add { .. } | Edit::Remove { .. }) => unreachable!("no rotation adds or removes"),
         Work::Rekey(order) => order.to.as_ref().unwrap_or(&order.keys),
     };

@@ -33,7 +33,7 @@ pub use signing::{
     Signer, VaultSigner, default_signing_key_path, generate_key_file, generate_recipient_pair, generate_signing_pair,
     load_or_create_signing_key, load_signing_key, public_path,
 };
-pub use slots::{Keyring, unlock};
+pub use slots::{Keyring, free_label, unlock};
 pub use source::{KeyMaterial, KeySource, Prompt, prompt_terminal};
 pub use state::state_dir;
 pub use stretch::Cost;

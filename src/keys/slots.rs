@@ -6,6 +6,7 @@
 //! a label is compared, never followed; Vault is asked only for slots of its kinds, and what it refuses hinders no source after it.
 //! Spec: docs/FORMAT.md a.7. Held by: slots_tests.rs, THREAT_MODEL (f) rows 31, 32, 36 to 41.
 
+use std::ops::Range;
 use std::sync::Mutex;
 
 use super::service::{KeyService, Place};
@@ -75,6 +76,19 @@ impl<'a> Keyring<'a> {
     /// `NO_KEY` if no slot opened; its cause is the last refusal (`SLOT_COMMIT` for a wrong key or a slot brought here
     /// from elsewhere: the two cannot be told apart). What reading a source may answer.
     pub fn unlock(&self, slots: &Slots, header: &ManifestHeader) -> Result<Dek> {
+        self.unlock_with(0..self.sources.len(), slots, header)
+    }
+
+    /// As [`Keyring::unlock`], with the source at `number` in [`Keyring::sources`] alone.
+    ///
+    /// # Panics
+    /// If there is no such source.
+    pub fn unlock_source(&self, number: usize, slots: &Slots, header: &ManifestHeader) -> Result<Dek> {
+        self.unlock_with(number..number + 1, slots, header)
+    }
+
+    fn unlock_with(&self, numbers: Range<usize>, slots: &Slots, header: &ManifestHeader) -> Result<Dek> {
+        let sources = &self.sources[numbers.clone()];
         if slots.model_id != header.model_id || slots.vid != header.vid {
             refuse!(SlotsModel, "slots are of version {}, the manifest of {}", slots.vid, header.vid);
         }
@@ -83,7 +97,7 @@ impl<'a> Keyring<'a> {
         }
         let mut report = Report::default();
         let mut passwords = 0;
-        for (number, source) in self.sources.iter().enumerate() {
+        for (number, source) in numbers.zip(sources) {
             let fitting = self.fitting(slots, source, &mut report);
             if fitting.is_empty() {
                 continue;
@@ -116,7 +130,7 @@ impl<'a> Keyring<'a> {
                 }
             }
         }
-        Err(report.verdict(slots, &self.sources))
+        Err(report.verdict(slots, sources))
     }
 
     /// Asks Vault for each of these slots, which are of the kind of its place. What Vault refuses is kept for the end: a
@@ -263,7 +277,7 @@ fn sealed_to_another(slot: &Slot, material: &KeyMaterial) -> bool {
 }
 
 /// `kind`, or `kind-2`, `kind-3`: the first that nobody has.
-fn free_label(kind: &str, taken: &[String]) -> String {
+pub fn free_label(kind: &str, taken: &[String]) -> String {
     let numbered = (2..).map(|number| format!("{kind}-{number}"));
     let free = std::iter::once(kind.to_owned()).chain(numbered).find(|label| !taken.contains(label));
     free.expect("more numbers than labels")

@@ -3,6 +3,7 @@
 //! Order: the new slots are opened before they are written; written (create-only) as the next generation; read back; every
 //! channel that names the version asks for that generation; then the older ones are deleted. Readers take the newest
 //! generation there is, so they see the old one or the new one.
+//! A replacement that somebody else has to follow, a record of a catalog for one, is two edits: with both keys between them.
 //! Promises: the last slot stays; what is left opens with a key of whoever removes; of two editors at once both edits are
 //! made; an edit that is made already only finishes what an earlier run left.
 //! Held by: tests/rotate.rs.
@@ -12,10 +13,13 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use super::{Keys, Place, RACES_MAX, Rotator};
+use crate::crypto::Dek;
 use crate::error::{Class, Code, Error, Result};
-use crate::format::limits::SLOTS_MAX;
-use crate::format::{KeyId, ManifestDigest, ManifestHeader, Slot, SlotKind, SlotParams, Slots, Vid, names};
-use crate::keys::{Candidate, KeySource, Raised, Resolved, Wanted};
+use crate::format::limits::{SLOT_LABEL_BYTES_MAX, SLOTS_MAX};
+use crate::format::{
+    KeyId, ManifestDigest, ManifestHeader, Slot, SlotKind, SlotParams, Slots, Vid, check_label, names,
+};
+use crate::keys::{Candidate, KeySource, Raised, Resolved, Wanted, free_label};
 use crate::refuse;
 use crate::seal::{Appended, RefTarget, blocking, create};
 
@@ -37,6 +41,10 @@ pub enum Edit {
     Remove { keys: Keys, label: String },
     /// Slots for `new` in the place of all that `keys` opens.
     Replace { keys: Keys, new: Keys, label: Option<String> },
+    /// The first half of `Replace`, which is the second: slots for `new` beside all that `keys` opens, for whoever has to learn
+    /// of the new key while the old one still opens. Where a new slot is to have the label of an old one it has `-next` behind it
+    /// until the second half.
+    Prepare { keys: Keys, new: Keys, label: Option<String> },
     /// Each transit slot, or the one with this label, under the newest version of its key in Vault. Needs no key and opens
     /// nothing.
     Rewrap { vault: Arc<dyn Rewrap>, label: Option<String> },
@@ -304,6 +312,27 @@ impl Rotator<'_> {
 }
 
 impl Edited {
+    /// What both halves of a replacement did: this one, which prepared it, and `last`.
+    pub fn followed_by(self, last: Edited) -> Edited {
+        let mut warnings = self.warnings;
+        warnings.extend(last.warnings.iter().filter(|told| !warnings.contains(told)).cloned().collect::<Vec<_>>());
+        let mut refs = self.refs;
+        refs.retain(|(channel, _)| !last.refs.iter().any(|(again, _)| again == channel));
+        refs.extend(last.refs);
+        let written = self.written || last.written;
+        Edited {
+            written,
+            finished: !written && (self.finished || last.finished),
+            added: if last.added.is_empty() { self.added.clone() } else { last.added },
+            // What was only there between the two nobody has seen before.
+            removed: last.removed.into_iter().filter(|label| !self.added.contains(label)).collect(),
+            refs,
+            floor_raised: self.floor_raised && last.floor_raised,
+            warnings,
+            ..last
+        }
+    }
+
     /// What we changed, as it stands after others went on from it.
     fn stands_in(self, last: Edited) -> Edited {
         let mut warnings = self.warnings;
@@ -339,6 +368,7 @@ impl Edit {
             Edit::Add { keys, new, label } => add(keys, new, label.as_deref(), slots, header),
             Edit::Remove { keys, label } => remove(keys, label, slots, header),
             Edit::Replace { keys, new, label } => replace(keys, new, label.as_deref(), slots, header),
+            Edit::Prepare { keys, new, label } => prepare(keys, new, label.as_deref(), slots, header),
             Edit::Rewrap { vault, label } => rewrap(&**vault, label.as_deref(), slots),
         }
     }
@@ -349,8 +379,16 @@ impl Edit {
 /// # Errors
 /// What reading a key says, or a service that cannot be asked; a slot that merely does not open is none.
 pub fn opens(keys: &Keys, slots: &Slots, header: &ManifestHeader, slot: &Slot) -> Result<bool> {
-    let alone = Slots { slots: vec![slot.clone()], ..slots.clone() };
-    match keys.unlock(&alone, header) {
+    has_opened(keys.unlock(&alone(slots, slot), header))
+}
+
+/// These slots with no other than `slot`.
+fn alone(slots: &Slots, slot: &Slot) -> Slots {
+    Slots { slots: vec![slot.clone()], ..slots.clone() }
+}
+
+fn has_opened(tried: Result<Dek>) -> Result<bool> {
+    match tried {
         Ok(_) => Ok(true),
         Err(shut) if matches!(shut.code(), Code::DekCommit | Code::SlotCommit | Code::VaultNotFound) => Ok(false),
         // `NO_KEY`, or a service that knows us and does not open this one.
@@ -393,52 +431,53 @@ fn check_label_for(new: &Keys, label: Option<&str>) -> Result<()> {
     Ok(())
 }
 
-/// Wraps for every source of `new` and opens what was made.
-fn wrap_new(
-    keys: &Keys,
+/// A slot for the source at `number` of `new`, opened if it can be here.
+fn make(
     new: &Keys,
+    number: usize,
     label: Option<&str>,
-    mut taken: Vec<String>,
-    slots: &Slots,
-    header: &ManifestHeader,
-) -> Result<(Vec<Slot>, Vec<String>)> {
-    let dek = keys.unlock(slots, header)?;
-    let (mut made, mut warnings) = (Vec::new(), Vec::new());
-    for number in 0..new.sources().len() {
-        let slot = new.wrap_source(number, label, &dek, &header.into(), &taken)?;
-        let source = &new.sources()[number];
-        if !source.opens() {
-            warnings
-                .push(format!("slot {:?} was made for {source} and not tried: only its holder opens it", slot.label));
-        } else {
-            let alone = Slots { slots: vec![slot.clone()], ..slots.clone() };
-            new.unlock(&alone, header).map_err(|shut| {
-                shut.context(format!("the slot made for {source} does not open with it; nothing was changed"))
-            })?;
-        }
-        taken.push(slot.label.clone());
-        made.push(slot);
+    dek: &Dek,
+    taken: &[String],
+    (slots, header): (&Slots, &ManifestHeader),
+    warnings: &mut Vec<String>,
+) -> Result<Slot> {
+    let slot = new.wrap_source(number, label, dek, &header.into(), taken)?;
+    let source = &new.sources()[number];
+    if !source.opens() {
+        warnings.push(format!("slot {:?} was made for {source} and not tried: only its holder opens it", slot.label));
+    } else {
+        new.unlock_source(number, &alone(slots, &slot), header).map_err(|shut| {
+            shut.context(format!("the slot made for {source} does not open with it; nothing was changed"))
+        })?;
     }
-    Ok((made, warnings))
+    Ok(slot)
 }
 
-/// A slot among `slots` that is what a single source of `new` would get: it opens with it, or is sealed to it.
-fn standing(keys: &Keys, new: &Keys, among: &[Slot], slots: &Slots, header: &ManifestHeader) -> Result<bool> {
-    let [source] = new.sources() else { return Ok(false) };
-    if source.opens() {
-        for slot in among {
-            if opens(new, slots, header, slot)? {
-                return Ok(true);
+/// For each source of `new` the slot among `among` that it would get: one that opens with it, or is sealed to it.
+fn standing(
+    keys: &Keys,
+    new: &Keys,
+    among: &[Slot],
+    slots: &Slots,
+    header: &ManifestHeader,
+) -> Result<Vec<Option<usize>>> {
+    let find = |number: usize| {
+        if new.sources()[number].opens() {
+            for (at, slot) in among.iter().enumerate() {
+                if has_opened(new.unlock_source(number, &alone(slots, slot), header))? {
+                    return Ok(Some(at));
+                }
             }
+            return Ok(None);
         }
-        return Ok(false);
-    }
-    if !among.iter().any(|slot| sealed_to(slot).is_some()) {
-        return Ok(false);
-    }
-    // Whose public half it is, a slot made for it says.
-    let made = new.wrap_source(0, None, &keys.unlock(slots, header)?, &header.into(), &[])?;
-    Ok(among.iter().any(|slot| sealed_to(slot) == sealed_to(&made)))
+        if !among.iter().any(|slot| sealed_to(slot).is_some()) {
+            return Ok(None);
+        }
+        // Whose public half it is, a slot made for it says.
+        let made = new.wrap_source(number, None, &keys.unlock(slots, header)?, &header.into(), &[])?;
+        Ok(among.iter().position(|slot| sealed_to(slot) == sealed_to(&made)))
+    };
+    (0..new.sources().len()).map(find).collect()
 }
 
 /// The recipient whose public half a slot is sealed to.
@@ -464,14 +503,20 @@ fn add(keys: &Keys, new: &Keys, label: Option<&str>, slots: &Slots, header: &Man
     check_label_for(new, label)?;
     // With a label, only the slot that bears it can be the one wanted.
     let bearing = slots.slots.iter().filter(|slot| label.is_none_or(|label| slot.label == label));
-    if standing(keys, new, &bearing.cloned().collect::<Vec<_>>(), slots, header)? {
+    let standing = standing(keys, new, &bearing.cloned().collect::<Vec<_>>(), slots, header)?;
+    if standing.iter().all(Option::is_some) {
         return Ok(Plan::done());
     }
-    let (made, warnings) = wrap_new(keys, new, label, labels_of(&slots.slots), slots, header)?;
-    let added = labels_of(&made);
-    let slots = [&slots.slots[..], &made].concat();
-    check_count(&slots)?;
-    Ok(Plan::Change(Draft { slots, added, warnings, ..Draft::default() }))
+    let dek = keys.unlock(slots, header)?;
+    let mut draft = Draft { slots: slots.slots.clone(), ..Draft::default() };
+    for number in (0..standing.len()).filter(|&number| standing[number].is_none()) {
+        let taken = labels_of(&draft.slots);
+        let slot = make(new, number, label, &dek, &taken, (slots, header), &mut draft.warnings)?;
+        draft.added.push(slot.label.clone());
+        draft.slots.push(slot);
+    }
+    check_count(&draft.slots)?;
+    Ok(Plan::Change(draft))
 }
 
 fn remove(keys: &Keys, label: &str, slots: &Slots, header: &ManifestHeader) -> Result<Plan> {
@@ -499,7 +544,26 @@ fn remove(keys: &Keys, label: &str, slots: &Slots, header: &ManifestHeader) -> R
     Ok(Plan::Change(Draft { slots: stay, removed: labels_of(&gone), ..Draft::default() }))
 }
 
-fn replace(keys: &Keys, new: &Keys, label: Option<&str>, slots: &Slots, header: &ManifestHeader) -> Result<Plan> {
+/// What a replacement finds.
+struct Replacing {
+    /// The slots that `keys` opens, and all others.
+    old: Vec<Slot>,
+    stay: Vec<Slot>,
+    /// How many of `stay` come before the first of `old`.
+    place: usize,
+    /// For each source of `new` its slot among `stay`, and what that is to be called in the end.
+    standing: Vec<Option<usize>>,
+    labels: Vec<String>,
+}
+
+/// `None`: it was done before.
+fn replacing(
+    keys: &Keys,
+    new: &Keys,
+    label: Option<&str>,
+    slots: &Slots,
+    header: &ManifestHeader,
+) -> Result<Option<Replacing>> {
     check_label_for(new, label)?;
     let (mut stay, mut old, mut place) = (Vec::new(), Vec::new(), None);
     for slot in &slots.slots {
@@ -512,31 +576,108 @@ fn replace(keys: &Keys, new: &Keys, label: Option<&str>, slots: &Slots, header: 
     }
     // What the new key is can only be asked of a public half with the data key at hand.
     let asked = place.is_some() || new.sources().iter().all(KeySource::opens);
-    let there = asked && standing(keys, new, &stay, slots, header)?;
+    let standing = if asked { standing(keys, new, &stay, slots, header)? } else { vec![None; new.sources().len()] };
     let Some(place) = place else {
         // Done before, or never to be done with these keys.
-        if there {
-            return Ok(Plan::done());
+        if standing.iter().all(Option::is_some) {
+            return Ok(None);
         }
         // Says why not.
         keys.unlock(slots, header)?;
         refuse!(NoKey, "the keys given open no slot of version {} every time; try again", header.seq);
     };
-    let removed = labels_of(&old);
-    if there {
-        return Ok(Plan::Change(Draft { slots: stay, removed, ..Draft::default() }));
-    }
     // The label goes on where it still says the truth: default labels name the kind of key.
     let (from, to) = (keys.sources(), new.sources());
     let same_kind = from.len() == 1 && to.len() == 1 && from[0].default_label() == to[0].default_label();
-    let ours = !from.iter().any(|source| removed[0].starts_with(source.default_label()));
-    let kept = (to.len() == 1 && (same_kind || ours)).then(|| removed[0].clone());
-    let taken = labels_of(&stay);
-    let (made, warnings) = wrap_new(keys, new, label.or(kept.as_deref()), taken, slots, header)?;
-    let added = labels_of(&made);
-    stay.splice(place..place, made);
-    check_count(&stay)?;
-    Ok(Plan::Change(Draft { slots: stay, added, removed, warnings, ..Draft::default() }))
+    let ours = !from.iter().any(|source| old[0].label.starts_with(source.default_label()));
+    let kept = (to.len() == 1 && (same_kind || ours)).then_some(&*old[0].label);
+    let for_now = |at: usize| standing.contains(&Some(at)) && stay[at].label.contains(INTERIM);
+    let mut taken = labels_of(&stay);
+    taken = taken.into_iter().enumerate().filter(|(at, _)| !for_now(*at)).map(|(_, label)| label).collect();
+    let mut labels = Vec::new();
+    for (source, there) in to.iter().zip(&standing) {
+        let label = match label.or(kept) {
+            Some(label) => check_label(label.as_bytes())?.to_owned(),
+            None => free_label(source.default_label(), &taken),
+        };
+        if taken.contains(&label) && there.is_none_or(for_now) {
+            refuse!(Usage, "there is a slot {label:?} already; give this one another label");
+        }
+        taken.push(label.clone());
+        labels.push(label);
+    }
+    Ok(Some(Replacing { old, stay, place, standing, labels }))
+}
+
+/// How the label of a slot goes on that waits for the old one to go.
+const INTERIM: &str = "-next";
+
+/// What a slot is called whose label an old slot still has; in its full length where there is room for that and a number.
+fn interim(label: &str) -> String {
+    format!("{}{INTERIM}", &label[..label.len().min(SLOT_LABEL_BYTES_MAX - INTERIM.len() - "-16".len())])
+}
+
+/// Whether a slot of this label waits to be called `label`.
+fn is_interim(waiting: &str, label: &str) -> bool {
+    let number = waiting.strip_prefix(&*interim(label));
+    number.is_some_and(|number| number.is_empty() || number.strip_prefix('-').is_some_and(|n| n.parse::<u8>().is_ok()))
+}
+
+fn prepare(keys: &Keys, new: &Keys, label: Option<&str>, slots: &Slots, header: &ManifestHeader) -> Result<Plan> {
+    let Some(found) = replacing(keys, new, label, slots, header)? else { return Ok(Plan::done()) };
+    if found.standing.iter().all(Option::is_some) {
+        return Ok(Plan::done());
+    }
+    let dek = keys.unlock(slots, header)?;
+    let mut draft = Draft { slots: slots.slots.clone(), ..Draft::default() };
+    let mut place = found.place + 1;
+    for (number, label) in found.labels.iter().enumerate().filter(|(number, _)| found.standing[*number].is_none()) {
+        let taken = labels_of(&draft.slots);
+        let label = if taken.contains(label) { free_label(&interim(label), &taken) } else { label.clone() };
+        let slot = make(new, number, Some(&label), &dek, &taken, (slots, header), &mut draft.warnings)?;
+        draft.added.push(label);
+        draft.slots.insert(place, slot);
+        place += 1;
+    }
+    check_count(&draft.slots)?;
+    Ok(Plan::Change(draft))
+}
+
+fn replace(keys: &Keys, new: &Keys, label: Option<&str>, slots: &Slots, header: &ManifestHeader) -> Result<Plan> {
+    let Some(found) = replacing(keys, new, label, slots, header)? else { return Ok(Plan::done()) };
+    let mut draft = Draft { slots: found.stay, removed: labels_of(&found.old), ..Draft::default() };
+    let mut made = Vec::new();
+    for (number, label) in found.labels.iter().enumerate() {
+        let slot = match found.standing[number] {
+            // It was there before this order, under the name that somebody gave it.
+            Some(at) if !is_interim(&draft.slots[at].label, label) => continue,
+            // A transit ciphertext is the one that a record may hold by now, and is not bound to a label.
+            Some(at) if draft.slots[at].kind() == SlotKind::VaultTransit => {
+                Slot { label: label.clone(), ..draft.slots[at].clone() }
+            }
+            Some(_) | None => {
+                let dek = keys.unlock(slots, header)?;
+                make(new, number, Some(label), &dek, &[], (slots, header), &mut draft.warnings)?
+            }
+        };
+        draft.added.push(label.clone());
+        match found.standing[number] {
+            Some(at) => draft.removed.push(std::mem::replace(&mut draft.slots[at], slot).label),
+            None => made.push(slot),
+        }
+    }
+    draft.slots.splice(found.place..found.place, made);
+    for slot in &draft.slots {
+        if found.labels.iter().any(|label| is_interim(&slot.label, label)) {
+            draft.warnings.push(format!(
+                "slot {:?} was made by an earlier rotation that did not end, to another key than this one: remove it with \
+                 `modelfs key remove`, or that key opens the version still",
+                slot.label
+            ));
+        }
+    }
+    check_count(&draft.slots)?;
+    Ok(Plan::Change(draft))
 }
 
 /// Nothing is opened here, so that this can run where nothing may be: what Vault answers must be of its form and of a

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  L0 Rewrap, L1 Add Remove Replace:  slots ──edit──> generation + 1 ──look──> refs that ask for it ──> older ones deleted
+//!     Prepare, then Replace: the same in two generations, with both keys in the first; a record of a catalog is written between
 //!  L2 NewKey:     manifest ──> the same objects, their keys handed on, under a new data key ──> the next version
 //!  L3 Reencrypt:  objects ──open, check, seal──> new objects ──> a manifest of them alone ──> the next version
 //! ```
