@@ -3,6 +3,8 @@
 
 #[path = "common/program.rs"]
 mod program;
+#[path = "common/terminal.rs"]
+mod terminal;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -30,6 +32,7 @@ use modelfs::store::{ChunkSink, ChunkSource, fetch_chunk};
 use program::{Program, run_ok};
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
+use terminal::{Terminal, without_terminal};
 
 const MODEL: &str = "acme/llama";
 
@@ -1678,4 +1681,137 @@ fn warnings_about_each_version_are_told_when_all_are_rotated() {
         let line = told.lines().find(|line| line.starts_with(&format!("warning: {version}: ")));
         assert!(line.is_some_and(|line| line.contains("only its holder opens it")), "{told}");
     }
+}
+
+/// A model that a passphrase opens, and the command line that changes it.
+struct Passphrases {
+    folder: tempfile::TempDir,
+    program: Program,
+}
+
+impl Passphrases {
+    fn new() -> Passphrases {
+        let folder = tempfile::tempdir().unwrap();
+        let program = Program::in_folder(folder.path());
+        let source = folder.path().join("source");
+        fs::create_dir(&source).unwrap();
+        fs::write(source.join("w.bin"), noise(50_000, 1)).unwrap();
+        let model = Passphrases { folder, program };
+        let key = model.file("old words");
+        run_ok(model.program.command(&["seal"]).arg(&source).args([model.program.store(), "acme/a", "--key", &key]));
+        model
+    }
+
+    /// The key source of a file with this passphrase.
+    fn file(&self, words: &str) -> String {
+        use std::os::unix::fs::PermissionsExt;
+        let path = self.folder.path().join(words.replace(' ', "-"));
+        fs::write(&path, format!("{words}\n")).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        format!("passphrase-file:{}", path.display())
+    }
+
+    fn key(&self, verb: &str, words: &[&str]) -> std::process::Command {
+        let mut command = self.program.command(&["key", verb, self.program.store(), "acme/a"]);
+        command.args(words).arg("--trust").arg(self.program.trusted_key());
+        command
+    }
+
+    /// Exit codes of a reader with each of these passphrases.
+    fn read_with(&self, phrases: &[&str]) -> Vec<i32> {
+        let code = |words: &&str| {
+            let mut verify =
+                self.program.command(&["verify", self.program.store(), "acme/a", "--key", &self.file(words)]);
+            verify.arg("--trust").arg(self.program.trusted_key()).output().unwrap().status.code().unwrap()
+        };
+        phrases.iter().map(code).collect()
+    }
+}
+
+#[test]
+fn a_passphrase_that_was_changed_opens_no_more_and_the_new_one_does() {
+    let model = Passphrases::new();
+    assert_eq!(model.read_with(&["old words", "new words"]), [0, 25]);
+    let (old, new) = (model.file("old words"), model.file("new words"));
+    run_ok(&mut model.key("rotate", &["--key", &old, "--to", &new]));
+    assert_eq!(model.read_with(&["old words", "new words"]), [25, 0]);
+    let again = run_ok(&mut model.key("rotate", &["--key", &old, "--to", &new, "--json"]));
+    let again: Value = serde_json::from_slice(&again.stdout).unwrap();
+    assert_eq!((again["status"].as_str(), again["generation"].as_u64()), (Some("unchanged"), Some(2)));
+    let slots = run_ok(&mut model.key("list", &["--json"])).stdout;
+    let slots: Value = serde_json::from_slice(&slots).unwrap();
+    assert_eq!(slots["slots"].as_array().unwrap().len(), 1, "{slots}");
+    assert_eq!(
+        (slots["slots"][0]["label"].as_str(), slots["slots"][0]["kind"].as_str()),
+        (Some("passphrase"), Some("argon2id"))
+    );
+}
+
+#[test]
+fn a_new_passphrase_is_typed_twice_and_what_is_typed_is_not_shown() {
+    let model = Passphrases::new();
+    let words = ["--key", "passphrase", "--to", "passphrase"];
+    let ask = |typed: [&str; 3]| {
+        let mut terminal = Terminal::start(&mut model.key("rotate", &words));
+        for (prompt, line) in ["passphrase: ", "new passphrase: ", "new passphrase, again: "].iter().zip(typed) {
+            terminal.expect(prompt);
+            terminal.type_line(line);
+        }
+        terminal.ended()
+    };
+    let (code, shown) = ask(["old words", "new words", "new wrods"]);
+    assert!(code == Some(2) && shown.contains("differ") && shown.contains("nothing was changed"), "{shown}");
+    assert_eq!(model.read_with(&["old words", "new words", "new wrods"]), [0, 25, 25]);
+    let (code, shown) = ask(["old words", "new words", "new words"]);
+    assert_eq!(code, Some(0), "{shown}");
+    assert!(!shown.contains("old words") && !shown.contains("new words"), "{shown}");
+    assert_eq!(model.read_with(&["old words", "new words"]), [25, 0]);
+    // A wrong old one changes nothing.
+    let mut terminal = Terminal::start(&mut model.key("rotate", &words));
+    terminal.expect("passphrase: ");
+    terminal.type_line("old words");
+    terminal.expect("new passphrase: ");
+    terminal.type_line("x");
+    terminal.expect("new passphrase, again: ");
+    terminal.type_line("x");
+    let (code, shown) = terminal.ended();
+    assert_eq!(code, Some(25), "{shown}");
+    assert_eq!(model.read_with(&["new words", "x"]), [0, 25]);
+}
+
+/// It holds the passphrase that is in use: taken for the new one, a change would change nothing, or let somebody in whom
+/// nobody meant.
+#[test]
+fn the_passphrase_of_the_environment_is_never_taken_for_a_new_one() {
+    let model = Passphrases::new();
+    let old = model.file("old words");
+    run_ok(&mut model.program.command(&["keygen", "other.key"]));
+    run_ok(&mut model.key("add", &["--key", &old, "--add", "file:other.key", "--label", "other"]));
+    // Whether the old ring wants the variable (the first) or not, the new one does not get it.
+    let orders: [(&str, &[&str]); 4] = [
+        ("rotate", &["--key", "passphrase", "--to", "passphrase"]),
+        ("rotate", &["--key", &old, "--to", "passphrase"]),
+        ("rotate", &["--key", "file:other.key", "--to", "passphrase"]),
+        ("add", &["--key", "passphrase", "--add", "passphrase"]),
+    ];
+    for (verb, words) in orders {
+        let mut command = model.key(verb, words);
+        let refused = without_terminal(command.env("MODELFS_PASSPHRASE", "old words")).output().unwrap();
+        let told = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert_eq!(refused.status.code(), Some(2), "{verb} {words:?}: {told}");
+        assert!(told.contains("new passphrase") && told.contains("passphrase-file:PATH"), "{verb} {words:?}: {told}");
+    }
+    let slots: Value = serde_json::from_slice(&run_ok(&mut model.key("list", &["--json"])).stdout).unwrap();
+    assert_eq!(slots["generation"], 2, "nothing was changed: {slots}");
+    assert_eq!(model.read_with(&["old words"]), [0]);
+
+    let mut command = model.key("rotate", &["--key", "passphrase", "--to", "passphrase"]);
+    let mut terminal = Terminal::start(command.env("MODELFS_PASSPHRASE", "old words"));
+    for prompt in ["new passphrase: ", "new passphrase, again: "] {
+        terminal.expect(prompt);
+        terminal.type_line("new words");
+    }
+    let (code, shown) = terminal.ended();
+    assert!(code == Some(0) && shown.matches("passphrase: ").count() == 1, "the old one is not asked for: {shown}");
+    assert_eq!(model.read_with(&["old words", "new words"]), [25, 0]);
 }

@@ -20,9 +20,8 @@ use crate::error::{Code, Error, Result};
 use crate::format::{ManifestDigest, Slot, SlotParams, Slots};
 use crate::keys::{
     BrokenTag, Candidate, FloorPolicy, KeySource, Keyring, ModelSelector, Resolved, Resolver, Role, Signer, Versions,
-    Wanted, prompt_terminal,
+    Wanted, prompt_new, prompt_terminal,
 };
-use crate::mem::LockedBuf;
 use crate::refuse;
 use crate::rotate::{Edit, Edited, Keys, Level, Rekey, Rekeyed, Rewrap, Rotator, Withdrawn, opens, transit_version};
 use crate::seal::{ProgressFn, Releaser};
@@ -988,15 +987,5 @@ fn sources(words: &[String], option: &str) -> Result<Vec<KeySource>> {
 
 fn new_ring(reading: &Reading, words: &[String], option: &str) -> Result<Keys> {
     let sources = sources(words, option)?;
-    Ok(Arc::new(Keyring::new(&sources, &prompt_new).with_vault(reading.vault.clone())?))
-}
-
-/// A new passphrase is typed twice: nobody could open what a slip of the finger sealed.
-fn prompt_new(what: &str) -> Result<LockedBuf> {
-    let first = prompt_terminal(&format!("new {what}"))?;
-    let again = prompt_terminal(&format!("new {what}, again"))?;
-    if first[..] != again[..] {
-        refuse!(Usage, "the two {what}s typed differ; nothing was changed");
-    }
-    Ok(first)
+    Ok(Arc::new(Keyring::new(&sources, &prompt_new).for_new_keys().with_vault(reading.vault.clone())?))
 }

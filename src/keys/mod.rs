@@ -34,7 +34,7 @@ pub use signing::{
     load_or_create_signing_key, load_signing_key, public_path,
 };
 pub use slots::{Keyring, free_label, unlock};
-pub use source::{KeyMaterial, KeySource, Prompt, prompt_terminal};
+pub use source::{KeyMaterial, KeySource, Prompt, prompt_new, prompt_terminal};
 pub use state::state_dir;
 pub use stretch::Cost;
 pub use trust::{Glob, Role, Roles, Tofu, Trust, load_public_key};

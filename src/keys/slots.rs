@@ -30,13 +30,15 @@ pub struct Keyring<'a> {
     labels: Vec<String>,
     vault: Option<Box<dyn KeyService>>,
     prompt: Prompt<'a>,
+    /// They are to open what they did not open before.
+    new: bool,
 }
 
 impl<'a> Keyring<'a> {
     /// `sources` in the order in which they are to be tried.
     pub fn new(sources: &[KeySource], prompt: Prompt<'a>) -> Keyring<'a> {
         let loaded = Mutex::new(sources.iter().map(|_| None).collect());
-        Keyring { sources: sources.to_vec(), loaded, labels: Vec::new(), vault: None, prompt }
+        Keyring { sources: sources.to_vec(), loaded, labels: Vec::new(), vault: None, prompt, new: false }
     }
 
     /// Who is asked for the sources that lie in Vault.
@@ -61,6 +63,12 @@ impl<'a> Keyring<'a> {
     /// Slots with other labels than these are skipped; where there are none, no slot is.
     pub fn allow_labels(mut self, labels: &[String]) -> Self {
         self.labels = labels.to_vec();
+        self
+    }
+
+    /// Keys that are to open what they did not open before: a passphrase among them comes from `prompt` alone.
+    pub fn for_new_keys(mut self) -> Self {
+        self.new = true;
         self
     }
 
@@ -249,7 +257,8 @@ impl<'a> Keyring<'a> {
 
     fn material<'m>(&self, loaded: &'m mut [Option<KeyMaterial>], number: usize) -> Result<&'m KeyMaterial> {
         if loaded[number].is_none() {
-            loaded[number] = Some(self.sources[number].load(self.prompt)?);
+            let source = &self.sources[number];
+            loaded[number] = Some(if self.new { source.load_new(self.prompt)? } else { source.load(self.prompt)? });
         }
         Ok(loaded[number].as_ref().expect("loaded on the line before"))
     }

@@ -121,7 +121,7 @@ impl KeySource {
             }
             KeySource::Passphrase => match take_env("MODELFS_PASSPHRASE")? {
                 Some(value) => passphrase(value, "MODELFS_PASSPHRASE"),
-                None => passphrase(prompt("passphrase")?, "the passphrase typed"),
+                None => self.load_new(prompt),
             },
             KeySource::PassphraseFile(path) => {
                 let (mut bytes, len) = read_private_file(path)?;
@@ -134,6 +134,18 @@ impl KeySource {
             KeySource::VaultTransit { .. } | KeySource::VaultKv { .. } => {
                 refuse!(Usage, "{self} is asked of Vault, slot by slot, and never read here")
             }
+        }
+    }
+
+    /// As [`KeySource::load`], for a key that is to open what it did not open before. A passphrase is typed, whatever the
+    /// environment holds: that is the one in use, and whoever changes it would keep it unasked.
+    ///
+    /// # Errors
+    /// As [`KeySource::load`].
+    pub fn load_new(&self, prompt: Prompt<'_>) -> Result<KeyMaterial> {
+        match self {
+            KeySource::Passphrase => passphrase(prompt("passphrase")?, "the passphrase typed"),
+            other => other.load(prompt),
         }
     }
 }
@@ -280,9 +292,24 @@ fn passphrase(mut text: LockedBuf, what: &str) -> Result<KeyMaterial> {
 
 /// Asks on the terminal, not on standard input, which may be a pipe of something else.
 pub fn prompt_terminal(what: &str) -> Result<LockedBuf> {
+    ask(what, "passphrase-file:PATH or MODELFS_PASSPHRASE")
+}
+
+/// Asks for a new passphrase, which is typed twice: nobody could open what a slip of the finger sealed.
+pub fn prompt_new(what: &str) -> Result<LockedBuf> {
+    let instead = "passphrase-file:PATH (MODELFS_PASSPHRASE is never taken for a new one)";
+    let first = ask(&format!("new {what}"), instead)?;
+    let again = ask(&format!("new {what}, again"), instead)?;
+    if first[..] != again[..] {
+        refuse!(Usage, "the two {what}s typed differ; nothing was changed");
+    }
+    Ok(first)
+}
+
+fn ask(what: &str, instead: &str) -> Result<LockedBuf> {
     let mut typed = rpassword::prompt_password(format!("{what}: ")).map_err(|err| {
-        let hint = "no terminal to ask on; give passphrase-file:PATH or MODELFS_PASSPHRASE";
-        Error::new(Code::Usage, format!("cannot ask for the {what}: {hint}")).with_source(err)
+        Error::new(Code::Usage, format!("cannot ask for the {what}: no terminal to ask on; give {instead}"))
+            .with_source(err)
     })?;
     let copy = LockedBuf::copy_of(typed.as_bytes());
     typed.zeroize();
