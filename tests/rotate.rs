@@ -1815,3 +1815,32 @@ fn the_passphrase_of_the_environment_is_never_taken_for_a_new_one() {
     assert!(code == Some(0) && shown.matches("passphrase: ").count() == 1, "the old one is not asked for: {shown}");
     assert_eq!(model.read_with(&["old words", "new words"]), [25, 0]);
 }
+
+#[test]
+fn a_person_who_rotates_all_models_sees_which_one_it_is_at_and_a_program_does_not() {
+    let two = TwoTags::new();
+    let source = two.folder.path().join("source");
+    two.program.seal(&source, "acme/b");
+    run_ok(&mut two.program.command(&["keygen", "new.key"]));
+    let rotate = |from: &str, to: &str, more: &[&str]| {
+        let mut command =
+            two.program.command(&["key", "rotate", two.program.store(), "--all", "--key", from, "--to", to]);
+        command.args(more).arg("--trust").arg(two.program.trusted_key());
+        command
+    };
+    let (old, new) = (two.program.key(), "file:new.key");
+    let mut terminal = Terminal::start(&mut rotate(&old, new, &[]));
+    // The name, the bar, and how many of how many.
+    for part in ["rotate", "0/2", "acme/"] {
+        terminal.expect(part);
+    }
+    let (code, shown) = terminal.ended();
+    assert!(code == Some(0) && shown.contains("rotated"), "{shown}");
+    for more in ["--json", "-q"] {
+        let (code, shown) = Terminal::start(&mut rotate(new, &old, &[more])).ended();
+        assert!(code == Some(0) && !shown.contains("0/2") && !shown.contains("1/2"), "{more}: {shown}");
+    }
+    let piped = run_ok(&mut rotate(&old, new, &[]));
+    let told = String::from_utf8_lossy(&piped.stderr).into_owned();
+    assert!(!told.contains("0/2"), "{told}");
+}
