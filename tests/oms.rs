@@ -262,324 +262,317 @@ enum Reference {
 use Edit::{Bundle, Statement, Text, Tree};
 use Reference::{Accepts, Refuses};
 
+/// What is tampered with, how, a part of what we say, and what the reference does.
+type Case = (&'static str, Edit, &'static str, Reference);
+
+const OF_FILES: &[Case] = &[
+    // The bundle.
+    ("media type", Bundle(|b| b["mediaType"] = "application/json".into()), "media type", Refuses),
+    ("payload type", Bundle(|b| b["dsseEnvelope"]["payloadType"] = "text/plain".into()), "text/plain", Refuses),
+    ("no signature", Bundle(|b| b["dsseEnvelope"]["signatures"] = json!([])), "0 signatures", Refuses),
+    (
+        "two signatures",
+        Bundle(|b| {
+            let one = b["dsseEnvelope"]["signatures"][0].clone();
+            b["dsseEnvelope"]["signatures"] = json!([one, one]);
+        }),
+        "2 signatures",
+        Accepts("it looks at the first only: a second signer would be believed unseen"),
+    ),
+    (
+        "signature of another message",
+        Bundle(|b| b["dsseEnvelope"]["signatures"][0]["sig"] = STANDARD.encode([0x30, 0x06, 2, 1, 1, 2, 1, 1]).into()),
+        "does not verify",
+        Refuses,
+    ),
+    (
+        "payload with one byte changed",
+        Bundle(|b| {
+            let text = b["dsseEnvelope"]["payload"].as_str().expect("text").replacen('I', "J", 1);
+            b["dsseEnvelope"]["payload"] = text.into();
+        }),
+        "does not verify",
+        Refuses,
+    ),
+    ("payload that is no base64", Bundle(|b| b["dsseEnvelope"]["payload"] = "%%%".into()), "not base64", Refuses),
+    (
+        "no envelope",
+        Bundle(|b| {
+            b.as_object_mut().expect("object").remove("dsseEnvelope");
+        }),
+        "no DSSE envelope",
+        Refuses,
+    ),
+    (
+        "hint at another key",
+        Bundle(|b| b["verificationMaterial"]["publicKey"]["hint"] = "00".repeat(32).into()),
+        "another key",
+        Refuses,
+    ),
+    ("no verification material", Bundle(|b| b["verificationMaterial"] = json!({})), "does not say that a key", Refuses),
+    (
+        "keyless without a log",
+        Bundle(|b| b["verificationMaterial"] = json!({"certificate": {"rawBytes": "AAAA"}, "tlogEntries": []})),
+        "missing tlog",
+        Refuses,
+    ),
+    (
+        "keyless with a log",
+        Bundle(|b| b["verificationMaterial"] = json!({"certificate": {"rawBytes": "AAAA"}, "tlogEntries": [{}]})),
+        "model_signing verify sigstore",
+        Refuses,
+    ),
+    (
+        "a certificate chain",
+        Bundle(|b| {
+            b["verificationMaterial"] = json!({"x509CertificateChain": {"certificates": [{"rawBytes": "AAAA"}]}})
+        }),
+        "certificate",
+        Refuses,
+    ),
+    // The statement, signed by the genuine key: what a signer of another tool, or of another purpose, may produce.
+    ("statement type", Statement(|s| s["_type"] = "https://in-toto.io/Statement/v0.1".into()), "of type", Refuses),
+    (
+        "predicate type",
+        Statement(|s| s["predicateType"] = "https://slsa.dev/provenance/v1".into()),
+        "predicate",
+        Refuses,
+    ),
+    (
+        "predicate of before 1.0",
+        Statement(|s| {
+            s["predicateType"] = "https://model_signing/Digests/v0.1".into();
+            let of = |r: &Value| json!({"name": r["name"], "digest": {"sha256": r["digest"]}});
+            s["subject"] = s["predicate"]["resources"].as_array().expect("resources").iter().map(of).collect();
+        }),
+        "sign again with model_signing 1.0",
+        Accepts("the old statement does not say what was left out"),
+    ),
+    ("no subject", Statement(|s| s["subject"] = json!([])), "0 subjects", Refuses),
+    ("two subjects", Statement(|s| s["subject"] = json!([s["subject"][0], s["subject"][0]])), "2 subjects", Refuses),
+    (
+        "root digest",
+        Statement(|s| s["subject"][0]["digest"]["sha256"] = "00".repeat(32).into()),
+        "contradicts itself",
+        Refuses,
+    ),
+    (
+        "resource digest",
+        Statement(|s| {
+            s["predicate"]["resources"][0]["digest"] = "11".repeat(32).into();
+            reroot(s);
+        }),
+        "config.json has SHA-256",
+        Refuses,
+    ),
+    (
+        "short digest",
+        Statement(|s| {
+            s["predicate"]["resources"][0]["digest"] = "11".into();
+            reroot(s);
+        }),
+        "64 hex digits",
+        Refuses,
+    ),
+    (
+        "other algorithm",
+        Statement(|s| s["predicate"]["resources"][0]["algorithm"] = "sha1".into()),
+        "wanted sha256",
+        Refuses,
+    ),
+    (
+        "other hash type",
+        Statement(|s| s["predicate"]["serialization"]["hash_type"] = "blake2".into()),
+        "sign again",
+        Accepts("its command hashes with sha256 whatever the signature says"),
+    ),
+    (
+        "other method",
+        Statement(|s| s["predicate"]["serialization"]["method"] = "tensors".into()),
+        "files or shards",
+        Refuses,
+    ),
+    (
+        "a file listed that is not there",
+        Statement(|s| {
+            let mut ghost = s["predicate"]["resources"][0].clone();
+            ghost["name"] = "ghost".into();
+            s["predicate"]["resources"].as_array_mut().expect("resources").push(ghost);
+            reroot(s);
+        }),
+        "ghost is signed, but not there",
+        Refuses,
+    ),
+    (
+        "a file listed twice",
+        Statement(|s| {
+            let again = s["predicate"]["resources"][0].clone();
+            s["predicate"]["resources"].as_array_mut().expect("resources").push(again);
+            reroot(s);
+        }),
+        "listed twice",
+        Accepts("it keeps the last of the two; nobody knows which was meant"),
+    ),
+    (
+        "a path that leads out",
+        Statement(|s| {
+            s["predicate"]["resources"][0]["name"] = "../config.json".into();
+            reroot(s);
+        }),
+        "no path of a model",
+        Refuses,
+    ),
+    (
+        "a path written otherwise",
+        Statement(|s| {
+            s["predicate"]["resources"][0]["name"] = "./config.json".into();
+            reroot(s);
+        }),
+        "no path of a model",
+        Accepts("it normalises: two spellings of one file are two names for a signature"),
+    ),
+    (
+        "everything left out",
+        Statement(|s| {
+            s["predicate"]["resources"] = json!([]);
+            s["predicate"]["serialization"]["ignore_paths"] = json!(["."]);
+            reroot(s);
+        }),
+        "which is everything",
+        Accepts("it then vouches for nothing"),
+    ),
+    (
+        "a field twice",
+        Text(|text| text.replacen('{', "{\"predicateType\": \"https://model_signing/signature/v1.0\", ", 1)),
+        "not the JSON it should be",
+        Accepts("it takes the last of the two; other readers take the first"),
+    ),
+    ("no JSON", Text(|text| text[1..].to_owned()), "not the JSON it should be", Refuses),
+    (
+        "nested too deep",
+        Text(|text| {
+            text.replacen(
+                "\"subject\":",
+                &format!("\"x\": {}1{}, \"subject\":", "[".repeat(200_000), "]".repeat(200_000)),
+                1,
+            )
+        }),
+        "nested deeper",
+        Refuses,
+    ),
+    // The folder.
+    (
+        "a byte of a file",
+        Tree(|m| std::fs::write(m.join("config.json"), "{\"a\": 2}").expect("written")),
+        "config.json has SHA-256",
+        Refuses,
+    ),
+    (
+        "a file more",
+        Tree(|m| std::fs::write(m.join("sub/more.py"), "x").expect("written")),
+        "sub/more.py is not signed",
+        Refuses,
+    ),
+    (
+        "a file less",
+        Tree(|m| std::fs::remove_file(m.join("sub/b")).expect("removed")),
+        "sub/b is signed, but not there",
+        Refuses,
+    ),
+    (
+        "a file under another name",
+        Tree(|m| std::fs::rename(m.join("sub/b"), m.join("b")).expect("moved")),
+        "b is not signed",
+        Refuses,
+    ),
+    (
+        "a file like git's",
+        Tree(|m| std::fs::write(m.join(".gitattributes2"), "x").expect("written")),
+        "not signed",
+        Refuses,
+    ),
+];
+
 #[test]
 fn row_76_a_bundle_or_a_tree_that_was_tampered_with_is_refused_by_name() {
-    let cases: &[(&str, Edit, &str, Reference)] = &[
-        // The bundle.
-        ("media type", Bundle(|b| b["mediaType"] = "application/json".into()), "media type", Refuses),
-        ("payload type", Bundle(|b| b["dsseEnvelope"]["payloadType"] = "text/plain".into()), "text/plain", Refuses),
-        ("no signature", Bundle(|b| b["dsseEnvelope"]["signatures"] = json!([])), "0 signatures", Refuses),
-        (
-            "two signatures",
-            Bundle(|b| {
-                let one = b["dsseEnvelope"]["signatures"][0].clone();
-                b["dsseEnvelope"]["signatures"] = json!([one, one]);
-            }),
-            "2 signatures",
-            Accepts("it looks at the first only: a second signer would be believed unseen"),
-        ),
-        (
-            "signature of another message",
-            Bundle(|b| {
-                b["dsseEnvelope"]["signatures"][0]["sig"] = STANDARD.encode([0x30, 0x06, 2, 1, 1, 2, 1, 1]).into()
-            }),
-            "does not verify",
-            Refuses,
-        ),
-        (
-            "payload with one byte changed",
-            Bundle(|b| {
-                let text = b["dsseEnvelope"]["payload"].as_str().expect("text").replacen('I', "J", 1);
-                b["dsseEnvelope"]["payload"] = text.into();
-            }),
-            "does not verify",
-            Refuses,
-        ),
-        ("payload that is no base64", Bundle(|b| b["dsseEnvelope"]["payload"] = "%%%".into()), "not base64", Refuses),
-        (
-            "no envelope",
-            Bundle(|b| {
-                b.as_object_mut().expect("object").remove("dsseEnvelope");
-            }),
-            "no DSSE envelope",
-            Refuses,
-        ),
-        (
-            "hint at another key",
-            Bundle(|b| b["verificationMaterial"]["publicKey"]["hint"] = "00".repeat(32).into()),
-            "another key",
-            Refuses,
-        ),
-        (
-            "no verification material",
-            Bundle(|b| b["verificationMaterial"] = json!({})),
-            "does not say that a key",
-            Refuses,
-        ),
-        (
-            "keyless without a log",
-            Bundle(|b| b["verificationMaterial"] = json!({"certificate": {"rawBytes": "AAAA"}, "tlogEntries": []})),
-            "missing tlog",
-            Refuses,
-        ),
-        (
-            "keyless with a log",
-            Bundle(|b| b["verificationMaterial"] = json!({"certificate": {"rawBytes": "AAAA"}, "tlogEntries": [{}]})),
-            "model_signing verify sigstore",
-            Refuses,
-        ),
-        (
-            "a certificate chain",
-            Bundle(|b| {
-                b["verificationMaterial"] = json!({"x509CertificateChain": {"certificates": [{"rawBytes": "AAAA"}]}})
-            }),
-            "certificate",
-            Refuses,
-        ),
-        // The statement, signed by the genuine key: what a signer of another tool, or of another purpose, may produce.
-        ("statement type", Statement(|s| s["_type"] = "https://in-toto.io/Statement/v0.1".into()), "of type", Refuses),
-        (
-            "predicate type",
-            Statement(|s| s["predicateType"] = "https://slsa.dev/provenance/v1".into()),
-            "predicate",
-            Refuses,
-        ),
-        (
-            "predicate of before 1.0",
-            Statement(|s| {
-                s["predicateType"] = "https://model_signing/Digests/v0.1".into();
-                let of = |r: &Value| json!({"name": r["name"], "digest": {"sha256": r["digest"]}});
-                s["subject"] = s["predicate"]["resources"].as_array().expect("resources").iter().map(of).collect();
-            }),
-            "sign again with model_signing 1.0",
-            Accepts("the old statement does not say what was left out"),
-        ),
-        ("no subject", Statement(|s| s["subject"] = json!([])), "0 subjects", Refuses),
-        (
-            "two subjects",
-            Statement(|s| s["subject"] = json!([s["subject"][0], s["subject"][0]])),
-            "2 subjects",
-            Refuses,
-        ),
-        (
-            "root digest",
-            Statement(|s| s["subject"][0]["digest"]["sha256"] = "00".repeat(32).into()),
-            "contradicts itself",
-            Refuses,
-        ),
-        (
-            "resource digest",
-            Statement(|s| {
-                s["predicate"]["resources"][0]["digest"] = "11".repeat(32).into();
-                reroot(s);
-            }),
-            "config.json has SHA-256",
-            Refuses,
-        ),
-        (
-            "short digest",
-            Statement(|s| {
-                s["predicate"]["resources"][0]["digest"] = "11".into();
-                reroot(s);
-            }),
-            "64 hex digits",
-            Refuses,
-        ),
-        (
-            "other algorithm",
-            Statement(|s| s["predicate"]["resources"][0]["algorithm"] = "sha1".into()),
-            "wanted sha256",
-            Refuses,
-        ),
-        (
-            "other hash type",
-            Statement(|s| s["predicate"]["serialization"]["hash_type"] = "blake2".into()),
-            "sign again",
-            Accepts("its command hashes with sha256 whatever the signature says"),
-        ),
-        (
-            "other method",
-            Statement(|s| s["predicate"]["serialization"]["method"] = "tensors".into()),
-            "files or shards",
-            Refuses,
-        ),
-        (
-            "a file listed that is not there",
-            Statement(|s| {
-                let mut ghost = s["predicate"]["resources"][0].clone();
-                ghost["name"] = "ghost".into();
-                s["predicate"]["resources"].as_array_mut().expect("resources").push(ghost);
-                reroot(s);
-            }),
-            "ghost is signed, but not there",
-            Refuses,
-        ),
-        (
-            "a file listed twice",
-            Statement(|s| {
-                let again = s["predicate"]["resources"][0].clone();
-                s["predicate"]["resources"].as_array_mut().expect("resources").push(again);
-                reroot(s);
-            }),
-            "listed twice",
-            Accepts("it keeps the last of the two; nobody knows which was meant"),
-        ),
-        (
-            "a path that leads out",
-            Statement(|s| {
-                s["predicate"]["resources"][0]["name"] = "../config.json".into();
-                reroot(s);
-            }),
-            "no path of a model",
-            Refuses,
-        ),
-        (
-            "a path written otherwise",
-            Statement(|s| {
-                s["predicate"]["resources"][0]["name"] = "./config.json".into();
-                reroot(s);
-            }),
-            "no path of a model",
-            Accepts("it normalises: two spellings of one file are two names for a signature"),
-        ),
-        (
-            "everything left out",
-            Statement(|s| {
-                s["predicate"]["resources"] = json!([]);
-                s["predicate"]["serialization"]["ignore_paths"] = json!(["."]);
-                reroot(s);
-            }),
-            "which is everything",
-            Accepts("it then vouches for nothing"),
-        ),
-        (
-            "a field twice",
-            Text(|text| text.replacen('{', "{\"predicateType\": \"https://model_signing/signature/v1.0\", ", 1)),
-            "not the JSON it should be",
-            Accepts("it takes the last of the two; other readers take the first"),
-        ),
-        ("no JSON", Text(|text| text[1..].to_owned()), "not the JSON it should be", Refuses),
-        (
-            "nested too deep",
-            Text(|text| {
-                text.replacen(
-                    "\"subject\":",
-                    &format!("\"x\": {}1{}, \"subject\":", "[".repeat(200_000), "]".repeat(200_000)),
-                    1,
-                )
-            }),
-            "nested deeper",
-            Refuses,
-        ),
-        // The folder.
-        (
-            "a byte of a file",
-            Tree(|m| std::fs::write(m.join("config.json"), "{\"a\": 2}").expect("written")),
-            "config.json has SHA-256",
-            Refuses,
-        ),
-        (
-            "a file more",
-            Tree(|m| std::fs::write(m.join("sub/more.py"), "x").expect("written")),
-            "sub/more.py is not signed",
-            Refuses,
-        ),
-        (
-            "a file less",
-            Tree(|m| std::fs::remove_file(m.join("sub/b")).expect("removed")),
-            "sub/b is signed, but not there",
-            Refuses,
-        ),
-        (
-            "a file under another name",
-            Tree(|m| std::fs::rename(m.join("sub/b"), m.join("b")).expect("moved")),
-            "b is not signed",
-            Refuses,
-        ),
-        (
-            "a file like git's",
-            Tree(|m| std::fs::write(m.join(".gitattributes2"), "x").expect("written")),
-            "not signed",
-            Refuses,
-        ),
-    ];
     let Some(bench) = Bench::new(&ECDSA_P256_SHA256_ASN1_SIGNING) else { return };
     bench.sign(&[]);
     let genuine = bench.bundle();
     assert!(bench.reference_accepts("m") && bench.seal_checked("genuine").status.success(), "the detector must fail");
-    hostile(&bench, &genuine, cases);
+    hostile(&bench, &genuine, OF_FILES);
 }
+
+const OF_SHARDS: &[Case] = &[
+    (
+        "digest of the second shard",
+        Statement(|s| {
+            shard(s, "weights-00001.bin:100000:200000")["digest"] = "11".repeat(32).into();
+            reroot(s);
+        }),
+        "in the shard at 100000",
+        Refuses,
+    ),
+    (
+        "a gap",
+        Statement(|s| {
+            let resources = s["predicate"]["resources"].as_array_mut().expect("resources");
+            resources.retain(|r| r["name"] != "weights-00001.bin:100000:200000");
+            reroot(s);
+        }),
+        "not one after the other",
+        Refuses,
+    ),
+    (
+        "the last shard missing",
+        Statement(|s| {
+            let resources = s["predicate"]["resources"].as_array_mut().expect("resources");
+            resources.retain(|r| r["name"] != "weights-00001.bin:200000:250000");
+            reroot(s);
+        }),
+        "signed are 200000",
+        Refuses,
+    ),
+    (
+        "a name without a range",
+        Statement(|s| {
+            shard(s, "config.json:0:8")["name"] = "config.json".into();
+            reroot(s);
+        }),
+        "no shard PATH:START:END",
+        Refuses,
+    ),
+    (
+        "shards of zero",
+        Statement(|s| s["predicate"]["serialization"]["shard_size"] = 0.into()),
+        "are none",
+        Accepts("it believes what its caller says of the length, not the signature"),
+    ),
+    (
+        "another length of shards",
+        Statement(|s| s["predicate"]["serialization"]["shard_size"] = 50_000.into()),
+        "wanted sha256-sharded-50000",
+        Accepts("as above"),
+    ),
+    (
+        "a byte of the last shard",
+        Tree(|m| {
+            let mut bytes = vec![7; 250_000];
+            bytes[249_999] = 8;
+            std::fs::write(m.join("weights-00001.bin"), bytes).expect("written");
+        }),
+        "in the shard at 200000",
+        Refuses,
+    ),
+    (
+        "a longer file",
+        Tree(|m| std::fs::write(m.join("weights-00001.bin"), vec![7; 250_001]).expect("written")),
+        "has 250001 bytes",
+        Refuses,
+    ),
+];
 
 #[test]
 fn row_76_shards_that_were_tampered_with_are_refused_by_name() {
-    let cases: &[(&str, Edit, &str, Reference)] = &[
-        (
-            "digest of the second shard",
-            Statement(|s| {
-                shard(s, "weights-00001.bin:100000:200000")["digest"] = "11".repeat(32).into();
-                reroot(s);
-            }),
-            "in the shard at 100000",
-            Refuses,
-        ),
-        (
-            "a gap",
-            Statement(|s| {
-                let resources = s["predicate"]["resources"].as_array_mut().expect("resources");
-                resources.retain(|r| r["name"] != "weights-00001.bin:100000:200000");
-                reroot(s);
-            }),
-            "not one after the other",
-            Refuses,
-        ),
-        (
-            "the last shard missing",
-            Statement(|s| {
-                let resources = s["predicate"]["resources"].as_array_mut().expect("resources");
-                resources.retain(|r| r["name"] != "weights-00001.bin:200000:250000");
-                reroot(s);
-            }),
-            "signed are 200000",
-            Refuses,
-        ),
-        (
-            "a name without a range",
-            Statement(|s| {
-                shard(s, "config.json:0:8")["name"] = "config.json".into();
-                reroot(s);
-            }),
-            "no shard PATH:START:END",
-            Refuses,
-        ),
-        (
-            "shards of zero",
-            Statement(|s| s["predicate"]["serialization"]["shard_size"] = 0.into()),
-            "are none",
-            Accepts("it believes what its caller says of the length, not the signature"),
-        ),
-        (
-            "another length of shards",
-            Statement(|s| s["predicate"]["serialization"]["shard_size"] = 50_000.into()),
-            "wanted sha256-sharded-50000",
-            Accepts("as above"),
-        ),
-        (
-            "a byte of the last shard",
-            Tree(|m| {
-                let mut bytes = vec![7; 250_000];
-                bytes[249_999] = 8;
-                std::fs::write(m.join("weights-00001.bin"), bytes).expect("written");
-            }),
-            "in the shard at 200000",
-            Refuses,
-        ),
-        (
-            "a longer file",
-            Tree(|m| std::fs::write(m.join("weights-00001.bin"), vec![7; 250_001]).expect("written")),
-            "has 250001 bytes",
-            Refuses,
-        ),
-    ];
     let Some(bench) = Bench::new(&ECDSA_P256_SHA256_ASN1_SIGNING) else { return };
     bench.sign_shards();
     let genuine = bench.bundle();
@@ -587,7 +580,27 @@ fn row_76_shards_that_were_tampered_with_are_refused_by_name() {
         bench.reference_accepts_shards() && bench.seal_checked("genuine").status.success(),
         "the detector must fail"
     );
-    hostile(&bench, &genuine, cases);
+    hostile(&bench, &genuine, OF_SHARDS);
+}
+
+/// Whoever relies on the reference must be able to read where a bundle that it takes is refused here.
+#[test]
+fn what_the_reference_accepts_and_we_refuse_is_declared_case_by_case() {
+    let page = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/KEYS.md")).expect("the page");
+    let (_, section) = page.split_once("\n#### Stricter than the reference\n").expect("the section");
+    let section = section.split("\n#").next().expect("its text");
+    let rows = section.lines().filter_map(|line| line.strip_prefix("| ")?.split_once(" |")).map(|(case, _)| case);
+    let mut declared: Vec<&str> = rows.filter(|case| *case != "the bundle has" && !case.starts_with("---")).collect();
+    let accepted = |case: &&Case| matches!(case.3, Accepts(_));
+    let mut found: Vec<&str> = OF_FILES.iter().chain(OF_SHARDS).filter(accepted).map(|case| case.0).collect();
+    // Its other commands take these; the one that verifies a key refuses them as we do.
+    found.extend(["a certificate chain", "keyless with a log"]);
+    declared.sort_unstable();
+    found.sort_unstable();
+    assert_eq!(declared, found);
+    for class in ["a certificate chain", "keyless with a log"] {
+        assert!(OF_FILES.iter().any(|case| case.0 == class && matches!(case.3, Refuses)), "{class}");
+    }
 }
 
 fn shard<'v>(statement: &'v mut Value, name: &str) -> &'v mut Value {
@@ -595,7 +608,7 @@ fn shard<'v>(statement: &'v mut Value, name: &str) -> &'v mut Value {
     resources.iter_mut().find(|resource| resource["name"] == name).expect("a shard of that name")
 }
 
-fn hostile(bench: &Bench, genuine: &Value, cases: &[(&str, Edit, &str, Reference)]) {
+fn hostile(bench: &Bench, genuine: &Value, cases: &[Case]) {
     let mut wrong = Vec::new();
     for (number, (name, edit, with, reference)) in cases.iter().enumerate() {
         std::fs::remove_dir_all(bench.model()).expect("removed");
