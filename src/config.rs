@@ -32,6 +32,7 @@ use crate::fuse::inherited::{self, Given};
 use crate::keys::{KeySource, ModelSelector};
 use crate::mounts;
 use crate::policy::types::DeniedType;
+use crate::processes::Pod;
 use crate::refuse;
 use crate::seal::CodecChoice;
 use crate::store::limit::{BYTES_PER_S_MIN, RequestRate};
@@ -254,6 +255,10 @@ fn parse_model_size(text: &str) -> Result<u64> {
     match units::parse_size(text)? {
         0 => refuse!(Usage, "max-model-size 0 lets no model in; leave it out for no limit"),
         bytes => Ok(bytes),
+    /// Of a pod's mount: that pod. Said by the driver, by no option.
+    pub pod: Option<Pod>,
+    /// What is most likely not what was meant; told by whoever is asked for this mount and no other.
+    pub doubts: Vec<String>,
     }
 }
 
@@ -339,6 +344,8 @@ impl MountPlan {
     /// Whether every model of the mount must be usable.
     pub fn requires_all(&self) -> bool {
         self.require.iter().any(|model| model == REQUIRE_ALL)
+            pod: None,
+            doubts: Vec::new(),
     }
 
     /// Whether the mount must not be without this one.

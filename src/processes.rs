@@ -29,6 +29,14 @@ pub struct Process {
     pub pod: Option<String>,
 }
 
+/// A pod of Kubernetes, as the kubelet tells of it with a volume.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pod {
+    /// `NAMESPACE/NAME`.
+    pub name: String,
+    pub uid: String,
+}
+
 /// The process of a thread, if both are visible here.
 pub fn process_of(thread: u32) -> Option<u32> {
     field(&status(thread)?, "Tgid:")

@@ -141,6 +141,7 @@ fn a_line_says_who_did_what_to_which_model_by_which_key() {
             cgroup: Some("/kubepods/pod1/abc".into()),
             container: Some("abc".into()),
             pod: Some("1".into()),
+            pod_name: Some("prod/llama-0".into()),
             service_account: Some("prod/reader".into()),
         })
         .subject(Subject {
@@ -170,6 +171,7 @@ fn a_line_says_who_did_what_to_which_model_by_which_key() {
         ("cgroup", "/kubepods/pod1/abc"),
         ("container", "abc"),
         ("pod", "1"),
+        ("pod_name", "prod/llama-0"),
         ("service_account", "prod/reader"),
         ("mountpoint", "/mnt"),
         ("store", "s3://models"),

@@ -163,6 +163,7 @@ pub fn this_process() -> Actor {
         cgroup: process.cgroup,
         container: process.container,
         pod: process.pod,
+        pod_name: None,
         service_account: None,
     }
 }

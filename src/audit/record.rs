@@ -77,6 +77,8 @@ pub struct More<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pod: Option<Cow<'a, str>>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    pub pod_name: Option<Cow<'a, str>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub service_account: Option<Cow<'a, str>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mountpoint: Option<Cow<'a, str>>,
@@ -164,6 +166,7 @@ impl<'a> Record<'a> {
             cgroup: some(&actor.cgroup),
             container: some(&actor.container),
             pod: some(&actor.pod),
+            pod_name: some(&actor.pod_name),
             service_account: some(&actor.service_account),
             mountpoint: subject.mountpoint.as_deref().map(path),
             store: some(&subject.store),
@@ -416,6 +419,7 @@ mod tests {
                 cgroup: all.clone(),
                 container: all.clone(),
                 pod: all.clone(),
+                pod_name: all.clone(),
                 service_account: all.clone(),
             })
             .subject(Subject {

@@ -217,7 +217,8 @@ pub fn sentence(record: &Record<'_>) -> String {
     if let Some(pid) = more.pid {
         add(format!("pid {pid}"));
     }
-    for (name, value) in [("", &more.command), ("in pod ", &more.pod), ("in container ", &more.container)] {
+    let places = [("in pod ", &more.pod), ("called ", &more.pod_name), ("in container ", &more.container)];
+    for (name, value) in std::iter::once(("", &more.command)).chain(places) {
         if let Some(value) = value {
             add(format!("{name}{}", shown(value)));
         }

@@ -11,6 +11,7 @@ use std::collections::{BTreeMap, HashMap};
 use super::proto::{AccessType, Mode, NodePublishVolumeRequest};
 use crate::error::{Code, Error, Result};
 use crate::mem::LockedBuf;
+use crate::processes::Pod;
 use crate::refuse;
 use crate::vault::wipe_map;
 
@@ -34,7 +35,18 @@ const VALUE_BYTES_MAX: usize = 1024;
 pub struct Identity {
     pub namespace: String,
     pub pod: String,
+    pub pod_uid: String,
     pub service_account: String,
+}
+
+impl Identity {
+    /// `None`: only half of it was said, and half of it would be somebody else.
+    pub fn pod(&self) -> Option<Pod> {
+        let whole = !self.pod.is_empty() && !self.pod_uid.is_empty();
+        // As rules and control groups write it.
+        let uid = self.pod_uid.to_ascii_lowercase();
+        whole.then(|| Pod { name: format!("{}/{}", self.namespace, self.pod), uid })
+    }
 }
 
 impl std::fmt::Display for Identity {
@@ -87,6 +99,7 @@ impl Asked {
         let who = Identity {
             namespace: said("pod.namespace"),
             pod: said("pod.name"),
+            pod_uid: said("pod.uid"),
             service_account: said("serviceAccount.name"),
         };
         if who.namespace.is_empty() || who.service_account.is_empty() {
@@ -276,6 +289,7 @@ pub mod tests {
         let mut context: HashMap<String, String> = [
             ("pod.name", "llama-0"),
             ("pod.namespace", "chat"),
+            ("pod.uid", "0f8fad5b-d9cb-469f-a165-70867728950e"),
             ("serviceAccount.name", "reader"),
             ("ephemeral", "true"),
             ("serviceAccount.tokens", r#"{"vault":{"token":"pod-jwt","expirationTimestamp":"2030-01-01T00:00:00Z"}}"#),

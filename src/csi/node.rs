@@ -196,6 +196,7 @@ impl Node {
         layers.mount_options(&words, false)?;
         let mut plan = MountPlan::from_layers(&layers, &asked.store, &place.folder, true)?;
         plan.service_account = Some(format!("{}/{}", asked.who.namespace, asked.who.service_account));
+        plan.pod = asked.who.pod();
         self.door.mount(plan, &|| {
             if self.stopping.load(Ordering::Acquire) {
                 refuse!(Stopping, "the driver is stopping; the kubelet tries again");

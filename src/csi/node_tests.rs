@@ -49,7 +49,9 @@ impl Door for FakeDoor {
         };
         assert_eq!(role, "llama");
         assert!(plan.allow_other && plan.umask == Some(0o222));
-        assert!(plan.service_account.as_deref().is_some_and(|account| account.contains('/')));
+        assert_eq!(plan.service_account.as_deref(), Some("chat/reader"));
+        let pod = plan.pod.as_ref().expect("the kubelet says which");
+        assert_eq!((pod.name.as_str(), pod.uid.as_str()), ("chat/llama-0", "0f8fad5b-d9cb-469f-a165-70867728950e"));
         self.0.tokens.lock().expect("alone").push(std::fs::read(jwt_file).expect("the pod's token"));
         self.0.meet()?;
         may_enter()?;

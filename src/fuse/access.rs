@@ -223,8 +223,9 @@ impl Inner {
     }
 
     fn asker_as(&self, opener: &Opener, seen: Option<processes::Seen>) -> Asker {
-        let service_account = self.place().service_account.clone();
-        Asker { uid: opener.uid, gid: opener.gid, seen, service_account }
+        let place = self.place();
+        let pod = place.pod.as_ref().map(|pod| pod.uid.clone());
+        Asker { uid: opener.uid, gid: opener.gid, seen, service_account: place.service_account.clone(), pod }
     }
 
     /// Whether this node is to be seen by whoever asks; else what he is told.

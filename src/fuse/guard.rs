@@ -245,7 +245,7 @@ impl ModelFs {
         let mut held: Vec<(NodeId, Arc<CachedObject>)> = Vec::new();
         for handle in handles {
             let pid = processes::process_of(handle.opener.thread).unwrap_or(0);
-            if !session.is(handle.opener.uid, &processes::process(pid)) {
+            if !inner.is_for(&session) && !session.is(handle.opener.uid, &processes::process(pid)) {
                 continue;
             }
             match &handle.way {
@@ -296,11 +296,17 @@ impl ModelFs {
     /// Whether this process is shut out.
     pub fn is_shut_out(&self, uid: u32, process: &Process) -> bool {
         let rules = self.inner.rules.read().expect("a thread died holding the rules");
-        rules.0.iter().any(|rule| rule.holds() && rule.session.is(uid, process))
+        let is = |session: &Session| self.inner.is_for(session) || session.is(uid, process);
+        rules.0.iter().any(|rule| rule.holds() && is(&rule.session))
     }
 }
 
 impl Inner {
+    /// Whether the mount is for the pod that the session is: then whoever uses it is of that session, seen or not.
+    fn is_for(&self, session: &Session) -> bool {
+        matches!(session, Session::Pod(of) if self.place().pod.as_ref().is_some_and(|pod| pod.uid == *of))
+    }
+
     /// Whether whoever asks is shut out. Costs a look at /proc while there are rules that need one, nothing otherwise.
     pub(super) fn refuses(&self, thread: u32, uid: u32) -> bool {
         if self.closed.load(Ordering::SeqCst) {
@@ -313,6 +319,7 @@ impl Inner {
         let mut process = None;
         rules.0.iter().filter(|rule| rule.holds()).any(|rule| match rule.session {
             Session::Uid(of) => of == uid,
+            Session::Pod(_) if self.is_for(&rule.session) => true,
             Session::Pid(_) | Session::Container(_) | Session::Pod(_) | Session::Cgroup(_) => {
                 let process = process
                     .get_or_insert_with(|| processes::process_of(thread).map(processes::process).unwrap_or_default());

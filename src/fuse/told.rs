@@ -11,7 +11,7 @@ use std::sync::LazyLock;
 
 use super::{Inner, ModelFs, Opener};
 use crate::error::{Error, Result};
-use crate::processes;
+use crate::processes::{self, Pod};
 use crate::telemetry::events::{Actor, Event, Kind, Severity, Subject};
 use crate::vfs::NodeId;
 
@@ -22,6 +22,8 @@ pub struct Place {
     pub store: String,
     /// `NAMESPACE/NAME` of Kubernetes, where the mount is a pod's.
     pub service_account: Option<String>,
+    /// The pod that the mount is for: whoever is not seen is taken for one of its programs.
+    pub pod: Option<Pod>,
 }
 
 impl ModelFs {
@@ -37,8 +39,7 @@ impl Inner {
     }
 
     pub(super) fn place(&self) -> &Place {
-        static NOWHERE: LazyLock<Place> =
-            LazyLock::new(|| Place { mountpoint: PathBuf::new(), store: String::new(), service_account: None });
+        static NOWHERE: LazyLock<Place> = LazyLock::new(Place::default);
         self.place.get().unwrap_or_else(|| &NOWHERE)
     }
 
@@ -75,11 +76,11 @@ impl Inner {
 
     pub(super) fn actor(&self, opener: &Opener) -> Actor {
         let seen = processes::process_of(opener.thread).map(processes::process);
+        let place = self.place();
         let mut actor = Actor {
             uid: Some(opener.uid),
             gid: Some(opener.gid),
-            service_account: self.place().service_account.clone(),
-            ..Actor::default()
+            ..Actor::of_volume(&place.service_account, &place.pod)
         };
         if let Some(process) = seen {
             actor.pid = Some(process.pid);

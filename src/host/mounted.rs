@@ -164,6 +164,7 @@ impl Mounted {
 
         fs.set_policy(policy.map(|(policy, _)| policy));
         if admits(&plan).no_pickles() {
+            pod: plan.pod.clone(),
             fs.refuse_pickles();
         }
         let look = MountLook { source: plan.source.clone(), allow_other: plan.allow_other };
@@ -177,7 +178,7 @@ impl Mounted {
             shown.try_for_each(|one| {
                 let place = subject(&plan);
                 let subject = Subject { mountpoint: place.mountpoint, store: place.store, ..one.model.subject() };
-                let actor = Actor { service_account: plan.service_account.clone(), ..Actor::default() };
+                let actor = Actor::of_volume(&plan.service_account, &plan.pod);
                 host.telemetry.events.emit(&Event::new(Kind::Mount).actor(actor).subject(subject))
             })
         });

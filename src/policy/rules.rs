@@ -41,6 +41,8 @@ pub struct Asker {
     pub seen: Option<Seen>,
     /// Of the mount, where it is a pod's.
     pub service_account: Option<String>,
+    /// The UID of the pod that the mount is for.
+    pub pod: Option<String>,
 }
 
 impl Asker {
@@ -123,9 +125,15 @@ impl Who {
         let of_container = when(&self.containers, asker, |seen| {
             by_id(seen, &seen.container, &is_container, &|name| matches!(name, Name::Container(id) if is_container(id)))
         });
-        let of_pod = when(&self.pods, asker, |seen| {
+        let by_process = when(&self.pods, asker, |seen| {
             by_id(seen, &seen.pod, &is_pod, &|name| matches!(name, Name::Pod(uid) if is_pod(uid)))
         });
+        // A pod's volume is in the tree of that pod alone: whoever is not seen there is its. Who is seen must be so too.
+        let of_pod = match asker.pod.as_deref().filter(|_| !self.pods.is_empty()).map(|uid| known(is_pod(uid))) {
+            Some(by_volume) if asker.seen.is_none() || by_process == by_volume => by_volume,
+            Some(_) => Fits::Unknown,
+            None => by_process,
+        };
         let all = [of_uid, of_account, of_group, of_cgroup, of_container, of_pod];
         if all.contains(&Fits::No) {
             Fits::No
@@ -240,11 +248,11 @@ mod tests {
 
     fn host(uid: u32, gid: u32, groups: &[u32]) -> Asker {
         let seen = Seen { pid: 7, uid, groups: groups.to_vec(), cgroup: Some("/".into()), ..Seen::default() };
-        Asker { uid, gid, seen: Some(seen), service_account: None }
+        Asker { uid, gid, seen: Some(seen), service_account: None, pod: None }
     }
 
     fn unseen(uid: u32, gid: u32) -> Asker {
-        Asker { uid, gid, seen: None, service_account: None }
+        Asker { uid, gid, seen: None, service_account: None, pod: None }
     }
 
     fn may(policy: &Policy, asker: &Asker, model: &str) -> May {
@@ -368,7 +376,7 @@ mod tests {
                                 let cgroup = Some(cgroup.to_owned());
                                 let container = container.clone();
                                 let seen = Some(Seen { pid: 1, uid, groups, cgroup, container, pod: None });
-                                let asker = Asker { uid, gid, seen, service_account: None };
+                                let asker = Asker { uid, gid, seen, service_account: None, pod: None };
                                 assert!(least <= may(&policy, &asker, "m"), "{asker:?} under\n{text}");
                             }
                         }
@@ -395,6 +403,30 @@ mod tests {
         assert_eq!(may(&policy, &asker, "m"), May::None, "the pod is another");
         asker.seen.as_mut().expect("seen").pod = Some("0f8fad5b-d9cb-469f-a165-70867728950e".into());
         assert_eq!(may(&policy, &asker, "m"), May::Read);
+    }
+
+    /// Where the driver does not see the processes of pods, the volume says whose it is; where it sees one, both must.
+    #[test]
+    fn a_rule_of_pods_fits_the_pod_that_the_volume_is_for_and_no_process_that_is_seen_elsewhere() {
+        let (uid, other) = ("0f8fad5b-d9cb-469f-a165-70867728950e", "11111111-d9cb-469f-a165-70867728950e");
+        let rule = |uid: &str, may: &str| format!("[[rule]]\npods = [\"{uid}\"]\nmodels = [\"*\"]\nmay = \"{may}\"\n");
+        let everybody = "[[rule]]\neverybody = true\nmodels = [\"*\"]\nmay = \"read\"\n";
+        let (grants, takes) = (policy(&rule(uid, "read")), policy(&format!("{}{everybody}", rule(uid, "none"))));
+        let in_volume_of = |pod: &str, asker: Asker| Asker { pod: Some(pod.into()), ..asker };
+        let seen_in = |pod: &str| in_group(0, &format!("/kubepods/pod{pod}/{}", "a".repeat(64)));
+        for (asker, granted, taken, what) in [
+            (in_volume_of(uid, unseen(0, 0)), May::Read, May::None, "its own volume, unseen"),
+            (in_volume_of(other, unseen(0, 0)), May::None, May::Read, "another's volume, unseen"),
+            (in_volume_of(uid, seen_in(uid)), May::Read, May::None, "its own volume, seen in it"),
+            (in_volume_of(other, seen_in(other)), May::None, May::Read, "another's volume, seen in that"),
+            (in_volume_of(uid, seen_in(other)), May::None, May::None, "seen in another pod"),
+            (in_volume_of(other, seen_in(uid)), May::None, May::None, "seen in another's volume"),
+            (in_volume_of(uid, host(0, 0, &[])), May::None, May::None, "a process of the node in a pod's volume"),
+            (unseen(0, 0), May::None, May::None, "no pod's mount, unseen"),
+        ] {
+            assert_eq!(may(&grants, &asker, "m"), granted, "{what}: grants");
+            assert_eq!(may(&takes, &asker, "m"), taken, "{what}: takes");
+        }
     }
 
     #[test]

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use super::tally::Tally;
 use crate::error::{Code, Result};
+use crate::processes::Pod;
 
 /// What kind of thing happened. The names are a contract: the audit log, metrics and alerts use them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -219,9 +220,24 @@ pub struct Actor {
     pub exe: Option<PathBuf>,
     pub cgroup: Option<String>,
     pub container: Option<String>,
+    /// The UID of the pod that it runs in; where that is not seen, of the pod that the mount is for.
     pub pod: Option<String>,
     /// `NAMESPACE/NAME` of Kubernetes, where the mount is a pod's.
+    pub pod_name: Option<String>,
+    /// The same of the pod's service account.
     pub service_account: Option<String>,
+}
+
+impl Actor {
+    /// Whoever uses a pod's volume, as far as the volume tells.
+    pub fn of_volume(service_account: &Option<String>, pod: &Option<Pod>) -> Actor {
+        Actor {
+            pod: pod.as_ref().map(|pod| pod.uid.clone()),
+            pod_name: pod.as_ref().map(|pod| pod.name.clone()),
+            service_account: service_account.clone(),
+            ..Actor::default()
+        }
+    }
 }
 
 /// What it was done to. A model is told by name, number and digest.
