@@ -298,7 +298,7 @@ impl MountPlan {
     pub fn from_layers(layers: &Layers, store: &str, mountpoint: &Path, daemon: bool) -> Result<MountPlan> {
         let store = layers.store(store)?;
         let given = inherited::number_in(mountpoint).map(Given::take).transpose()?;
-        let plan = MountPlan {
+        let mut plan = MountPlan {
             source: store.to_string(),
             store,
             mountpoint: given.as_ref().map_or_else(|| check_mountpoint(mountpoint), |given| Ok(given.name()))?,
@@ -337,7 +337,7 @@ impl MountPlan {
             mountpoint: plan.given.is_none().then_some(&plan.mountpoint),
             lets_others_in: plan.allow_other,
         };
-        rules::refuse(&said, options::takes::MOUNT)?;
+        plan.doubts = rules::refuse(&said, options::takes::MOUNT)?;
         Ok(plan)
     }
 

@@ -317,7 +317,7 @@ const BREAKS: &[(&str, &[&str], &str)] = &[
     ("alerts-in-clear", &["--alert-webhook", "http://hooks.example/x"], "use https"),
     ("cache-over-memory", &["--cache", "900TiB"], "give less"),
     ("policy-for-one-user", &["--policy", "%/t.pub"], "add allow-other"),
-    ("open-to-all", &["--allow-other"], "every user of this machine"),
+    ("open-to-all", &["--allow-other", "--umask", "0222"], "every user of this machine"),
     ("retire-nothing", &["--retire-after", "5m"], "without versions"),
     ("audit-nowhere", &["--audit", "required"], "add audit-file"),
     ("audit-off-and-on", &["--audit", "off", "--audit-file", "%/a"], "drop one"),

@@ -458,7 +458,7 @@ pub const OPTIONS: &[OptionSpec] = &[
         .means("Group of all files"),
     one("umask", "MODELFS_UMASK", MOUNT, Section::Mount)
         .value("OCTAL", Form::Read(|text| units::parse_octal(text).map(drop)), "0227")
-        .default("0")
+        .default("0222; with allow-other 0227, closed to others")
         .means("Taken from the modes 0444 and 0555, octal"),
     // Run.
     switch("strict", "MODELFS_STRICT", RUN, Section::Run).means(

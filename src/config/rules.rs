@@ -21,7 +21,7 @@ use crate::units;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Level {
     Refused,
-    /// It does what was said, and most likely not what was meant: `modelfs config check` tells it.
+    /// It does what was said, and most likely not what was meant: `modelfs config check` tells it, and so does the mount.
     Warned,
 }
 
@@ -488,15 +488,18 @@ pub const RULES: &[Rule] = &[
     Rule {
         id: "open-to-all",
         level: Level::Warned,
-        together: "`allow-other` without `policy` or `umask`",
-        why: "Every user of the machine reads every model.",
+        together: "`allow-other`, and a `umask` that leaves others their right, without `policy`",
+        why: "Every user of the machine reads every model. Left out, `umask` is 0227, which closes them to others; who says \
+              another one means it, so it is told and not refused.",
         of: takes::MOUNT,
         broken: |said| {
-            let limits = ["policy", "umask"].into_iter().any(|name| said.is_set(name));
-            (said.on("allow-other") && !limits).then(|| {
-                "allow-other without policy or umask: every user of this machine reads every model; add policy, or gid and \
-                 umask=0227"
-                    .into()
+            const READ_BY_OTHERS: u32 = 0o004;
+            let umask = units::parse_octal(said.one("umask")).ok()?;
+            (said.lets_others_in && !said.is_set("policy") && umask & READ_BY_OTHERS == 0).then(|| {
+                format!(
+                    "allow-other with umask={umask:04o} and without policy: every user of this machine reads every model; \
+                     add policy, or gid and umask=0227"
+                )
             })
         },
     },
@@ -579,10 +582,14 @@ pub fn broken(said: &Said<'_>, who: u16) -> Vec<(&'static Rule, String)> {
 }
 
 /// # Errors
+/// What is to be told of rules that refuse nothing.
+///
 /// `USAGE` with every broken rule that refuses.
-pub fn refuse(said: &Said<'_>, who: u16) -> Result<()> {
-    let refused = broken(said, who).into_iter().filter(|(rule, _)| rule.level == Level::Refused);
-    refuse_all(refused.map(|(_, text)| Error::new(Code::Usage, text)).collect())
+pub fn refuse(said: &Said<'_>, who: u16) -> Result<Vec<String>> {
+    let (refused, warned): (Vec<_>, Vec<_>) =
+        broken(said, who).into_iter().partition(|(rule, _)| rule.level == Level::Refused);
+    refuse_all(refused.into_iter().map(|(_, text)| Error::new(Code::Usage, text)).collect())?;
+    Ok(warned.into_iter().map(|(_, text)| text).collect())
 }
 
 #[cfg(test)]

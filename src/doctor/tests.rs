@@ -374,7 +374,7 @@ fn what_config_check_refuses_the_doctor_refuses_and_what_it_tells_the_doctor_tel
     }
     let finding = configured(&format!("{WHOLE},model=a,require=b,umask=999"), None, None);
     assert!(finding.seen.contains("octal") && finding.seen.contains("add --model b"), "all of it: {finding:?}");
-    let finding = configured(&format!("{WHOLE},allow_other"), None, None);
+    let finding = configured(&format!("{WHOLE},allow_other,umask=0222"), None, None);
     assert_eq!(finding.severity, Info, "{finding:?}");
     assert!(finding.seen.contains("every user of this machine"), "{finding:?}");
 }

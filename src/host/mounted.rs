@@ -139,6 +139,10 @@ impl Mounted {
         if !host.alone && plan.lock_when_idle.is_some() {
             refuse!(Usage, "lock-when-idle is for a mount of its own process; this one shares its models with others");
         }
+        // A driver's volume lies where its containers or its pod see it, and nobody else.
+        for doubt in plan.doubts.iter().filter(|_| host.alone) {
+            tracing::warn!("{doubt}");
+        }
         plan.access.store.telemetry = host.telemetry.clone();
         let mut login = Login(reading::connect(&mut plan.access)?);
         let tenant = host.pool.tenant(&plan.store);
@@ -160,11 +164,11 @@ impl Mounted {
             mountpoint: plan.mountpoint.clone(),
             store: plan.store.to_string(),
             service_account: plan.service_account.clone(),
+            pod: plan.pod.clone(),
         });
 
         fs.set_policy(policy.map(|(policy, _)| policy));
         if admits(&plan).no_pickles() {
-            pod: plan.pod.clone(),
             fs.refuse_pickles();
         }
         let look = MountLook { source: plan.source.clone(), allow_other: plan.allow_other };
