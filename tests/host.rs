@@ -9,8 +9,9 @@ mod hostile;
 mod program;
 
 use std::fs;
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -18,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use fake_vault::FakeVault;
 use modelfs::config::{self, MountPlan};
-use modelfs::control::{AccessRequest, ControlTarget};
+use modelfs::control::{self, AccessRequest, ControlTarget};
 use modelfs::error::{Code, Result};
 use modelfs::host::{Host, HostPlan, Mounted};
 use program::{Program, can_mount, is_mountpoint, run_ok};
@@ -596,4 +597,30 @@ fn what_only_fits_a_mount_of_its_own_process_is_refused_by_name() {
     assert!(refused.message().contains("lock-when-idle"), "{refused:?}");
     assert!(!is_mountpoint(&scene.root.join("mnt")));
     scene.host.stop().expect("stopped");
+}
+
+/// Drivers whose configuration says no `http` are to be looked at too, whatever their volumes come and go.
+#[test]
+fn a_host_answers_beside_the_sockets_of_its_mounts_and_goes_on_when_a_mount_ends() {
+    let Some(scene) = scene("a_host_answers_beside_the_sockets_of_its_mounts_and_goes_on_when_a_mount_ends") else {
+        return;
+    };
+    let name = format!("test-{}", std::process::id());
+    let socket =
+        control::socket_dir().expect("a place for sockets").join(&name).with_extension(control::HTTP_EXTENSION);
+    scene.host.answer_as(&name);
+    assert_eq!(scene.host.status()["http"], format!("unix:{}", socket.display()));
+    let live = || -> std::io::Result<String> {
+        let mut stream = UnixStream::connect(&socket)?;
+        stream.write_all(b"GET /live HTTP/1.1\r\nHost: modelfs\r\nConnection: close\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        Ok(answer)
+    };
+    assert!(live().expect("answered").starts_with("HTTP/1.1 200"));
+    let mounted = scene.mount("mnt", "model.key", &[]).expect("mounted");
+    mounted.unmount(GRACE).expect("unmounted");
+    assert!(live().expect("answered, though a mount has ended").starts_with("HTTP/1.1 200"));
+    scene.host.stop().expect("stopped");
+    assert!(!socket.exists(), "it left its socket");
 }

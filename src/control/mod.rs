@@ -35,6 +35,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+use crate::config::oversight::RolesPlan;
 use crate::error::{Code, Error, Result};
 
 /// A request is a word or two.
@@ -159,6 +160,16 @@ pub(crate) fn code_named(name: &str) -> Code {
 /// Where sockets of this user's mounts lie: /run/modelfs for root, else the runtime folder, else the state folder.
 pub fn socket_dir() -> Result<PathBuf> {
     crate::config::env_dirs().control_dir()
+}
+
+/// The same, made where it is missing; for whoever has a role it can be passed through.
+///
+/// # Errors
+/// `STATE` for a folder that others could have put sockets into.
+pub fn own_socket_dir(roles: &RolesPlan) -> Result<PathBuf> {
+    let dir = socket_dir()?;
+    own_dir(&dir, anyone_named(roles))?;
+    Ok(dir)
 }
 
 /// The end of the name of a mount's socket for metrics and health, beside its control socket.

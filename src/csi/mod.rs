@@ -142,6 +142,7 @@ pub fn run(plan: &CsiPlan) -> Result<()> {
         cache_bytes: cache_bytes(&plan.settings.layers)?,
         oversight: Oversight::from_layers(&plan.settings.layers)?,
     })?;
+    host.answer_as("csi");
     let node = Arc::new(Node::new(plan.settings.clone(), Box::new(HostDoor(host.clone())))?);
     let served = host.runtime().block_on(async {
         host::reload_on_hangup(&host)?;

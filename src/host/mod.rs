@@ -30,6 +30,7 @@ use crate::audit::{self, Audit};
 use crate::cache::{Cache, CacheLimits, Model};
 use crate::config::oversight::HttpPlan;
 use crate::config::{MountPlan, Oversight};
+use crate::control;
 use crate::error::{Code, Error, Result};
 use crate::mem::{self, Arena, ArenaPlan, Hardening};
 use crate::models::Pool;
@@ -235,9 +236,23 @@ impl Host {
         Ok(())
     }
 
+    /// Metrics and health of a process of many mounts, where no other place was asked for: NAME.http, beside the sockets of
+    /// its mounts. What keeps it from that is told, and nothing else fails.
+    pub fn answer_as(self: &Arc<Self>, name: &str) {
+        if self.oversight.http.is_some() {
+            return;
+        }
+        let opened = control::own_socket_dir(&self.oversight.roles)
+            .and_then(|dir| self.open_server(&HttpPlan::Unix(dir.join(name).with_extension(control::HTTP_EXTENSION))));
+        if let Err(error) = opened {
+            tracing::warn!("no socket for metrics: {}", error.chain());
+        }
+    }
+
     /// Takes the name of a mount's own socket for metrics away: the next mount on its mountpoint may want it.
     fn retire_server(&self) {
-        if self.oversight.http.is_none()
+        if self.alone
+            && self.oversight.http.is_none()
             && let Some(server) = &*self.server.lock().expect("a thread died holding the server")
         {
             server.retire();
