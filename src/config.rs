@@ -29,7 +29,7 @@ use crate::error::{Code, Error, Result};
 use crate::format::{ManifestDigest, check_label};
 use crate::fuse::OpenPolicy;
 use crate::fuse::inherited::{self, Given};
-use crate::keys::{KeySource, ModelSelector};
+use crate::keys::{KeySource, ModelSelector, usual_state_dir};
 use crate::mounts;
 use crate::policy::types::DeniedType;
 use crate::processes::Pod;
@@ -60,6 +60,24 @@ pub struct TrustPlan {
     pub min_ref_seq: u64,
     /// Where the floor is kept a second time, outside this machine.
     pub floor: Option<FloorAt>,
+    /// Where this machine keeps it, and what first uses believed; `None`: the usual place.
+    pub state_dir: Option<PathBuf>,
+}
+
+impl TrustPlan {
+    /// # Errors
+    /// `USAGE` if nothing names a place.
+    pub fn state_dir(&self) -> Result<PathBuf> {
+        self.state_dir.clone().map_or_else(usual_state_dir, Ok)
+    }
+}
+
+/// Where this machine remembers versions and first uses.
+///
+/// # Errors
+/// `USAGE` if neither the layers nor the environment names a place.
+pub fn state_dir(layers: &Layers) -> Result<PathBuf> {
+    layers.parse("state-dir", parse_path)?.map_or_else(usual_state_dir, Ok)
 }
 
 /// `vault-kv:MOUNT/PATH`: floors are entries below PATH of a KV v2 engine.
@@ -120,6 +138,7 @@ impl Access {
             require_floor: layers.switch("require-floor")?,
             min_ref_seq: layers.parse("min-ref-seq", parse_ref_seq)?.unwrap_or(0),
             floor: layers.parse("floor", str::parse)?,
+            state_dir: layers.parse("state-dir", parse_path)?,
         };
         layers::refuse_all(layers.wrong())?;
         rules::refuse(&Said::of_process(layers), options::takes::READS)?;
@@ -236,6 +255,10 @@ pub struct MountPlan {
     pub lock_when_idle: Option<Duration>,
     /// Of a pod's mount: `NAMESPACE/NAME`. Said by the driver, by no option.
     pub service_account: Option<String>,
+    /// Of a pod's mount: that pod. Said by the driver, by no option.
+    pub pod: Option<Pod>,
+    /// What is most likely not what was meant; told by whoever is asked for this mount and no other.
+    pub doubts: Vec<String>,
     /// Who may see and read which model; `None`: modes and owner alone say so.
     pub policy: Option<PathBuf>,
     /// No model of more plain bytes is mounted.
@@ -255,10 +278,6 @@ fn parse_model_size(text: &str) -> Result<u64> {
     match units::parse_size(text)? {
         0 => refuse!(Usage, "max-model-size 0 lets no model in; leave it out for no limit"),
         bytes => Ok(bytes),
-    /// Of a pod's mount: that pod. Said by the driver, by no option.
-    pub pod: Option<Pod>,
-    /// What is most likely not what was meant; told by whoever is asked for this mount and no other.
-    pub doubts: Vec<String>,
     }
 }
 
@@ -325,6 +344,8 @@ impl MountPlan {
             on_key_loss: layers.parse("on-key-loss", parse_on_key_loss)?.unwrap_or_default(),
             lock_when_idle: layers.parse("lock-when-idle", parse_idle)?,
             service_account: None,
+            pod: None,
+            doubts: Vec::new(),
             policy: layers.parse("policy", parse_path)?,
             max_model_size: max_model_size(layers)?,
             deny_types: deny_types(layers)?,
@@ -344,8 +365,6 @@ impl MountPlan {
     /// Whether every model of the mount must be usable.
     pub fn requires_all(&self) -> bool {
         self.require.iter().any(|model| model == REQUIRE_ALL)
-            pod: None,
-            doubts: Vec::new(),
     }
 
     /// Whether the mount must not be without this one.
@@ -712,9 +731,12 @@ pub fn files(named: Option<&Path>) -> Vec<PathBuf> {
     there.map(|path| absolute(&path).unwrap_or(path)).collect()
 }
 
-/// `MODELFS_LOG`.
-pub fn log_filter() -> Option<String> {
-    std::env::var("MODELFS_LOG").ok().filter(|filter| !filter.is_empty())
+/// What is logged, where the layers say so.
+///
+/// # Errors
+/// `USAGE` for what is no filter.
+pub fn log_filter(layers: &Layers) -> Result<Option<String>> {
+    layers.parse("log", |text| crate::telemetry::check_log_filter(text).map(|()| text.to_owned()))
 }
 
 #[cfg(test)]

@@ -15,7 +15,7 @@ use crate::error::Result;
 use crate::format::{Manifest, ManifestDigest};
 use crate::keys::{
     FloorPolicy, FloorStore, Glob, Keyring, KvFloor, ModelSelector, Prompt, Resolved, Resolver, Roles, Tofu, Trust,
-    VaultKv, Wanted, prompt_terminal, state_dir, unix_now,
+    VaultKv, Wanted, prompt_terminal, unix_now,
 };
 use crate::refuse;
 use crate::store::{self, ChunkSink, LeasedCredentials, StoreUrl};
@@ -27,7 +27,7 @@ use crate::versions;
 /// # Errors
 /// `USAGE` for a pin without the service that it lies in: a floor that was asked for is never left out silently.
 pub fn floors(access: &Access, vault: Option<&Vault>) -> Result<FloorStore> {
-    let local = FloorStore::new(&state_dir()?);
+    let local = FloorStore::new(&access.trust.state_dir()?);
     match (&access.trust.floor, vault) {
         (None, _) => Ok(local),
         (Some(at), None) => {
@@ -87,7 +87,7 @@ impl Reading {
     pub fn with_prompt(url: StoreUrl, mut access: Access, prompt: Prompt<'static>) -> Result<Reading> {
         let vault = connect(&mut access)?;
         let store = store::open(&url, &access.store)?;
-        let state = state_dir()?;
+        let state = access.trust.state_dir()?;
         let trust_file: Option<PathBuf> = access.trust.file.clone();
         let trust = Trust::gather(&access.trust.keys, trust_file.as_deref())?;
         let keyring = Keyring::new(&access.keys, prompt).with_vault(vault.clone())?.allow_labels(&access.slot_labels);

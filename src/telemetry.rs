@@ -246,7 +246,7 @@ pub struct Logging {
     pub format: LogFormat,
     /// -1 with `-q`, 0, 1 with `-v`, 2 with `-vv` ...
     pub verbosity: i8,
-    /// `MODELFS_LOG`: directives of `tracing`, above `verbosity`.
+    /// The option `log`: directives of `tracing`, above `verbosity`.
     pub filter: Option<String>,
     /// A daemon tells its life (info); a command only its troubles (warn).
     pub daemon: bool,
@@ -276,15 +276,23 @@ fn directives(logging: &Logging) -> String {
     text
 }
 
+/// # Errors
+/// `USAGE` for what is no filter of `tracing`.
+pub fn check_log_filter(text: &str) -> Result<()> {
+    let read = tracing_subscriber::EnvFilter::try_new(text);
+    read.map(drop).map_err(|e| Error::new(Code::Usage, NO_FILTER).with_source(e))
+}
+
+const NO_FILTER: &str = "that is no log filter; write a level or modelfs=debug";
+
 /// Sends `tracing` to standard error. Call once, early; a second call changes nothing.
 ///
 /// # Errors
-/// `Usage` if `MODELFS_LOG` holds something that is not a filter.
+/// `Usage` for a filter that is none.
 pub fn init_logging(logging: &Logging) -> Result<()> {
     use tracing_subscriber::EnvFilter;
-    let filter = EnvFilter::try_new(directives(logging)).map_err(|e| {
-        Error::new(Code::Usage, "MODELFS_LOG is not a log filter; write a level or modelfs=debug").with_source(e)
-    })?;
+    let filter =
+        EnvFilter::try_new(directives(logging)).map_err(|e| Error::new(Code::Usage, NO_FILTER).with_source(e))?;
     let base = tracing_subscriber::fmt().with_env_filter(filter).with_writer(|| Scrubbed::new(io::stderr()));
     // SAFETY: isatty reads no memory of ours.
     let terminal = unsafe { libc::isatty(libc::STDERR_FILENO) } == 1;

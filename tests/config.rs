@@ -50,7 +50,7 @@ impl Home {
             .env_clear()
             .env("PATH", std::env::var_os("PATH").unwrap_or_default())
             .env("HOME", self.0.path())
-            .env("MODELFS_STATE_DIR", self.path("state"))
+            .env("XDG_STATE_HOME", self.path("state"))
             .envs(env.iter().copied())
             .stdin(Stdio::null());
         Ran(command.args(args).output().expect("the program starts"))
@@ -309,7 +309,7 @@ const BREAKS: &[(&str, &[&str], &str)] = &[
     ("aead-where-others-write", &["--verify", "aead"], "chmod go-w"),
     ("store-and-mountpoint", &[], "mount beside the store"),
     ("file-in-the-mountpoint", &["--log-file", "%/mnt/log"], "which the mount hides"),
-    ("state-in-the-mountpoint", &[], "set MODELFS_STATE_DIR"),
+    ("state-in-the-mountpoint", &["--state-dir", "%/mnt/state"], "set state-dir to another place"),
     ("secret-in-the-store", &["--audit-file", "%/store/audit"], "who copies the store"),
     ("trust-in-the-store", &["--trust-file", "%/store/trust.toml"], "whom to believe"),
     ("two-writers", &["--audit-file", "%/a", "--log-file", "%/./a"], "give each its own"),
@@ -372,10 +372,7 @@ fn every_combination_that_the_page_lists_is_found_and_refused_or_told() {
             words.extend(["--trust", trust.as_str()]);
         }
         words.extend(&more);
-        let state = home.text("mnt/state");
-        let env: &[(&str, &str)] =
-            if *id == "state-in-the-mountpoint" { &[("MODELFS_STATE_DIR", &state)] } else { &[] };
-        let ran = home.run(env, &joined(&[&["config", "check", "--json"], &words]));
+        let ran = home.run(&[], &joined(&[&["config", "check", "--json"], &words]));
         let (code, found) = match level {
             Level::Refused => (2, ran.findings("refused")),
             Level::Warned => (0, ran.findings("warning")),
@@ -385,7 +382,7 @@ fn every_combination_that_the_page_lists_is_found_and_refused_or_told() {
         // The start itself is refused, and not only the check; without a signer it is once the store was asked.
         let later = words.iter().any(|word| word.starts_with("--for")) || *id == "no-signer";
         if *level == Level::Refused && !later {
-            home.run(env, &joined(&[&["mount"], &words])).ended(2, told);
+            home.run(&[], &joined(&[&["mount"], &words])).ended(2, told);
         }
     }
     // The detector: the same mount with nothing wrong.
@@ -400,15 +397,93 @@ fn every_combination_that_the_page_lists_is_found_and_refused_or_told() {
     run(&first).ended(2, "trust-on-first-use");
 }
 
-#[test]
-fn a_mount_that_would_believe_nobody_is_told_before_it_asks_the_store() {
+/// A home with a store of one model, which nobody trusts.
+fn home_with_a_model() -> Home {
     let home = Home::new();
-    let (store, mnt, key) = (home.text("store"), home.text("mnt"), format!("file:{}", home.text("k")));
     home.run(&[], &["keygen", "--signing", &home.text("sign")]).ended(0, "");
     std::fs::create_dir(home.path("model")).expect("made");
     home.write("model/weights", "some", 0o600);
-    let seal = ["seal", &home.text("model"), &store, "acme/m", "--key", &key, "--sign", &home.text("sign")];
-    home.run(&[], &seal).ended(0, "");
+    let (model, store, key) = (home.text("model"), home.text("store"), format!("file:{}", home.text("k")));
+    let sign = home.text("sign");
+    home.run(&[], &["seal", &model, &store, "acme/m", "--key", &key, "--sign", &sign]).ended(0, "");
+    home
+}
+
+const OPEN_TO_ALL: &str = "every user of this machine reads every model";
+
+#[test]
+fn a_mount_says_at_its_start_what_config_check_warns_of_and_without_umask_it_is_closed_to_others() {
+    let home = home_with_a_model();
+    // It goes as far as the signer, whom nobody trusts.
+    let (store, mnt, key) = (home.text("store"), home.text("mnt"), format!("file:{}", home.text("k")));
+    let words = [&store, &mnt, "--key", &key, "--cache", "64MiB", "--allow-other"];
+    let mount = |more: &[&str]| home.run(&[], &joined(&[&["mount"], &words, more])).ended(25, "");
+    let told = mount(&["--umask", "0222", "--retire-after", "5m"]).all();
+    assert!(told.contains(OPEN_TO_ALL) && told.contains("retire-after has no effect"), "{told}");
+    for closed in [&[][..], &["--umask", "0227"]] {
+        let told = mount(closed).all();
+        assert!(!told.contains("reads every model"), "{closed:?}: {told}");
+    }
+}
+
+#[test]
+fn the_log_is_as_flag_environment_words_and_file_say_and_a_filter_that_is_none_is_refused_by_its_place() {
+    let home = home_with_a_model();
+    let (store, mnt, key) = (home.text("store"), home.text("mnt"), format!("file:{}", home.text("k")));
+    let words = [&store, &mnt, "--key", &key, "--cache", "64MiB", "--allow-other", "--umask", "0222"];
+    let off = home.write("off.toml", "log = \"off\"\n", 0o600);
+    let warns = |env: &[(&str, &str)], before: &[&str], after: &[&str]| {
+        home.run(env, &joined(&[before, &["mount"], &words, after])).ended(25, "").all().contains(OPEN_TO_ALL)
+    };
+    assert!(warns(&[], &[], &[]));
+    assert!(!warns(&[], &["--config", &off], &[]), "the file");
+    assert!(!warns(&[("MODELFS_LOG", "off")], &[], &[]), "the environment");
+    assert!(!warns(&[], &["--log", "off"], &[]), "the flag");
+    assert!(!warns(&[], &[], &["--log=off"]), "the flag behind the command");
+    assert!(!warns(&[], &[], &["-o", "log=off"]), "a word of -o");
+    assert!(warns(&[("MODELFS_LOG", "warn")], &["--config", &off], &[]), "the environment above the file");
+    assert!(warns(&[("MODELFS_LOG", "off")], &["--log", "warn"], &["-o", "log=off"]), "the flag above all");
+    let bad = home.write("bad.toml", "log = \"a=b=c\"\n", 0o600);
+    home.run(&[], &["--config", &bad, "ls", &home.text("store")]).ended(2, &format!("log in {bad}"));
+    home.run(&[("MODELFS_LOG", "a=b=c")], &["ls", &home.text("store")]).ended(2, "MODELFS_LOG: that is no log filter");
+}
+
+/// Who seals, reads, changes and mounts remembers in the folder that is named, however it is named, and in no other.
+#[test]
+fn what_was_seen_is_remembered_in_state_dir_by_every_command() {
+    let holds = |home: &Home, name: &str| {
+        let files = std::fs::read_dir(home.path(name).join("floor")).map_or(0, |all| {
+            all.flatten().filter(|entry| entry.path().extension().is_some_and(|end| end == "json")).count()
+        });
+        files > 0
+    };
+    let home = home_with_a_model();
+    assert!(holds(&home, "state/modelfs"), "the usual place");
+    let (store, key) = (home.text("store"), format!("file:{}", home.text("k")));
+    let trust = home.text("sign.pub");
+    let file = home.write("state.toml", &format!("state-dir = {:?}\n", home.text("by-file")), 0o600);
+    let cat = ["cat", &store, "acme/m", "weights", "--key", &key, "--trust", &trust];
+    let by_flag = home.text("by-flag");
+    home.run(&[], &joined(&[&cat, &["--state-dir", &by_flag]])).ended(0, "some");
+    home.run(&[("MODELFS_STATE_DIR", &home.text("by-env"))], &cat).ended(0, "some");
+    home.run(&[], &joined(&[&["--config", &file], &cat])).ended(0, "some");
+    for name in ["by-flag", "by-env", "by-file"] {
+        assert!(holds(&home, name), "{name}");
+    }
+    // What one folder knows another does not: without a floor it is refused there, and nowhere else.
+    let floored = joined(&[&cat, &["--require-floor", "--state-dir"]]);
+    home.run(&[], &joined(&[&floored, &[&home.text("new")]])).ended(2, "NO_FLOOR");
+    home.run(&[], &joined(&[&floored, &[&by_flag]])).ended(0, "some");
+    let sign = home.text("sign");
+    let tag = ["tag", &store, "acme/m@1", "prod", "--key", &key, "--trust", &trust, "--sign", &sign];
+    home.run(&[], &joined(&[&tag, &["--state-dir", &home.text("by-tag")]])).ended(0, "");
+    assert!(holds(&home, "by-tag"));
+}
+
+#[test]
+fn a_mount_that_would_believe_nobody_is_told_before_it_asks_the_store() {
+    let home = home_with_a_model();
+    let (store, mnt, key) = (home.text("store"), home.text("mnt"), format!("file:{}", home.text("k")));
     let mount = [store.as_str(), &mnt, "--key", &key];
     // The start ends so; hence the check must not call it right.
     home.run(&[], &joined(&[&["mount"], &mount])).ended(25, "no key is trusted for acme/m");

@@ -128,7 +128,7 @@ pub fn run(args: &ConfigArgs, global: &Global) -> Result<()> {
 /// As every command lays them, without ending at the first error.
 fn layers(global: &Global, flags: &Flags<{ takes::ALL }>) -> (Layers, Vec<Error>) {
     let (mut layers, errors) = base_layers_each(global.config.as_deref());
-    layers.flag("log-format", global.log_format.iter().cloned().collect());
+    global.lay(&mut layers);
     flags.lay(&mut layers);
     (layers, errors)
 }
@@ -137,7 +137,7 @@ fn check(args: &CheckArgs, global: &Global) -> Result<()> {
     let (mut layers, mut errors) = base_layers_each(global.config.as_deref());
     let words: Vec<String> = args.options.iter().flat_map(|words| split_list(words)).collect();
     errors.extend(layers.mount_options(&words, false).err());
-    layers.flag("log-format", global.log_format.iter().cloned().collect());
+    global.lay(&mut layers);
     args.flags.lay(&mut layers);
     if let (Some(_), Who::VolumePlugin | Who::Csi) = (&args.store, args.who) {
         return Err(Error::new(Code::Usage, "a driver mounts many stores: STORE and MOUNTPOINT are for mount and run"));

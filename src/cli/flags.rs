@@ -21,7 +21,7 @@ pub type ChangeArgs = Flags<{ takes::READS | takes::CHANGES }>;
 /// How to reach the store.
 pub type StoreArgs = Flags<{ takes::STORES }>;
 
-/// `--log-format` is a flag of all commands, before the command too.
+/// `--log` and `--log-format` are flags of all commands, before the command too.
 fn of(who: u16) -> impl Iterator<Item = &'static OptionSpec> {
     OPTIONS.iter().filter(move |spec| spec.is_taken_by(who) && spec.takes != takes::ALL)
 }

@@ -102,6 +102,9 @@ pub struct Global {
     /// More detail on standard error; twice for more
     #[arg(short, long, global = true, help_heading = EVERY, action = clap::ArgAction::Count)]
     pub verbose: u8,
+    /// What is logged: a level, or levels of parts as in modelfs=debug [env: MODELFS_LOG]
+    #[arg(id = "log-filter", long = "log", global = true, help_heading = EVERY, value_name = "FILTER")]
+    pub log: Option<String>,
     /// How log lines look: text or json [env: MODELFS_LOG_FORMAT]
     #[arg(long, global = true, help_heading = EVERY, value_name = "FORMAT")]
     pub log_format: Option<String>,
@@ -114,15 +117,21 @@ impl Global {
     /// The layers below this command's own flags.
     pub fn layers(&self) -> Result<Layers> {
         let mut layers = crate::config::base_layers(self.config.as_deref())?;
-        layers.flag("log-format", self.log_format.iter().cloned().collect());
+        self.lay(&mut layers);
         Ok(layers)
+    }
+
+    /// Lays the flags of every command that are options too.
+    pub(crate) fn lay(&self, layers: &mut Layers) {
+        layers.flag("log", self.log.iter().cloned().collect());
+        layers.flag("log-format", self.log_format.iter().cloned().collect());
     }
 
     pub fn logging(&self, layers: &Layers, daemon: bool) -> Result<Logging> {
         Ok(Logging {
             format: layers.parse("log-format", str::parse::<LogFormat>)?.unwrap_or_default(),
             verbosity: if self.quiet { -1 } else { i8::try_from(self.verbose).unwrap_or(i8::MAX) },
-            filter: crate::config::log_filter(),
+            filter: crate::config::log_filter(layers)?,
             daemon,
         })
     }
@@ -227,7 +236,13 @@ pub fn run(cli: Cli) -> Result<()> {
     let layers = layers?;
     let daemon =
         matches!(cli.command, Command::Csi(_) | Command::Mount(_) | Command::Run(_) | Command::VolumePlugin(_));
-    crate::telemetry::init_logging(&cli.global.logging(&layers, daemon)?)?;
+    let mut logged = layers.clone();
+    if let Command::Mount(args) = &cli.command {
+        // How to log may stand among the words of -o. What is wrong with them is told where the plan is made.
+        let _ = args.lay_words(&mut logged);
+        cli.global.lay(&mut logged);
+    }
+    crate::telemetry::init_logging(&cli.global.logging(&logged, daemon)?)?;
     for told in layers.told().iter().filter(|_| daemon) {
         tracing::warn!("{told}");
     }
@@ -314,7 +329,7 @@ mod tests {
             let arg = floor.get_arguments().find(|arg| arg.get_long() == Some(flag)).expect("a flag");
             arg.get_help_heading().map(ToOwned::to_owned)
         };
-        for flag in ["json", "quiet", "verbose", "log-format", "config"] {
+        for flag in ["json", "quiet", "verbose", "log", "log-format", "config"] {
             assert_eq!(heading(flag).as_deref(), Some(EVERY), "--{flag}");
         }
         assert_eq!(heading("reset"), None);

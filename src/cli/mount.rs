@@ -58,10 +58,15 @@ impl MountArgs {
     }
 
     fn lay(&self, layers: &mut Layers) -> Result<()> {
-        let words: Vec<String> = self.options.iter().flat_map(|words| split_list(words)).collect();
-        layers.mount_options(&words, false)?;
+        self.lay_words(layers)?;
         self.flags.lay(layers);
         Ok(())
+    }
+
+    /// What `-o` says.
+    pub(super) fn lay_words(&self, layers: &mut Layers) -> Result<()> {
+        let words: Vec<String> = self.options.iter().flat_map(|words| split_list(words)).collect();
+        layers.mount_options(&words, false)
     }
 }
 

@@ -113,7 +113,7 @@ fn work(call: &Call) -> Result<()> {
     telemetry::init_logging(&Logging {
         format: layers.parse("log-format", str::parse::<LogFormat>)?.unwrap_or_default(),
         verbosity: i8::from(call.verbose),
-        filter: config::log_filter(),
+        filter: config::log_filter(&layers)?,
         daemon: true,
     })?;
     let mut plan = MountPlan::from_layers(&layers, &call.store, &call.mountpoint, true)?;

@@ -14,7 +14,7 @@ use crate::catalog::{self, CatalogAt};
 use crate::config::{Layers, parse_digest};
 use crate::error::{Code, Error, Result};
 use crate::format::{ManifestDigest, ModelId, check_model_name, names};
-use crate::keys::{state_dir, unix_now};
+use crate::keys::unix_now;
 use crate::refuse;
 use crate::store::StoreUrl;
 use crate::units::{parse_duration, show_size, show_time};
@@ -116,7 +116,7 @@ pub fn run(args: &PruneArgs, mut layers: Layers, out: &Out) -> Result<()> {
         resolver: reading.resolver(),
         store: Arc::clone(&reading.store),
         keys: Arc::new(LocalKeys::new(&reading.access.keys, reading.vault.clone())?),
-        state: state_dir()?,
+        state: reading.access.trust.state_dir()?,
         pins,
         options,
     };

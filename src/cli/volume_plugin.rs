@@ -12,7 +12,6 @@ use crate::config::rules::{self, Said};
 use crate::config::{self, Layers, Oversight};
 use crate::error::Result;
 use crate::host::{self, Host, HostPlan};
-use crate::keys::state_dir;
 use crate::plugin::{self, HostMounter, Plugin, Policy, Volumes};
 use crate::units;
 
@@ -46,6 +45,7 @@ pub(super) struct Plan {
     cache_bytes: u64,
     oversight: Oversight,
     policy: Policy,
+    state_dir: PathBuf,
 }
 
 /// # Errors
@@ -57,18 +57,19 @@ pub(super) fn plan(layers: Layers) -> Result<Plan> {
         socket: layers.parse("socket", |text| Ok(text.into()))?.unwrap_or_else(|| SOCKET.into()),
         cache_bytes: config::cache_bytes(&layers)?,
         oversight: Oversight::from_layers(&layers)?,
+        state_dir: config::state_dir(&layers)?,
         policy: Policy::from_layers(layers)?,
     })
 }
 
 pub fn run(args: &VolumePluginArgs, mut layers: Layers, out: &Out) -> Result<()> {
     args.flags.lay(&mut layers);
-    let Plan { socket, cache_bytes, oversight, policy } = plan(layers)?;
-    let dir = state_dir()?;
+    let Plan { socket, cache_bytes, oversight, policy, state_dir } = plan(layers)?;
     // Before the engine can ask anything: what waits in the socket's queue is answered once all of this stands.
     let listening = plugin::listen(&socket)?;
     let host = Host::start(&HostPlan { cache_bytes, oversight })?;
-    let volumes = Volumes::open(&dir, Arc::new(HostMounter::new(host.clone(), policy)))?;
+    host.answer_as("volume-plugin");
+    let volumes = Volumes::open(&state_dir, Arc::new(HostMounter::new(host.clone(), policy)))?;
     let plugin = Arc::new(Plugin::new(volumes));
     let told = json!({ "ready": true, "volumes": plugin.volumes().list().len(), "cache_bytes": cache_bytes });
     out.result(&told, || match out.quiet {

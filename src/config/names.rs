@@ -112,14 +112,12 @@ pub const OTHERS: &[OtherName] = &[
 pub const OWN: &[(&str, bool, &str)] = &[
     ("MODELFS_CONFIG", false, "The configuration file, and no other."),
     ("MODELFS_KEY", true, "A key itself, 64 hex digits or base64; taken when no `key` is named, and wiped."),
-    ("MODELFS_LOG", false, "What is logged, as in modelfs=debug."),
     ("MODELFS_MOUNTPOINT", false, "Read by the units of the package alone: where to mount."),
     (
         "MODELFS_PASSPHRASE",
         true,
         "The passphrase of key=passphrase, where there is no terminal; never taken for a new one.",
     ),
-    ("MODELFS_STATE_DIR", false, "Where the oldest version still accepted is kept."),
     ("MODELFS_STORE", false, "Read by the units of the package alone: the store."),
     ("MODELFS_VAULT_PASSWORD", true, "userpass: the password itself."),
     ("MODELFS_VAULT_SECRET_ID", true, "approle: the secret-id itself."),

@@ -273,6 +273,10 @@ pub const OPTIONS: &[OptionSpec] = &[
             "vault-kv:secret/modelfs/floor",
         )
         .means("Where the floor is kept a second time, outside this machine"),
+    one("state-dir", "MODELFS_STATE_DIR", ACCESS | SEAL, Section::Keys)
+        .value("DIR", Form::Path(Use::Folder), "/var/lib/modelfs")
+        .default("XDG_STATE_HOME/modelfs, else /var/lib/modelfs for root and ~/.local/state/modelfs for others")
+        .means("Where this machine remembers the oldest version still accepted, and whom it believed at first use"),
     one("manifest", "MODELFS_MANIFEST", READS | MOUNT | PLUGIN, Section::Keys)
         .value(
             "sha256:HEX",
@@ -588,6 +592,10 @@ pub const OPTIONS: &[OptionSpec] = &[
         ),
     switch("hide-name", "MODELFS_HIDE_NAME", SEAL, Section::Seal).means("Do not publish the name: readers must know it"),
     // Log.
+    one("log", "MODELFS_LOG", takes::ALL, Section::Log)
+        .value("FILTER", Form::Read(crate::telemetry::check_log_filter), "modelfs=debug")
+        .default("info of what serves, warn of other commands; -q and -v change it")
+        .means("What is logged: a level (error, warn, info, debug, trace), or levels of parts, separated by commas"),
     one("log-file", "MODELFS_LOG_FILE", MOUNT, Section::Log)
         .value("PATH", Form::Path(Use::Written), "/var/log/modelfs.log")
         .means("In the background: log here after the mount is ready"),

@@ -19,6 +19,8 @@ pub struct Oversight {
     pub http: Option<HttpPlan>,
     pub alerts: AlertPlan,
     pub roles: RolesPlan,
+    /// The folder of state, whose room is told; `None`: the usual one.
+    pub state_dir: Option<PathBuf>,
 }
 
 /// Whether what happens is recorded, and what follows if it cannot be.
@@ -161,6 +163,7 @@ impl Oversight {
                 operators: layers.parse_all("control-operator", str::parse)?,
                 admins: layers.parse_all("control-admin", str::parse)?,
             },
+            state_dir: layers.parse("state-dir", parse_path)?,
         })
     }
 }

@@ -338,7 +338,9 @@ pub const RULES: &[Rule] = &[
         of: takes::MOUNT,
         broken: |said| {
             let mountpoint = said.settled_mountpoint()?;
-            let (name, path, _) = said.paths().into_iter().find(|(_, path, _)| path.starts_with(&mountpoint))?;
+            // The folder of state has a rule of its own, which knows its usual place too.
+            let mut paths = said.paths().into_iter().filter(|(name, ..)| *name != "state-dir");
+            let (name, path, _) = paths.find(|(_, path, _)| path.starts_with(&mountpoint))?;
             Some(format!(
                 "{name} names {} in the mountpoint {}, which the mount hides; put it elsewhere",
                 path.display(),
@@ -349,15 +351,14 @@ pub const RULES: &[Rule] = &[
     Rule {
         id: "state-in-the-mountpoint",
         level: Level::Refused,
-        together: "the folder of state (MODELFS_STATE_DIR) in the mountpoint",
+        together: "the folder of state (`state-dir`, or the usual one) in the mountpoint",
         why: "What is remembered against a rollback would be hidden and could not be written.",
         of: takes::MOUNT,
         broken: |said| {
-            let (mountpoint, state) = (said.settled_mountpoint()?, settled(&crate::keys::state_dir().ok()?));
+            let (mountpoint, state) = (said.settled_mountpoint()?, settled(&super::state_dir(said.layers).ok()?));
             state.starts_with(&mountpoint).then(|| {
                 format!(
-                    "the folder of state {} lies in the mountpoint {}, which the mount hides; set MODELFS_STATE_DIR to another \
-                     place",
+                    "the folder of state {} lies in the mountpoint {}, which the mount hides; set state-dir to another place",
                     state.display(),
                     mountpoint.display()
                 )
@@ -385,12 +386,12 @@ pub const RULES: &[Rule] = &[
     Rule {
         id: "trust-in-the-store",
         level: Level::Refused,
-        together: "`trust`, `trust-file` or `policy` in the store folder",
+        together: "`trust`, `trust-file`, `policy` or `state-dir` in the store folder",
         why: "Whoever writes to the store would say whom to believe.",
         of: takes::MOUNT,
         broken: |said| {
             let store = said.local_store()?;
-            let believed = |name: &str| ["trust", "trust-file", "policy"].contains(&name);
+            let believed = |name: &str| ["trust", "trust-file", "policy", "state-dir"].contains(&name);
             let (name, path, _) =
                 said.paths().into_iter().find(|(name, path, _)| believed(name) && path.starts_with(&store))?;
             Some(format!(
@@ -581,9 +582,9 @@ pub fn broken(said: &Said<'_>, who: u16) -> Vec<(&'static Rule, String)> {
     RULES.iter().filter(|rule| rule.of & who != 0).filter_map(|rule| Some((rule, (rule.broken)(said)?))).collect()
 }
 
-/// # Errors
 /// What is to be told of rules that refuse nothing.
 ///
+/// # Errors
 /// `USAGE` with every broken rule that refuses.
 pub fn refuse(said: &Said<'_>, who: u16) -> Result<Vec<String>> {
     let (refused, warned): (Vec<_>, Vec<_>) =

@@ -436,7 +436,7 @@ pub(super) fn state_room(machine: &Machine<'_>) -> Option<Said> {
     if free >= STATE_ROOM_MIN {
         return fine(seen, WANTED);
     }
-    let fix = format!("df -h {}; make room, or MODELFS_STATE_DIR=ELSEWHERE", quoted(std::slice::from_ref(dir)));
+    let fix = format!("df -h {}; make room, or --state-dir ELSEWHERE", quoted(std::slice::from_ref(dir)));
     hint(Warning, seen, WANTED, fix)
 }
 

@@ -12,7 +12,7 @@ use crate::config::rules::Level;
 use crate::config::{Access, Layers, MountPlan};
 use crate::crypto::Verify;
 use crate::error::{Error, Result};
-use crate::keys::{KeySource, state_dir};
+use crate::keys::{KeySource, usual_state_dir};
 use crate::store::StoreUrl;
 use crate::vault::AuthMethod;
 
@@ -77,6 +77,7 @@ impl Setup {
             tags_only: plan.verify == Verify::Aead,
             no_passthrough: plan.no_passthrough,
             policy: plan.policy.clone(),
+            state_dir: plan.access.trust.state_dir().ok(),
             oversight: plan.oversight.clone(),
             given: plan.given.is_some(),
             whole_image,
@@ -103,12 +104,21 @@ impl Setup {
             let tags_only = layers.parse("verify", |word| Ok(word == "aead"))?.unwrap_or(false);
             let no_passthrough = layers.switch("no-passthrough")?;
             let policy = layers.parse("policy", |path| Ok(PathBuf::from(path)))?;
+            let state_dir = access.trust.state_dir().ok();
             crate::reading::connect(&mut access)?;
-            Ok(Setup { access: Some(access), oversight, tags_only, no_passthrough, policy, ..Setup::default() })
+            Ok(Setup {
+                access: Some(access),
+                oversight,
+                tags_only,
+                no_passthrough,
+                policy,
+                state_dir,
+                ..Setup::default()
+            })
         });
         match read {
-            Ok(Setup { access, oversight, tags_only, no_passthrough, policy, .. }) => {
-                Setup { access, oversight, tags_only, no_passthrough, policy, ..setup }
+            Ok(Setup { access, oversight, tags_only, no_passthrough, policy, state_dir, .. }) => {
+                Setup { access, oversight, tags_only, no_passthrough, policy, state_dir, ..setup }
             }
             Err(error) => Setup { refused: Some(error), ..setup },
         }
@@ -116,7 +126,7 @@ impl Setup {
 
     fn of_process() -> Setup {
         Setup {
-            state_dir: state_dir().ok(),
+            state_dir: usual_state_dir().ok(),
             // A link of the kernel's own: where the program really lies.
             program: std::fs::read_link("/proc/self/exe").ok().filter(|path| path.is_absolute()),
             ..Setup::default()

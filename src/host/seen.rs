@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime};
 use super::{Host, Mounted};
 use crate::config::{bare, oversight::AuditMode};
 use crate::crypto::Verify;
-use crate::keys::state_dir;
+use crate::keys::usual_state_dir;
 use crate::mem;
 use crate::observe::{Facts, Keep, ModelFacts, MountFacts, Probe};
 use crate::ready;
@@ -37,7 +37,7 @@ impl Host {
             known.current |= shown.current;
         }
         let mut folders = Vec::new();
-        if let Ok(dir) = state_dir() {
+        if let Ok(dir) = self.oversight.state_dir.clone().map_or_else(usual_state_dir, Ok) {
             folders.push(("state", dir));
         }
         if let Some(file) = &self.oversight.audit.file {

@@ -35,7 +35,7 @@ pub use signing::{
 };
 pub use slots::{Keyring, free_label, unlock};
 pub use source::{KeyMaterial, KeySource, Prompt, prompt_new, prompt_terminal};
-pub use state::state_dir;
+pub use state::usual_state_dir;
 pub use stretch::Cost;
 pub use trust::{Glob, Role, Roles, Tofu, Trust, load_public_key};
 pub use wrap::{SlotTarget, wrap};

@@ -20,24 +20,21 @@ use crate::refuse;
 
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
-/// `$MODELFS_STATE_DIR`, else `$XDG_STATE_HOME/modelfs`, else `/var/lib/modelfs` for root and `~/.local/state/modelfs`
+/// Where `state-dir` says nothing: `$XDG_STATE_HOME/modelfs`, else `/var/lib/modelfs` for root and `~/.local/state/modelfs`
 /// for others.
 ///
 /// # Errors
 /// `USAGE` if the environment names no place.
-pub fn state_dir() -> Result<PathBuf> {
+pub fn usual_state_dir() -> Result<PathBuf> {
     let absolute = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     // SAFETY: reads this process's credentials only.
     let root = unsafe { libc::geteuid() } == 0;
-    if let Some(dir) = absolute("MODELFS_STATE_DIR") {
-        return Ok(dir);
-    }
     match absolute("XDG_STATE_HOME") {
         Some(dir) => Ok(dir.join("modelfs")),
         None if root => Ok("/var/lib/modelfs".into()),
         None => match absolute("HOME") {
             Some(home) => Ok(home.join(".local/state/modelfs")),
-            None => refuse!(Usage, "no place to remember versions in; set MODELFS_STATE_DIR to an absolute path"),
+            None => refuse!(Usage, "no place to remember versions in; say where with state-dir"),
         },
     }
 }

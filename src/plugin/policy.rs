@@ -56,7 +56,7 @@ fn rule(name: &str) -> Rule {
         | "trust-on-first-use" => Rule::Kept,
         "verify" => Rule::Kept,
         "cache" => Rule::Administrator("one cache serves all volumes"),
-        "log-file" | "log-format" => Rule::Administrator("the plugin has one log"),
+        "log" | "log-file" | "log-format" => Rule::Administrator("the plugin has one log"),
         "lock-when-idle" => Rule::Administrator("volumes of one version share it, and one of them alone is idle"),
         "ready-timeout" => Rule::Administrator("how long a mount may take is the container engine's to say"),
         "profile" => Rule::Administrator("it is written to"),
@@ -76,6 +76,7 @@ fn rule(name: &str) -> Rule {
         | "http-token-file" => Rule::Administrator("whoever looks after the plugin is told"),
         "control-admin" | "control-operator" | "control-viewer" => Rule::Administrator("it says who gives orders"),
         "policy" | "max-model-size" | "deny-types" => Rule::Administrator("it says what volumes may show, and to whom"),
+        "state-dir" => Rule::Administrator("what was seen of all volumes is remembered there"),
         "allow-store" | "key-dir" => Rule::Administrator("it says what volumes may name"),
         "audience" | "driver-name" | "kubelet-dir" | "kubelet-socket" | "max-volumes" | "no-registration"
         | "node-id" | "recheck" | "registry" | "socket" => Rule::Administrator("it is the driver's own"),
