@@ -263,8 +263,10 @@ fn directives(logging: &Logging) -> String {
         (1, true) | (2, _) => "debug",
         (3.., _) => "trace",
     };
+    // Who names a part of one of them would otherwise be more exact than what stands behind.
+    let named = |one: &str| QUIET_CRATES.iter().chain(&["vaultrs", "rustify"]).any(|name| one.trim().starts_with(name));
     let mut text = match &logging.filter {
-        Some(filter) => filter.clone(),
+        Some(filter) => filter.split(',').filter(|one| !named(one)).collect::<Vec<_>>().join(","),
         None => format!("warn,modelfs={level}"),
     };
     let others = if logging.verbosity < 0 { "error" } else { "warn" };
@@ -482,5 +484,10 @@ mod tests {
         for name in QUIET_CRATES {
             assert!(text.contains(&format!("{name}=warn")), "{text}");
         }
+        // A part of one that is named exactly would win over the whole.
+        let exact = Logging { filter: Some("modelfs=debug, hyper::proto::h1=trace,rustify=debug".into()), ..loud };
+        let text = directives(&exact);
+        assert!(text.starts_with("modelfs=debug,hyper=warn") && !text.contains("proto"), "{text}");
+        assert!(!text.contains("rustify=debug"), "{text}");
     }
 }
