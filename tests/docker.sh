@@ -347,6 +347,26 @@ crash_engine_while_running() {
   docker rm -f "$holder" >/dev/null || return 1
   until_true 90 nothing_mounted && docker volume rm llama
 }
+governed() { # what the page's configuration shows as comments: a policy over all volumes, and the log of it
+  local holder=() id record
+  stop_plugin || return 1
+  sed -i 's|^# policy = |policy = |; s|^# audit-file = .*|audit-file = "'"$work"'/audit.jsonl"|' /etc/modelfs/volumes.toml
+  grep '^policy' /etc/modelfs/volumes.toml && grep '^audit-file' /etc/modelfs/volumes.toml || return 1
+  printf '[[rule]]\neverybody = true\nmodels = ["*"]\nmay = "read"\n' >/etc/modelfs/policy.toml
+  start_plugin && volume judged -o model=acme/llama -o uid=1000 >/dev/null || return 1
+  id=$(docker run -d --network none -v judged:/models --user 1000 busybox sleep 600) || return 1
+  holder=(docker exec "$id" cat /models/acme/llama/config.json)
+  "${holder[@]}" | cmp - "$work/source/config.json" || return 1
+  printf '[[rule]]\ncontainers = ["%s"]\nmodels = ["*"]\nmay = "see"\n' "$id" | cat - /etc/modelfs/policy.toml >"$work/policy.toml"
+  cp "$work/policy.toml" /etc/modelfs/policy.toml && kill -HUP "$plugin_pid" || return 1
+  until_true 120 says "Permission denied" "${holder[@]}" || return 1
+  record=$(modelfs audit show "$work/audit.jsonl" --outcome denied --json | tail -1)
+  echo "$record"
+  jq -e --arg id "$id" '.container == $id and .uid == 1000 and .model == "acme/llama"' <<<"$record" || return 1
+  in_container -v judged:/models --user 1000 -- cat /models/acme/llama/config.json | cmp - "$work/source/config.json" || return 1
+  docker rm -f "$id" >/dev/null && until_true 90 nothing_mounted && docker volume rm judged || return 1
+  page_block "$page" toml volumes >/etc/modelfs/volumes.toml
+}
 handed_over_by_systemd() {
   command -v systemd-socket-activate >/dev/null || { not_here "socket activation" "systemd-socket-activate is not there"; return 0; }
   local command
@@ -415,6 +435,7 @@ docker_steps() {
   step "docker kill leaves no mount, and no folder" kill_everything
   step "the plugin is killed while containers run, and starts again" crash_while_running
   step "the engine is killed while containers run, and starts again" crash_engine_while_running
+  step "a container that the policy refuses stands in the log, and another reads" governed
   step "no secret is kept" no_secret_is_kept
   step "the plugin stops" stop_plugin
   step "the units are sound, and leave the mounts to be seen" units_are_sound

@@ -133,6 +133,7 @@ seal_model() { # NAME
   make_model "$1" && admin modelfs seal "$work/$1" s3://models/prod "acme/$1" --key "vault-transit:transit/$1" \
     --sign vault-transit:transit/release
 }
+step "and for one whom the driver's policy refuses what Vault allows" role_for blocked
 for model in llama qwen shared; do must "seal acme/$model with its own key" seal_model $model; done
 trust=$(admin vault read -format=json transit/keys/release | jq -r '.data.keys["1"].public_key' | base64 -d | xxd -p -c 64)
 
@@ -149,14 +150,18 @@ driver_image() {
 to_json() { kc create --dry-run=client --validate=false -o json -f "$1" | jq -s 'map(if .kind == "List" then .items[] else . end)'; }
 # What is of this machine alone; everything else stays as the manifest says.
 config_of_this_place() {
-  to_json docs/kubernetes/config.yaml | jq '.[]' | jq --arg trust "$trust" '
+  local rules
+  rules=$(printf '[[rule]]\nservice_accounts = ["chat/%s"]\nmodels = ["acme/%s"]\nmay = "%s"\n' qwen qwen read qwen shared read llama shared read \
+    blocked shared see)
+  to_json docs/kubernetes/config.yaml | jq '.[]' | jq --arg trust "$trust" --arg rules "$rules" '
+    .data["policy.toml"] += $rules |
     .data["release.pub"] = $trust
     | .data["modelfs.toml"] |= (gsub("8GiB"; "512MiB") | gsub("https://vault.vault.svc:8200"; "http://127.0.0.1:8200")
         | gsub("vault-ca-cert[^\n]*\n"; "") + "s3-endpoint = \"http://127.0.0.1:9000\"\n")'
 }
 # There is no DaemonSet controller here: its template becomes a pod, as the controller would make it.
 driver_pod() {
-  to_json docs/kubernetes/driver.yaml | jq --arg kubelet "$cluster_dir/kubelet" --arg state "$work/driver-state" '
+  to_json docs/kubernetes/driver.yaml | jq --arg kubelet "$cluster_dir/kubelet" --arg state "$work/driver-state" --arg audit "$work/driver-audit" '
     .[] | select(.kind == "DaemonSet") | .spec.template
     | {apiVersion: "v1", kind: "Pod", metadata: (.metadata + {name: "modelfs-csi", namespace: "modelfs"}), spec: .spec}
     | .metadata.labels["modelfs-driver"] = "yes"
@@ -165,7 +170,8 @@ driver_pod() {
         | .args += ["--kubelet-dir=" + $kubelet, "--recheck=2s"]
         | .resources = {requests: {cpu: "100m", memory: "1536Mi"}, limits: {memory: "1536Mi"}})
     | walk(if type == "string" then gsub("^/var/lib/kubelet"; $kubelet) else . end)
-    | (.spec.volumes[] | select(.name == "state") | .hostPath.path) = $state'
+    | (.spec.volumes[] | select(.name == "state") | .hostPath.path) = $state
+    | (.spec.volumes[] | select(.name == "audit") | .hostPath.path) = $audit'
 }
 driver_ready() { kc get csinode $cluster_node -o json | jq -e '.spec.drivers // [] | any(.name == "csi.modelfs")'; }
 start_driver() {
@@ -267,6 +273,24 @@ cannot_write() { ! kc exec -n chat llama -- touch /models/acme/llama/x; }
 step "and cannot write" cannot_write
 qwen_up() { pod qwen qwen qwen && up qwen && reads qwen qwen; }
 step "another service account reads another model" qwen_up
+
+governed() {
+  local uid record
+  pod blocked blocked shared && up blocked && until_true 60 denied blocked shared || return 1
+  uid=$(kc get pod -n chat blocked -o jsonpath='{.metadata.uid}')
+  record=$(modelfs audit show "$work/driver-audit/audit.jsonl" --kind open --outcome denied --json | tail -1)
+  echo "$record"
+  jq -e --arg uid "$uid" '.service_account == "chat/blocked" and .pod_name == "chat/blocked" and .pod == $uid and .model == "acme/shared"' <<<"$record" \
+    || return 1
+  gone blocked
+}
+step "a service account that the policy refuses stands in the log with its pod" governed
+scraped() {
+  local metrics
+  metrics=$(curl -fsS --unix-socket "$cluster_dir/kubelet/plugins/csi.modelfs/http.sock" http://modelfs/metrics)
+  grep -E '^modelfs_access_denied_total(\{[^}]*\})? [1-9]' <<<"$metrics" || { grep denied <<<"$metrics"; return 1; }
+}
+step "the driver's metrics are scraped on the node, and count the refusal" scraped
 
 pod thief llama qwen llama
 step "it is refused the other's model, in clear words" refused thief "model acme/qwen for service account chat/llama" VAULT_DENIED "must name this service account"

@@ -143,6 +143,21 @@ no_secret_told() {
     ! setpriv --reuid 1000 --regid 1000 --clear-groups cat /run/credentials/modelfs@llama.service/key 2>/dev/null' "$(pid_of llama)"
 }
 step "the key is in no listing, log or environment, and for root alone" no_secret_told
+governed() { # as example.env shows it: one user is refused by the policy, and that stands in the log
+  in_it 'cp -p /etc/modelfs/llama.env /run/llama.env; install -d -m 700 /var/log/modelfs
+    sed -n "s/^#\(MODELFS_AUDIT_FILE=\|MODELFS_POLICY=\|MODELFS_HTTP=\)/\1/p" /root/systemd/example.env >>/etc/modelfs/llama.env
+    printf "[[rule]]\nuids = [4711]\nmodels = [\"*\"]\nmay = \"see\"\n[[rule]]\neverybody = true\nmodels = [\"*\"]\nmay = \"read\"\n" >/etc/modelfs/policy.toml
+    chmod 600 /etc/modelfs/policy.toml; systemctl restart modelfs@llama' || return 1
+  shows_version 1 || return 1
+  in_it 'as_4711() { setpriv --reuid 4711 --regid 4711 --clear-groups "$@"; }
+    as_4711 ls /srv/llama/acme/llama/current/config.json
+    ! as_4711 cat /srv/llama/acme/llama/current/config.json 2>/run/said; grep "Permission denied" /run/said
+    modelfs audit show /var/log/modelfs/llama.jsonl --outcome denied --json >/run/denied; cat /run/denied
+    grep "\"uid\":4711" /run/denied | grep "\"model\":\"acme/llama\"" >/dev/null
+    modelfs status /srv/llama --json | grep "unix:/run/modelfs/llama.http"
+    mv /run/llama.env /etc/modelfs/llama.env; rm /etc/modelfs/policy.toml /run/said /run/denied; systemctl restart modelfs@llama'
+}
+step "with the audit log and the policy of example.env a refused user is in the log" governed
 nothing_new() { block systemd-reload && says_version 1; }
 step "a reload without anything new changes nothing" nothing_new
 newer() { seal_2 >/dev/null && shows_version 1 && block systemd-reload && shows_version 2 && says_version 2; }
