@@ -170,6 +170,7 @@ impl Mount {
             mountpoint: folder.path().to_owned(),
             store: "memory".into(),
             service_account: Some("ml/llama".into()),
+            pod: None,
         });
         fs.set_policy(rules.map(|rules| Policy::parse(rules).expect("a policy")));
         let look = MountLook { source: "memory".into(), allow_other: true };

@@ -543,7 +543,7 @@ mod tests {
     fn blocks_of_different_users_containers_and_control_groups_are_alerts_of_their_own() {
         let (url, told) = receiver(&[200]);
         let telemetry = Arc::new(Telemetry::default());
-        let alerts = alerts(&url, &telemetry);
+        let alerts = alerts(&url, &telemetry, PATIENT);
         let block = |actor: Actor| {
             let event = Event::new(Kind::Block).outcome(Outcome::Denied).actor(actor);
             alerts.take(&event.subject(Subject { model: Some("acme/llama".into()), ..Subject::default() }))
@@ -600,7 +600,7 @@ mod tests {
             ("", "low", Event::new(Kind::Open)),
         ];
         let (url, told) = receiver(&[200]);
-        let alerts = alerts(&url, &Arc::new(Telemetry::default()));
+        let alerts = alerts(&url, &Arc::new(Telemetry::default()), PATIENT);
         for (_, severity, event) in &cases {
             assert_eq!(event.severity.name(), *severity, "{event:?}");
             alerts.take(event).expect("never refuses");

@@ -630,14 +630,13 @@ fn prepare(keys: &Keys, new: &Keys, label: Option<&str>, slots: &Slots, header: 
     }
     let dek = keys.unlock(slots, header)?;
     let mut draft = Draft { slots: slots.slots.clone(), ..Draft::default() };
-    let mut place = found.place + 1;
-    for (number, label) in found.labels.iter().enumerate().filter(|(number, _)| found.standing[*number].is_none()) {
+    let missing = found.labels.iter().enumerate().filter(|(number, _)| found.standing[*number].is_none());
+    for (place, (number, label)) in (found.place + 1..).zip(missing) {
         let taken = labels_of(&draft.slots);
         let label = if taken.contains(label) { free_label(&interim(label), &taken) } else { label.clone() };
         let slot = make(new, number, Some(&label), &dek, &taken, (slots, header), &mut draft.warnings)?;
         draft.added.push(label);
         draft.slots.insert(place, slot);
-        place += 1;
     }
     check_count(&draft.slots)?;
     Ok(Plan::Change(draft))
