@@ -1178,8 +1178,9 @@ fn a_full_disk_refuses_opens_of_a_mount_until_there_is_room_again() {
     let shown = run_ok(&mut program.command(&["audit", "show", log, "--json"]));
     let records: Vec<Value> =
         String::from_utf8_lossy(&shown.stdout).lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
-    let gap = records.iter().find(|record| record["kind"] == "gap").expect("a gap");
-    assert!(gap["records"].as_u64() >= Some(2), "{gap}");
+    // The word of the first may have found room where the open itself did not: then the other is told of by a second.
+    let gaps: Vec<&Value> = records.iter().filter(|record| record["kind"] == "gap").collect();
+    assert!(gaps.iter().filter_map(|gap| gap["records"].as_u64()).sum::<u64>() >= 2, "{gaps:?}");
     let open = records.iter().rfind(|record| record["kind"] == "open").expect("an open");
     assert_eq!((&open["uid"], &open["file"], &open["key"]), (&0.into(), &"a.bin".into(), &"raw/key-file".into()));
     run_ok(&mut program.command(&["audit", "verify", log]));
