@@ -625,36 +625,74 @@ fn a_variant_is_sealed_listed_and_mounted_beside_the_model_it_is_of() {
     }
 }
 
-/// A Vault of its own, with a KV v2 engine at `secret`, stopped when dropped.
+/// A Vault of its own, stopped when dropped.
 struct Vault {
     child: std::process::Child,
     address: String,
+    token: String,
 }
 
 const VAULT_TOKEN: &str = "root-of-the-recovery-drill";
 
 impl Vault {
-    /// `None` where the part is not installed.
+    /// With a KV v2 engine at `secret`, and forgotten when it ends. `None` where the part is not installed.
     fn start() -> Option<Vault> {
+        Self::on_a_free_port(|program, port| {
+            let listen = format!("-dev-listen-address=127.0.0.1:{port}");
+            let mut command = Command::new(program);
+            command.args(["server", "-dev", "-dev-no-store-token", &listen, "-dev-root-token-id", VAULT_TOKEN]);
+            let mut vault = Self::listening(command, port, VAULT_TOKEN.to_owned())?;
+            // It listens before its KV engine takes anything.
+            vault.until_done(&["kv", "put", "-mount=secret", "ready", "is=it"]).then_some(vault)
+        })
+    }
+
+    /// One that keeps in `folder` what it has, as a server in use does; what opens it lies beside the folder. It goes on with
+    /// what is there. `None` where the part is not installed.
+    fn stored(folder: &Path) -> Option<Vault> {
+        Self::on_a_free_port(|program, port| {
+            let config = folder.with_extension("hcl");
+            let text = format!(
+                "storage \"file\" {{ path = \"{}\" }}\nlistener \"tcp\" {{ address = \"127.0.0.1:{port}\" tls_disable = true \
+                 }}\ndisable_mlock = true\n",
+                folder.display()
+            );
+            fs::write(&config, text).expect("written");
+            let mut command = Command::new(program);
+            command.arg("server").arg("-config").arg(config);
+            let mut vault = Self::listening(command, port, String::new())?;
+            let opened_by = folder.with_extension("json");
+            if !opened_by.exists() {
+                let init = ["operator", "init", "-key-shares=1", "-key-threshold=1", "-format=json"];
+                // It listens before it answers.
+                if !vault.until_done(&["operator", "init", "-status", "-format=json"]) {
+                    return None;
+                }
+                fs::write(&opened_by, vault.admin(&init)).expect("written");
+            }
+            let keys: Value = serde_json::from_slice(&fs::read(opened_by).expect("read")).expect("JSON");
+            vault.token = keys["root_token"].as_str().expect("a token").to_owned();
+            let unseal = keys["unseal_keys_b64"][0].as_str().expect("a key");
+            (vault.until_done(&["operator", "unseal", unseal]) && vault.until_done(&["token", "lookup"]))
+                .then_some(vault)
+        })
+    }
+
+    fn on_a_free_port(start: impl Fn(&Path, u16) -> Option<Vault>) -> Option<Vault> {
         let program = common::part("vault-1.13.0/bin/vault")?;
         // Somebody else may take the free port between looking and binding: then the server dies and we look again.
         for _ in 0..10 {
-            if let Some(vault) = Self::start_on(&program, common::free_port()) {
+            if let Some(vault) = start(&program, common::free_port()) {
                 return Some(vault);
             }
         }
         panic!("vault did not start on any of ten free ports");
     }
 
-    fn start_on(program: &Path, port: u16) -> Option<Vault> {
-        let listen = format!("-dev-listen-address=127.0.0.1:{port}");
-        let child = std::process::Command::new(program)
-            .args(["server", "-dev", "-dev-no-store-token", &listen, "-dev-root-token-id", VAULT_TOKEN])
-            .stdout(std::process::Stdio::null())
-            .stderr(std::process::Stdio::null())
-            .spawn()
-            .expect("vault starts");
-        let mut vault = Vault { child, address: format!("http://127.0.0.1:{port}") };
+    /// `None` if it ended.
+    fn listening(mut command: Command, port: u16, token: String) -> Option<Vault> {
+        let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("vault starts");
+        let mut vault = Vault { child, address: format!("http://127.0.0.1:{port}"), token };
         let deadline = std::time::Instant::now() + std::time::Duration::from_secs(120);
         while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
             if vault.child.try_wait().expect("our own child").is_some() {
@@ -663,16 +701,24 @@ impl Vault {
             assert!(std::time::Instant::now() < deadline, "vault does not listen");
             std::thread::sleep(std::time::Duration::from_millis(20));
         }
-        // It listens before its KV engine takes anything.
-        while !vault.command(&["kv", "put", "-mount=secret", "ready", "is=it"]).output().expect("runs").status.success()
-        {
-            if vault.child.try_wait().expect("our own child").is_some() {
-                return None;
+        Some(vault)
+    }
+
+    /// Until the administrator's words are taken. False if it ended.
+    fn until_done(&mut self, words: &[&str]) -> bool {
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(120);
+        loop {
+            let output = self.command(words).output().expect("runs");
+            // `operator init -status` tells so that it was not made yet.
+            if output.status.success() || output.status.code() == Some(2) && words.contains(&"-status") {
+                return true;
             }
-            assert!(std::time::Instant::now() < deadline, "vault is not ready");
+            if self.child.try_wait().expect("our own child").is_some() {
+                return false;
+            }
+            assert!(std::time::Instant::now() < deadline, "{words:?}: {}", told(&output));
             std::thread::sleep(std::time::Duration::from_millis(50));
         }
-        Some(vault)
     }
 
     /// The administrator's words.
@@ -682,7 +728,7 @@ impl Vault {
 
     fn command(&self, words: &[&str]) -> Command {
         let mut command = Command::new(common::part("vault-1.13.0/bin/vault").expect("it was started"));
-        command.args(words).env("VAULT_ADDR", &self.address).env("VAULT_TOKEN", VAULT_TOKEN);
+        command.args(words).env("VAULT_ADDR", &self.address).env("VAULT_TOKEN", &self.token);
         command
     }
 
@@ -805,4 +851,89 @@ fn a_floor_in_vault_refuses_a_rollback_to_machines_without_memory_and_is_raised_
     assert_eq!(version(&read(&["inspect", "--require-floor"], &vault.address, "pod-5")), 2);
     let shown = json(&read(&["floor"], &vault.address, "pod-6"));
     assert_eq!((shown["floors"][0]["at"].as_str(), shown["floors"][0]["ref_seq"].as_u64()), (Some("pinned"), Some(2)));
+}
+
+/// Drill 4, the keys: a Vault that goes back to before its transit key was rotated, and after it rotates anew.
+#[test]
+fn slots_under_a_transit_version_that_a_restored_vault_lacks_are_refused_by_name_and_healed_by_the_break_glass_slot() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let kept = folder.path().join("vault");
+    let copy = |from: &Path, to: &Path| run_ok(Command::new("cp").arg("-a").arg(from).arg(to));
+    fs::create_dir(&kept).expect("mkdir");
+    let Some(mut vault) = Vault::stored(&kept) else { return };
+    vault.admin(&["secrets", "enable", "transit"]);
+    vault.admin(&["write", "-f", "transit/keys/models", "derived=true"]);
+    let site = Site::with_versions(0);
+    let (source, phrase) = (site.root.path().join("llama"), site.root.path().join("phrase"));
+    fs::create_dir(&source).expect("mkdir");
+    fs::write(source.join("config.json"), "1").expect("written");
+    fs::write(&phrase, "an envelope in a safe, 5e2a9c\n").expect("written");
+    run_ok(Command::new("chmod").arg("600").arg(&phrase));
+    let (transit, phrase) = ("vault-transit:transit/models", format!("passphrase-file:{}", phrase.display()));
+    let asking = |vault: &Vault, words: &[&str]| {
+        let mut command = site.program.command(words);
+        command.env("VAULT_ADDR", &vault.address).env("VAULT_TOKEN", &vault.token).output().expect("runs")
+    };
+    let (store, trust) = (site.program.store().to_owned(), site.program.trusted_key());
+    let trust = trust.to_str().expect("UTF-8");
+    let sealed = ["seal", source.to_str().expect("UTF-8"), &store, MODEL, "--key", transit, "--key", &phrase, "--json"];
+    json(&asking(&vault, &sealed));
+    let cat = |vault: &Vault, key: &str| {
+        asking(vault, &["cat", &store, MODEL, "config.json", "--key", key, "--trust", trust])
+    };
+    let rewrap = |vault: &Vault| {
+        asking(vault, &["key", "rotate", &store, MODEL, "--rewrap", "--key", transit, "--trust", trust, "--json"])
+    };
+    let slots = |vault: &Vault| {
+        let words = ["key", "list", &store, MODEL, "--key", transit, "--key", &phrase, "--trust", trust, "--json"];
+        json(&asking(vault, &words))["slots"].as_array().expect("slots").clone()
+    };
+
+    // The snapshot is of before the rotation.
+    vault.stop();
+    let snapshot = folder.path().join("snapshot");
+    copy(&kept, &snapshot);
+    let mut vault = Vault::stored(&kept).expect("it did before");
+    vault.admin(&["write", "-f", "transit/keys/models/rotate"]);
+    assert_eq!(json(&rewrap(&vault))["rewrapped"][0][2], 2);
+    assert_eq!(done(&cat(&vault, transit)), "1");
+    vault.stop();
+    fs::remove_dir_all(&kept).expect("removed");
+    copy(&snapshot, &kept);
+    let vault = Vault::stored(&kept).expect("it did before");
+
+    let refused_saying = |vault: &Vault, words: &str| {
+        let output = cat(vault, transit);
+        ends_with(&output, "NO_KEY");
+        assert_eq!(output.status.code(), Some(25), "{}", told(&output));
+        assert!(told(&output).contains(words), "{}", told(&output));
+    };
+    refused_saying(&vault, "Was Vault restored from before the key was rotated?");
+    // The version that a fresh rotation makes bears the number, and is another key.
+    vault.admin(&["write", "-f", "transit/keys/models/rotate"]);
+    refused_saying(&vault, "it was not wrapped with this transit key");
+    assert!(!rewrap(&vault).status.success(), "nothing moves a slot that does not open");
+    let lost = slots(&vault);
+    assert_eq!((&lost[0]["label"], &lost[0]["detail"]), (&"vault-transit".into(), &"version 2".into()));
+    assert_eq!(lost[0]["opened_by"], serde_json::json!([]), "{lost:?}");
+
+    let (publisher, server) = (site.publisher_state(), site.reader_state());
+    let paste = |block: &str, state: &Path| {
+        let words = [("KEY", transit), ("PHRASE", &phrase), ("DEAD", "vault-transit")];
+        let vault = [("VAULT_ADDR", vault.address.as_str()), ("VAULT_TOKEN", vault.token.as_str())];
+        site.paste(block, state, &[&words[..], &vault[..]].concat())
+    };
+    let shown = done(&paste("slots", &server));
+    assert!(shown.lines().any(|line| line.contains("version 2") && line.contains("none of the keys given")), "{shown}");
+    done(&paste("break-glass", &server));
+    done(&paste("add-slot", &publisher));
+    assert_eq!(done(&cat(&vault, transit)), "1", "the dead slot beside it holds nobody up");
+    done(&paste("remove-slot", &publisher));
+    let healed = slots(&vault);
+    let opened: Vec<_> = healed.iter().map(|slot| slot["opened_by"].as_array().expect("keys").len()).collect();
+    assert_eq!(opened, [1, 1], "{healed:?}");
+    assert_eq!((done(&cat(&vault, transit)), done(&cat(&vault, &phrase))), ("1".to_owned(), "1".to_owned()));
+    // From here on as ever.
+    vault.admin(&["write", "-f", "transit/keys/models/rotate"]);
+    assert_eq!(json(&rewrap(&vault))["rewrapped"][0][2], 3);
 }

@@ -180,6 +180,12 @@ impl Wire {
             400 if has("encryption key not found") || has("signing key not found") => {
                 (Code::VaultNotFound, format!("there is no such transit key ({path})"))
             }
+            400 if has("version is too new") => (
+                Code::SlotCommit,
+                "the transit key has no such version. Was Vault restored from before the key was rotated? docs/RECOVERY.md, drill \
+                 4, has the way back. If not, the slot is not this key's"
+                    .into(),
+            ),
             400 if has("message authentication failed") || has("invalid ciphertext") => {
                 (Code::SlotCommit, "it was not wrapped with this transit key for this model and version".into())
             }
