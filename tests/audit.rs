@@ -1025,6 +1025,54 @@ fn what_is_shown_is_what_a_look_at_every_line_finds() {
     assert!(stamp(times[0]).starts_with("20"));
 }
 
+/// The command itself on a million lines in two files, of which the closed one has no index yet. Its time is told, and fails nobody.
+#[test]
+fn the_command_finds_a_few_records_among_a_million() {
+    const LINES: u64 = 1_000_000;
+    let folder = tempfile::tempdir().expect("a folder");
+    let program = Program::in_folder(folder.path());
+    let log = folder.path().join("audit.log");
+    let begin = modelfs::audit::record::parse_stamp("2026-01-01T00:00:00.000000Z").expect("a time");
+    let line = |number: u64| {
+        let (uid, model) = (1000 + number % 1009, number % 211);
+        let (severity, outcome) = if number % 503 == 7 { ("medium", "denied") } else { ("low", "allowed") };
+        let kind = if number == 700_001 { "tamper" } else { "open" };
+        format!(
+            "{{\"time\":\"{}\",\"seq\":{number},\"log\":\"9f86d081884c7d65\",\"prev\":\"{}\",\"kind\":\"{kind}\",\"severity\":\
+             \"{severity}\",\"outcome\":\"{outcome}\",\"uid\":{uid},\"model\":\"acme/model-{model}\",\"version\":3}}\n",
+            stamp(begin + number * 1_000_000),
+            "51d0".repeat(16)
+        )
+    };
+    for (path, lines) in [(log.with_extension("log.000001"), 0..LINES / 2), (log.clone(), LINES / 2..LINES)] {
+        let mut file = std::io::BufWriter::new(fs::File::create(path).expect("made"));
+        lines.for_each(|number| file.write_all(line(number).as_bytes()).expect("written"));
+        file.flush().expect("written");
+    }
+    let show = |words: &[&str]| {
+        let start = Instant::now();
+        let mut command = program.command(&["audit", "show"]);
+        let shown = run_ok(command.arg(&log).arg("--json").args(words)).stdout;
+        eprintln!("audit show {}: {:.2} s, {} bytes", words.join(" "), start.elapsed().as_secs_f64(), shown.len());
+        String::from_utf8(shown).expect("text")
+    };
+    let wanted = |fits: &dyn Fn(u64) -> bool| (0..LINES).filter(|number| fits(*number)).map(line).collect::<String>();
+    let denied = |number: u64| number % 503 == 7;
+
+    let of_one_user = wanted(&|number| number % 1009 == 17 && denied(number));
+    assert_eq!(show(&["--uid", "1017", "--outcome", "denied"]), of_one_user, "with the indexes made");
+    assert_eq!(show(&["--uid", "1017", "--outcome", "denied"]), of_one_user, "by the indexes");
+    assert!(!of_one_user.is_empty());
+    assert_eq!(show(&["--kind", "tamper"]), line(700_001));
+    assert_eq!(show(&["--last", "20"]), wanted(&|number| number >= LINES - 20));
+    const LATE: u64 = LINES - 300_000;
+    let since = stamp(begin + LATE * 1_000_000);
+    let of_one_model = wanted(&|number| number >= LATE && number % 211 == 3 && denied(number));
+    assert!(!of_one_model.is_empty());
+    assert_eq!(show(&["--since", &since, "--severity", "medium", "--model", "acme/model-3"]), of_one_model);
+    assert_eq!(show(&["--kind", "lease-lost"]), "");
+}
+
 /// Outages begin and end once, however many chunks are asked for meanwhile; a wrong byte is told with its place.
 #[test]
 fn a_store_that_falls_silent_is_told_of_once_and_one_that_lies_each_time() {
@@ -1148,6 +1196,59 @@ fn a_mount_records_its_life_and_a_store_that_lies() {
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     let line = 1 + text[..text.find("\"kind\":\"lock\"").expect("there")].matches('\n').count();
     assert!(said.contains(&format!("line {line}: edited")) && said.contains("[AUDIT_CHAIN]"), "{said}");
+}
+
+/// `audit=required`, many at once: each looks into the log right after its own open, through the daemon and past it.
+#[test]
+fn an_open_that_has_returned_is_on_record_already_however_many_open_at_once() {
+    const OPENERS: usize = 8;
+    const OPENS: usize = 40;
+    if !can_mount() {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let program = Program::in_folder(folder.path());
+    let source = folder.path().join("source");
+    for opener in 0..OPENERS {
+        fs::create_dir_all(source.join(opener.to_string())).expect("mkdir");
+        for number in 0..OPENS {
+            fs::write(source.join(format!("{opener}/{number}.bin")), vec![1; 4096]).expect("write");
+        }
+        // Large enough to be an object of its own, which the kernel serves once it is whole.
+        fs::write(source.join(format!("{opener}/whole.bin")), vec![2; 3 << 20]).expect("write");
+    }
+    program.seal(&source, "acme/m");
+    let (log, key) = (folder.path().join("audit.log"), folder.path().join("audit.key"));
+    run_ok(program.command(&["keygen", "--signing"]).arg(&key));
+    let (log_text, key_text) = (log.to_str().expect("text"), key.to_str().expect("text"));
+    let elsewhere = folder.path().join("checkpoints");
+    let mut options = vec!["--audit", "required", "--audit-file", log_text, "--audit-key", key_text, "--open", "whole"];
+    options.extend(["--audit-checkpoint-file", elsewhere.to_str().expect("text"), "--audit-checkpoint-records", "10"]);
+    let mount = program.mount(&options);
+    let root = program.mountpoint().join("acme/m");
+    let on_record = |file: &str| {
+        let from = fs::metadata(&log).expect("a log").len();
+        let opened = fs::File::open(root.join(file)).expect("opened");
+        let text = fs::read(&log).expect("bytes");
+        drop(opened);
+        let since = String::from_utf8_lossy(&text[from as usize..]).into_owned();
+        let is_its = |line: &str| line.contains("\"kind\":\"open\"") && line.contains(&format!("\"file\":\"{file}\""));
+        assert!(since.lines().any(is_its), "{file} is open and not on record: {since}");
+    };
+    std::thread::scope(|scope| {
+        for opener in 0..OPENERS {
+            let on_record = &on_record;
+            scope.spawn(move || {
+                for number in 0..OPENS {
+                    on_record(&format!("{opener}/{number}.bin"));
+                    on_record(&format!("{opener}/whole.bin"));
+                }
+            });
+        }
+    });
+    mount.unmount();
+    let public = format!("{key_text}.pub");
+    run_ok(program.command(&["audit", "verify", log_text, "--trust", &public, "--checkpoints"]).arg(&elsewhere));
 }
 
 /// `audit=required`: a file is not opened unless that is on record, and opened again once there is room.
