@@ -5,6 +5,9 @@
 #
 #   tests/vault_day.sh      needs the release build (MODELFS names another binary) and tests/parts/install.sh vault
 #
+# MODELFS_TEST_LONG=1 also reads on until the bucket's credentials have ended of old age: 900 s is the shortest life that there is.
+# MODELFS_TEST_DAY_KEEP=1 keeps the folder with all logs.
+#
 # The set-up and the policies are the ones of docs/KEYS.md, taken out of that page as they stand.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -35,12 +38,12 @@ export HOME=$work/home XDG_CONFIG_HOME=$work/config XDG_STATE_HOME=$work/state M
 mkdir -p "$HOME"
 
 vault_port=$(free_port) minio_port=$(free_port)
-vault_pid="" minio_pid=""
+vault_pid="" minio_pid="" reader_pid=""
 cleanup() {
   if mountpoint -q "$mnt"; then
     timeout 60 "$modelfs" umount "$mnt" >/dev/null 2>&1 || umount --lazy "$mnt" || true
   fi
-  for pid in $vault_pid $minio_pid; do kill "$pid" 2>/dev/null || true; done
+  for pid in $reader_pid $vault_pid $minio_pid; do kill "$pid" 2>/dev/null || true; done
   if [[ -n ${MODELFS_TEST_DAY_KEEP:-} ]]; then echo "kept: $work"; else rm -rf --one-file-system "$work"; fi
 }
 trap cleanup EXIT
@@ -137,7 +140,7 @@ transit="vault-transit:transit/models"
 signer="vault-transit:transit/release"
 floor="vault-kv:secret/floor"
 
-# Two versions that differ in one file; the large one is shared.
+# Two versions that differ in one file; the large one is shared. It is larger than the smallest cache.
 make_version() { # N
   python3 - "$work/v$1" "$1" <<'PYTHON'
 import json, random, struct, sys
@@ -145,7 +148,7 @@ from pathlib import Path
 
 folder, number = Path(sys.argv[1]), int(sys.argv[2])
 folder.mkdir()
-bytes_ = random.Random(7).randbytes(48 << 20)
+bytes_ = random.Random(7).randbytes(72 << 20)
 header = json.dumps({"w": {"dtype": "U8", "shape": [len(bytes_)], "data_offsets": [0, len(bytes_)]}}).encode()
 (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes_)
 (folder / "config.json").write_text(json.dumps({"version": number, "pad": "x" * 3000}))
@@ -160,7 +163,13 @@ trusted() { admin read -format=json transit/keys/release | jq -r '.data.keys["1"
 # shellcheck disable=SC2046
 mount_as() { # ROLE [OPTION...]
   "$modelfs" mount $store "$mnt" --model $model --key $transit --trust "$trust" --floor $floor --daemon \
-    --log-file "$work/mount.log" $(as "$1") "${@:2}"
+    --log-file "$work/mount.log" --audit-file "$audited" $(as "$1") "${@:2}"
+}
+audited=$work/mounts.log
+on_record() { # KIND JQ-FILTER: the mounts' audit log has a record of that kind for which it is true
+  local shown
+  shown=$("$modelfs" audit show "$audited" --kind "$1" --json)
+  jq -es "map(select($2)) | length > 0" <<<"$shown" >/dev/null || { echo "no $1 with $2 among: $shown"; return 1; }
 }
 mount_as_server() { mount_as server "$@"; } # [OPTION...]
 unmount() { "$modelfs" umount "$mnt"; }
@@ -212,17 +221,132 @@ nothing_secret_shown() {
 }
 step "nothing secret is in the process list or environment" nothing_secret_shown
 
-# ---- Credentials die under a running reader: MinIO forgets every session when its root password changes.
-replace_credentials() {
-  "$modelfs" umount "$mnt" && mount_as_server --open lazy --cache 64MiB || return 1
-  head -c 9000000 "$mnt/$model/model.safetensors" | cmp -n 9000000 - "$work/v1/model.safetensors" || return 1
-  stop_minio
-  start_minio storage-password-two
-  run_keys_block storage >/dev/null
-  # What is not in the cache yet must come with new credentials.
-  cmp "$work/v1/model.safetensors" "$mnt/$model/model.safetensors"
+# ---- What one mount asks of Vault.
+
+asked_since() { # LINE OPERATION PATH: how often the server did, after that line of Vault's audit log
+  tail -n "+$(($1 + 1))" "$work/audit.log" | jq -s --arg operation "$2" --arg path "$3" 'map(select(.type == "request" and
+    (.auth.policies // [] | index("server")) and .request.operation == $operation and .request.path == $path)) | length'
 }
-step "credentials end while the model is read, and are replaced" replace_credentials
+asks_once() {
+  local from keys sets
+  unmount
+  from=$(wc -l <"$work/audit.log")
+  mount_as_server
+  for _ in 1 2; do find "$mnt/$model" -type f -exec cat {} + >/dev/null; done
+  unmount
+  keys=$(asked_since "$from" update transit/decrypt/models) sets=$(asked_since "$from" read aws/creds/models)
+  mount_as_server
+  [[ $keys == 1 && $sets == 1 ]] || { echo "it asked for $keys keys and $sets sets of credentials"; return 1; }
+}
+step "a mount asks for its version's key once, and once for credentials, however much is read" asks_once
+step "its login is on record" on_record login '.outcome == "allowed"'
+
+# ---- Credentials die under a running reader: MinIO forgets every session when its root password changes.
+
+# One descriptor, read in small pieces past the kernel's cache, again and again: the file is larger than our cache. Each pass
+# must give all of its bytes. What FOLDER holds tells it what to do: `hold` stops it in the middle of the file until `changed` is
+# there, and it ends with the first pass that was begun after that.
+read_on() { # FILE AS-SEALED FOLDER
+  python3 - "$@" <<'PYTHON'
+import hashlib, mmap, os, sys, time
+from pathlib import Path
+
+path, sealed, told = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+wanted = hashlib.sha256(sealed.read_bytes()).digest()
+file = os.open(path, os.O_RDONLY | os.O_DIRECT)
+piece, size, passes, last = mmap.mmap(-1, 256 << 10), os.fstat(file).st_size, 0, False
+while not last:
+    last, seen, at = (told / "changed").exists(), hashlib.sha256(), 0
+    while at < size:
+        got = os.preadv(file, [piece], at)
+        if got == 0:
+            sys.exit(f"pass {passes} ends at {at} of {size}")
+        seen.update(piece[:got])
+        at += got
+        time.sleep(0.005)
+        if at > size // 2 and (told / "hold").exists():
+            (told / "held").touch()
+            while not (told / "changed").exists():
+                time.sleep(0.05)
+    if seen.digest() != wanted:
+        sys.exit(f"pass {passes} gave other bytes")
+    passes += 1
+    (told / "passed").write_text(str(passes))
+print(f"{passes} times read without an error")
+PYTHON
+}
+begin_reading() {
+  "$modelfs" umount "$mnt" && mount_as_server --open lazy --cache 64MiB || return 1
+  rm -rf "$work/reading"
+  mkdir "$work/reading"
+  read_on "$mnt/$model/model.safetensors" "$work/v1/model.safetensors" "$work/reading" >"$work/reader" 2>&1 &
+  reader_pid=$!
+  until_true 120 test -e "$work/reading/passed" || { cat "$work/reader"; return 1; }
+}
+reads_to_the_end() {
+  local rc=0
+  touch "$work/reading/changed"
+  wait "$reader_pid" || rc=$?
+  reader_pid=""
+  cat "$work/reader"
+  return $rc
+}
+answer_to() { # SET: of MinIO, to who comes with these credentials of Vault's
+  curl -s -o /dev/null -w "%{http_code}" --aws-sigv4 aws:amz:us-east-1:s3 --user "$(jq -r '.access_key + ":" + .secret_key' <<<"$1")" \
+    -H "x-amz-security-token: $(jq -r .security_token <<<"$1")" "http://127.0.0.1:$minio_port/models?list-type=2&max-keys=1&prefix=prod"
+}
+is_taken() { [[ $(answer_to "$1") == 200 ]]; }
+is_refused() { [[ $(answer_to "$1") == 403 ]]; }
+set_of_its_own() { admin read -format=json aws/creds/models | jq -c .data; } # as old as the one that the mount has
+replace_credentials() {
+  local old from
+  from=$(wc -l <"$work/audit.log")
+  begin_reading || return 1
+  old=$(set_of_its_own)
+  is_taken "$old" || { echo "MinIO does not take credentials that are new"; return 1; }
+  # Between two pieces, since a store that is away is another matter.
+  touch "$work/reading/hold"
+  until_true 120 test -e "$work/reading/held" || { cat "$work/reader"; return 1; }
+  stop_minio
+  # Vault knows the new password before MinIO serves again: what is asked for then can be had.
+  storage_password="storage-password-two"
+  run_keys_block storage >/dev/null
+  start_minio storage-password-two
+  reads_to_the_end || return 1
+  is_refused "$old" || { echo "MinIO still takes the old credentials"; return 1; }
+  status_says '.storage_credentials.sets == 2' || return 1
+  # The first set, and one in its place.
+  [[ $(asked_since "$from" read aws/creds/models) == 2 ]] || { echo "more sets were asked for than were needed"; return 1; }
+}
+step "credentials end while a file is being read, and are replaced: its reader sees its bytes and no error" replace_credentials
+stop_reading() { # what a step that failed left behind
+  [[ -n $reader_pid ]] || return 0
+  kill "$reader_pid" 2>/dev/null || true
+  wait "$reader_pid" 2>/dev/null || true
+  reader_pid=""
+}
+stop_reading
+step "what the store took no more is on record" on_record lease-lost '.detail | contains("the store takes them no more")'
+step "so are the new ones" on_record renewal '.detail | contains("new ones")'
+outlive_credentials() {
+  local old began=$SECONDS
+  admin write aws/roles/models default_sts_ttl=900s max_sts_ttl=900s >/dev/null
+  begin_reading || return 1
+  old=$(set_of_its_own)
+  is_taken "$old" || { echo "MinIO does not take credentials that are new"; return 1; }
+  until is_refused "$old"; do
+    ((SECONDS < began + 1200)) || { echo "MinIO takes credentials of 900 s after $((SECONDS - began)) s"; return 1; }
+    kill -0 "$reader_pid" 2>/dev/null || break
+    sleep 5
+  done
+  echo "read for $((SECONDS - began)) s"
+  reads_to_the_end && ((SECONDS - began > 900)) && status_says '.storage_credentials.sets >= 2' || return 1
+  run_keys_block storage >/dev/null
+}
+if [[ ${MODELFS_TEST_LONG:-} == 1 ]]; then
+  step "a file is read for longer than its credentials live" outlive_credentials
+  stop_reading
+fi
 
 # ---- Rotation.
 transit_versions() { # the transit versions that the slots of the newest version carry
@@ -296,6 +420,7 @@ sys.exit("it can be opened")
 PYTHON
 }
 step "the token is revoked: reads stop, on open files too" revoke_and_look
+step "the revocation is on record" on_record lease-lost '.severity == "high" and .code == "VAULT_DENIED"'
 restore() {
   unmount
   run_keys_block approle >/dev/null
@@ -333,6 +458,7 @@ restart_with_spent_wrapping() {
   mount_as_server
 }
 step "a restart with a wrapping token that was spent says so" restart_with_spent_wrapping
+step "its refused login is on record" on_record login '.outcome == "denied" and .severity == "medium"'
 
 # ---- Versions.
 step "seal version 2" publish 2 --metric eval_loss=1.93
@@ -351,7 +477,7 @@ replay() {
   mv "$work/minio" "$work/minio.now" && mv "$work/minio.before" "$work/minio"
   start_minio storage-password-two
   # A fresh machine: nothing is remembered here, only in Vault.
-  refused_with ROLLBACK env MODELFS_STATE_DIR="$work/fresh" bash -c "$(declare -f mount_as mount_as_server as); $(declare -p modelfs store mnt model transit trust floor work vault_port minio_port); mount_as_server" || return 1
+  refused_with ROLLBACK env MODELFS_STATE_DIR="$work/fresh" bash -c "$(declare -f mount_as mount_as_server as); $(declare -p modelfs store mnt model transit trust floor work audited vault_port minio_port); mount_as_server" || return 1
   stop_minio
   rm -rf "$work/minio" && mv "$work/minio.now" "$work/minio"
   start_minio storage-password-two
