@@ -595,6 +595,53 @@ record_follows_rotation() {
 }
 step "a record that a rotation left behind is told, and follows when it is named" record_follows_rotation
 
+# ---- Tokens without Vault's own `default` policy.
+
+answered() { # REFUSED PATH: how often tokens without `default` were let, or refused, since the log had so many lines
+  tail -n "+$((token_from + 1))" "$work/audit.log" | jq -s --argjson refused "$1" --arg path "$2" 'map(select(.type == "response" and
+    (.auth.policies // [] | index("token") and (index("default") | not)) and .request.path == $path and ((.error // "") != "") == $refused)) | length'
+}
+seen_by_vault() { [[ $(answered "$@") -gt 0 ]]; }
+with_token_rules() { # RIGHT-LEFT-OUT: mounts until Vault was asked to renew, and unmounts
+  local left_out=$1
+  grep -v "$left_out" "$work/policies/token.hcl" | admin policy write token - >/dev/null
+  token_from=$(wc -l <"$work/audit.log")
+  mount_as_server && shows_version 2 || return 1
+  until_true 120 seen_by_vault "$([[ $left_out == renew-self ]] && echo true || echo false)" auth/token/renew-self || { echo "renew-self was not asked for"; return 1; }
+  unmount
+  seen_by_vault "$([[ $left_out == revoke-self ]] && echo true || echo false)" auth/token/revoke-self || { echo "revoke-self was not asked for"; return 1; }
+}
+# shellcheck disable=SC2046
+mount_with_given_token() {
+  local -A method=([--vault-auth]=1 [--vault-role-id]=1 [--vault-secret-id-file]=1)
+  local words=() word
+  for word in $(as server); do words+=("$word"); done
+  local kept=() at=0
+  while ((at < ${#words[@]})); do
+    [[ -n ${method[${words[at]}]:-} ]] || kept+=("${words[at]}" "${words[at + 1]}")
+    at=$((at + 2))
+  done
+  (umask 077 && admin token create -field=token -no-default-policy -policy=server -policy=token -ttl=20m >"$work/given.secret-id")
+  "$modelfs" mount $store "$mnt" --model $model --key $transit --trust "$trust" --floor $floor --daemon "${kept[@]}" \
+    --vault-auth token --vault-token-file "$work/given.secret-id"
+}
+without_default_policy() {
+  page_block "$keys_page" hcl token >"$work/policies/token.hcl"
+  # Short, so that it is renewed while we look.
+  admin write auth/approle/role/server token_no_default_policy=true token_policies=server,token token_ttl=20s >/dev/null
+  with_token_rules nothing || return 1
+  [[ -z $(tokens_of token) ]] || { echo "a token is left behind"; return 1; }
+  on_record renewal '.outcome == "allowed" and (.detail | startswith("Vault at "))' || return 1
+  mount_with_given_token && shows_version 2 && unmount || return 1
+  with_token_rules renew-self || return 1
+  with_token_rules revoke-self || return 1
+  grep -v lookup-self "$work/policies/token.hcl" | admin policy write token - >/dev/null
+  refused_with VAULT_DENIED mount_with_given_token || return 1
+  admin write auth/approle/role/server token_no_default_policy=false >/dev/null
+  run_keys_block approle >/dev/null
+}
+step "a server without Vault's default policy needs the three rules of docs/KEYS.md, and each of them" without_default_policy
+
 # ---- The policies: enough was shown above; one right less is not enough.
 rights_of() { # ROLE: PATH RIGHT, a line each
   local path rights right
@@ -702,6 +749,33 @@ needs_every_storage_right() { # STORAGE-ROLE COMMAND...
   "$@"
 }
 step "the readers' storage role has no right too many" needs_every_storage_right models server_works
+# An upload in parts whose source changes under it is given up.
+uploads() { (cd "$work/minio/.minio.sys/multipart" && find . -mindepth 2 -maxdepth 2 -type d | sort); }
+another_upload_is_there() { [[ $(uploads) != "$1" ]]; }
+# shellcheck disable=SC2046
+seal_broken() { "$modelfs" seal "$work/broken" $store acme/broken --key $transit --sign $signer $(as publisher); }
+gives_up_cleanly() {
+  local before sealing rc=0
+  before=$(uploads)
+  rm -rf "$work/broken"
+  mkdir "$work/broken"
+  # Nothing on the disk, and so large that it cannot be through before it is cut.
+  truncate -s 16G "$work/broken/weights.bin"
+  seal_broken >"$work/broken.log" 2>&1 &
+  sealing=$!
+  until_true 120 another_upload_is_there "$before" || rc=1
+  truncate -s 1M "$work/broken/weights.bin"
+  ! wait "$sealing" || { echo "it was sealed"; return 1; }
+  cat "$work/broken.log"
+  [[ $rc == 0 ]] && grep -F "[SOURCE_CHANGED]" "$work/broken.log" >/dev/null || { echo "not broken off"; return 1; }
+  [[ $(uploads) == "$before" ]] || { echo "an upload is left behind"; return 1; }
+}
+publishes_and_gives_up() {
+  edition=$((edition + 1))
+  echo "$edition" >"$work/v2/edition"
+  publish 2 && gives_up_cleanly
+}
+step "the publisher's storage role has no right too many" needs_every_storage_right publish publishes_and_gives_up
 prunes_something() {
   edition=$((edition + 1))
   echo "$edition" >"$work/v2/edition"
