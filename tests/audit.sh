@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The commands of docs/AUDIT.md, on a real mount.
+# The commands of docs/AUDIT.md, on a real mount; those of the journal are run by tests/systemd.sh.
 #
 #   tests/audit.sh      needs root and /dev/fuse, and the program built
 set -euo pipefail

@@ -13,6 +13,7 @@ cache=${MODELFS_TEST_CACHE:-$HOME/.cache/modelfs-tests}
 modelfs=${MODELFS:-${CARGO_TARGET_DIR:-$PWD/target}/release/modelfs}
 versitygw=$(MODELFS_TEST_CACHE=$cache bash tests/parts/versitygw.sh path)
 page=docs/DEPLOY.md
+audit_page=docs/AUDIT.md
 # Exposure as systemd-analyze counts it, in tenths; a unit without any of this has 96.
 exposure_max=40
 
@@ -56,10 +57,10 @@ until_in() { # SECONDS SCRIPT: until it succeeds
     sleep 0.2
   done
 }
-block() { # NAME: of the page, run in the booted system as a user would paste it
+block() { # NAME [PAGE]: of the page, run in the booted system as a user would paste it
   local script
-  script=$(page_block "$page" sh "$1") || return 1
-  nspawn_in env -C /root STORE=/srv/store TRUST="$(cat "$root/root/.config/modelfs/signing.key.pub")" bash -euo pipefail -c "$script"
+  script=$(page_block "${2:-$page}" sh "$1") || return 1
+  nspawn_in env -C /root ETC=/etc/modelfs STORE=/srv/store TRUST="$(cat "$root/root/.config/modelfs/signing.key.pub")" bash -euo pipefail -c "$script"
 }
 pid_of() { nspawn_in systemctl show --property MainPID --value "modelfs@$1"; }
 status_of() { nspawn_in systemctl show --property StatusText --value "modelfs@$1"; }
@@ -85,6 +86,8 @@ make_models() {
       mkdir v$n; head -c 20000000 /dev/urandom >v$n/model.safetensors
       for _ in 1 2 3; do echo "$1"; done >>v$n/model.safetensors; echo "{\"version\": $n}" >v$n/config.json
       cp v$n/model.safetensors /srv/seen/v$n
+      # As long as a path can be, in letters that a record writes in six: its line is longer than what journalctl shows unasked.
+      long=$(printf "ü%.0s" $(seq 120)); mkdir -p v$n/$long/$long/$long/$long; echo long >v$n/$long/$long/$long/$long/$(printf "ü%.0s" $(seq 28))
     done
     modelfs keygen llama.key; modelfs keygen other.key; modelfs seal v1 /srv/store acme/llama --key file:llama.key' "$needle"
 }
@@ -174,6 +177,56 @@ offline() {
     rm -r /etc/systemd/system/modelfs@llama.service.d; systemctl daemon-reload; systemctl restart modelfs@llama'
 }
 step "with a local store it works without any network" offline
+
+# ---- The audit log in the journal. What exceeds a unit's rate journald drops, and tells nobody: here it has a limit that is met.
+
+opens=1000
+few_a_unit() {
+  in_it 'mkdir -p /run/systemd/journald.conf.d; printf "[Journal]\nRateLimitIntervalSec=1h\nRateLimitBurst=20\n" >/run/systemd/journald.conf.d/few.conf
+    systemctl restart systemd-journald'
+}
+open_often() { # the names of slices and a unit make the line of the record that tells of it longer yet
+  in_it 'for _ in $(seq $1); do : </srv/llama/acme/llama/current/config.json; done
+    systemd-run --quiet --wait --pipe --collect --slice="$(printf "a%.0s" $(seq 80))-$(printf "b%.0s" $(seq 80))-$(printf "c%.0s" $(seq 80))" \
+      --unit="$(printf "x%.0s" $(seq 200))" \
+      setpriv --reuid 1000 --regid 1000 --clear-groups grep -rlx long /srv/llama/acme/llama/current' "$opens"
+}
+recorded() { # WORDS: how many lines of the export hold them
+  in_it 'grep -cF -- "$1" /root/exported.log || true' "$1"
+}
+limited() { # COMMAND...: with a journald that takes few messages of a unit
+  local rc=0
+  { few_a_unit && "$@"; } || rc=$?
+  in_it 'rm -f /run/systemd/journald.conf.d/few.conf; systemctl restart systemd-journald' || rc=1
+  return $rc
+}
+journal_is_the_log() {
+  block keys "$audit_page" && in_it 'cp -p /etc/modelfs/llama.env /root/llama.env' && block journal-config "$audit_page" && open_often || return 1
+  # The last words of a process are the unit's too.
+  in_it 'systemctl stop modelfs@llama' && block journal "$audit_page" || return 1
+  [[ $(recorded '"kind":"open"') -gt $opens && $(recorded '"kind":"stop"') == 1 ]] || { echo "records are missing"; return 1; }
+  in_it 'longest=$(wc -L </root/exported.log); [[ $longest -gt 4100 ]] || { echo "of $longest bytes no line is long enough to be left out"; exit 1; }' || return 1
+  in_it 'line=$(grep -F "\"uid\":1000," /root/exported.log | tail -1); echo "$line" | cut -c1-400
+    [[ $line == *"\"command\":\"grep\""* && $line == *"\"cgroup\":"* && $line != *"\"exe\":"* ]]'
+}
+step "the journal alone is the log: an export of it verifies, with a record of each open" limited journal_is_the_log
+dropped_records_are_seen() {
+  # The unit with a limit: what its journal lost is seen, and is in the file beside it. With the page's capability programs are named.
+  in_it 'mkdir -p /run/systemd/system/modelfs@llama.service.d
+    printf "[Service]\nLogRateLimitIntervalSec=1h\nLogRateLimitBurst=20\nCapabilityBoundingSet=CAP_SYS_PTRACE\n" >/run/systemd/system/modelfs@llama.service.d/limit.conf
+    echo MODELFS_AUDIT_FILE=/var/log/modelfs/llama.log >>/etc/modelfs/llama.env
+    systemctl daemon-reload; systemctl start modelfs@llama' && open_often && in_it 'systemctl stop modelfs@llama' || return 1
+  local said
+  if said=$(block journal "$audit_page" 2>&1); then echo "nothing was dropped: $said"; return 1; fi
+  [[ $said == *"NOT GENUINE"* && $said == *"[AUDIT_CHAIN]"* ]] || { echo "$said"; return 1; }
+  in_it '[[ $(stat -c "%a %U" /var/log/modelfs) == "700 root" ]]
+    modelfs audit verify /var/log/modelfs/llama.log --trust /etc/modelfs/audit.key.pub
+    [[ $(modelfs audit show /var/log/modelfs/llama.log --kind open --json | wc -l) -gt $1 ]]
+    line=$(modelfs audit show /var/log/modelfs/llama.log --kind open --uid 1000 --last 1 --json); [[ $line == *"\"exe\":\"/usr/bin/grep\""* ]]' "$opens" || return 1
+  in_it 'rm -r /run/systemd/system/modelfs@llama.service.d /var/log/modelfs; mv /root/llama.env /etc/modelfs/llama.env
+    systemctl daemon-reload; systemctl start modelfs@llama' && shows_version 2
+}
+step "what a journal with a limit drops is seen, and is in the file" limited dropped_records_are_seen
 
 # ---- Without --versions.
 
