@@ -42,12 +42,13 @@ restore_kernel() {
   for path in "${!settings[@]}"; do echo "${settings[$path]}" >"$path"; done
   settings=()
 }
-pids=() loop="" group=""
+pids=() loop="" group="" far=""
 cleanup() {
   local at
   restore_kernel
   [[ -z $loop ]] || { swapoff "$loop" 2>/dev/null; losetup -d "$loop" 2>/dev/null; }
   for at in "${pids[@]}"; do kill "$at" 2>/dev/null || true; done
+  [[ -z $far ]] || ip address delete "$far/32" dev lo 2>/dev/null || true
   for at in $(grep -F " $work/" /proc/self/mounts | cut -d' ' -f2 | sort -r); do umount -l "$at" 2>/dev/null || true; done
   [[ -z $group ]] || rmdir "$group" 2>/dev/null || true
   if [[ -n ${MODELFS_TEST_DOCTOR_KEEP:-} ]]; then echo "kept: $work"; else rm -rf --one-file-system "$work"; fi
@@ -88,11 +89,12 @@ audit-file-bytes = "8MiB"
 TOML
   cp "$root/etc/modelfs.toml" "$work/modelfs.toml"
 }
-chroot=$(command -v chroot)
+chroot=("$(command -v chroot)")
 around=() # what stands before the program: other rights, limits, namespaces
 extra=()  # variables of its environment
+limit=120 # seconds that it may take
 here() { # COMMAND...: in that root, with nothing of our environment
-  timeout 300 "${around[@]}" env -i PATH=/usr/local/bin:/usr/bin:/bin HOME=/ "${extra[@]}" "$chroot" "$root" "$@"
+  timeout "$limit" "${around[@]}" env -i PATH=/usr/local/bin:/usr/bin:/bin HOME=/ "${extra[@]}" "${chroot[@]}" "$root" "$@"
 }
 in_group() { # COMMAND...: in a memory cgroup of its own
   sh -c 'echo $$ >"$0/cgroup.procs" && exec "$@"' "$group" "$@"
@@ -137,6 +139,11 @@ only() {
   complaints "$@" >"$work/again" && diff "$work/before" "$work/again"
 }
 nothing() { :; }
+until_true() { # SECONDS COMMAND...
+  local end=$((SECONDS + $1))
+  shift
+  until "$@" >/dev/null 2>&1; do ((SECONDS < end)) || { echo "not within the time: $*"; return 1; }; sleep 0.2; done
+}
 
 step "a machine of our own" make_root
 healthy() {
@@ -313,6 +320,64 @@ image() {
 }
 step "doctor: an image is looked at whole; its own set-uid programs do nothing under no_new_privs" image
 
+# Weights, by a name that says nothing.
+mkdir "$root/opt"
+python3 - "$work/planted" <<'PYTHON'
+import json, sys
+bytes = 2 << 20
+head = json.dumps({"w": {"dtype": "BF16", "shape": [1024, 1024], "data_offsets": [0, bytes]}}).encode()
+open(sys.argv[1], "wb").write(len(head).to_bytes(8, "little") + head + b"\1" * bytes)
+PYTHON
+weights_in() { cp "$work/planted" "$root/opt/asset-7"; }
+weights_out() { rm "$root/opt/asset-7"; }
+marked() { touch "$root/.dockerenv"; }
+unmarked() { rm -f "$root/.dockerenv"; }
+weights_in_image() {
+  marked
+  only "baked-models warning" weights_in weights_out || { unmarked; return 1; }
+  unmarked
+  jq -e '.findings[] | select(.rule == "baked-models") | .seen | contains("/opt/asset-7")' "$work/spoiled" >/dev/null
+}
+step "doctor: weights in an image are found by what they are" weights_in_image
+# As containerd leaves it: nothing but layers at /.
+weights_in_layers() {
+  local rc=0 lower=$root
+  mkdir -p "$work"/{upper,layers-work,layers}
+  weights_in
+  mount -t overlay -o "lowerdir=$root,upperdir=$work/upper,workdir=$work/layers-work" layers "$work/layers" || { weights_out; return 1; }
+  mount -t proc proc "$work/layers/proc"
+  root=$work/layers
+  exits_with 26 here modelfs doctor --rule baked-models --strict >"$work/out" 2>&1 && grep '/opt/asset-7' "$work/out" || rc=1
+  root=$lower
+  umount "$work/layers/proc" "$work/layers"
+  weights_out
+  return $rc
+}
+step "doctor: a root of layers is an image without any other mark" weights_in_layers
+# What we may not read is not clean; what is too small for weights need not be read.
+unseen_in_image() {
+  local rc=0
+  marked
+  chmod -R a+rX "$root/srv/store"
+  chroot+=(--userspec=65534:65534)
+  looks() { # CODE
+    exits_with "$1" here modelfs doctor --rule baked-models --strict --all >"$work/out" 2>&1 || { cat "$work/out"; return 1; }
+  }
+  install -m 600 /dev/null "$root/opt/small"
+  looks 0 || rc=1
+  mkdir -m 700 "$root/opt/closed"
+  looks 26 && grep 'could not be read (/opt/closed' "$work/out" || rc=1
+  chmod 755 "$root/opt/closed" && looks 0 || rc=1
+  install -m 600 "$work/planted" "$root/opt/closed/asset"
+  looks 26 && grep 'could not be read (/opt/closed/asset' "$work/out" || rc=1
+  chmod 644 "$root/opt/closed/asset" && looks 26 && grep 'baked-models .*/opt/closed/asset' "$work/out" || rc=1
+  rm -r "$root/opt/closed" "$root/opt/small"
+  unset 'chroot[1]'
+  unmarked
+  return $rc
+}
+step "doctor: what of an image cannot be read fails a strict check" unseen_in_image
+
 full() { mount -t tmpfs -o size=2m,mode=755 full "$root/$place"; }
 free_again() { umount "$root/$place"; }
 place=var/lib/modelfs
@@ -342,6 +407,27 @@ step "doctor: no store is named yet, and no key" only "configuration info" unsai
 first_use() { sed 's/^trust = .*/trust-on-first-use = true/' "$work/modelfs.toml" >"$root/etc/modelfs.toml"; }
 step "doctor: whoever signed first is believed" only "trust warning" first_use unsay
 
+# ---- A mount.
+
+mount_here() {
+  limit=3600 here modelfs mount file:///srv/store /mnt/models --cache 64MiB >"$work/mount.log" 2>&1 &
+  pids+=($!)
+  mount_pid=$!
+  until_true 60 grep -q " $root/mnt/models fuse" /proc/self/mounts || { cat "$work/mount.log"; return 1; }
+  device=$(awk -v at="$root/mnt/models" '$5 == at {print $3}' /proc/self/mountinfo)
+  # As machines have it; it tells of connections what nothing else does.
+  [[ -e $root/sys/fs/fuse/connections/${device#*:} ]] || mount -t fusectl fusectl "$root/sys/fs/fuse/connections"
+}
+unmount_here() { umount "$root/mnt/models" && wait "$mount_pid"; }
+less_ahead() { echo 128 >"/sys/class/bdi/$device/read_ahead_kb"; }
+more_ahead() { echo 1024 >"/sys/class/bdi/$device/read_ahead_kb"; }
+few_reads() { echo 12 >"$root/sys/fs/fuse/connections/${device#*:}/max_background"; }
+many_reads() { echo 65535 >"$root/sys/fs/fuse/connections/${device#*:}/max_background"; }
+step "a mount on that machine" mount_here
+step "doctor: a mount reads too little ahead" only "read-ahead warning" less_ahead more_ahead /mnt/models
+step "doctor: a mount may have few reads under way" only "background warning" few_reads many_reads /mnt/models
+step "the mount is taken off" unmount_here
+
 # ---- A store.
 
 store_gone() { gone srv/store; }
@@ -353,6 +439,8 @@ until_true() { # SECONDS COMMAND...
   shift
   until "$@" >/dev/null 2>&1; do ((SECONDS < end)) || { echo "not within the time: $*"; return 1; }; sleep 0.1; done
 }
+# An address that is not of the loopback network: what is sent there could have to cross one. Nobody outside reaches it.
+if command -v ip >/dev/null && ip address add 198.51.100.1/32 dev lo 2>/dev/null; then far=198.51.100.1; fi
 good_key=(AWS_ACCESS_KEY_ID=modelfs-tests AWS_SECRET_ACCESS_KEY=not-a-secret-of-anyone AWS_REGION=us-east-1)
 start_gateway() {
   mkdir -p "$work/s3/models"
@@ -396,6 +484,25 @@ if [[ -x $gateway ]]; then
   answers_again() { kill "$listener_pid"; wait "$listener_pid" 2>/dev/null || true; start_gateway; }
   step "doctor: the store takes connections and never answers" only "store error" hangs answers_again s3://models/prod "${at[@]}"
   stop_gateway
+  if [[ -n $far ]]; then
+    near_store() { extra=("${good_key[@]}" MODELFS_S3_ENDPOINT="http://127.0.0.1:$s3_port"); }
+    far_store() { extra=("${good_key[@]}" AWS_ALLOW_HTTP=true MODELFS_S3_ENDPOINT="http://$far:$s3_port"); }
+    near_store
+    both_gateways() {
+      start_gateway || return 1
+      ROOT_ACCESS_KEY=modelfs-tests ROOT_SECRET_KEY=not-a-secret-of-anyone \
+        "$gateway" --port "$far:$s3_port" --quiet posix "$work/s3" >>"$work/s3.log" 2>&1 &
+      far_gateway_pid=$!
+      pids+=($!)
+      until_true 60 curl --silent --output /dev/null "http://$far:$s3_port"
+    }
+    step "the S3 server at an address outside the loopback network" both_gateways
+    step "doctor: a store that is spoken to in clear" only "store-tls warning" far_store near_store s3://models/prod --wait 5s
+    kill "$far_gateway_pid"
+    stop_gateway
+  else
+    not_here "doctor: a store that is spoken to in clear" "no address can be added to lo"
+  fi
   usual
 else
   skip "doctor: S3" "$gateway is not installed"
@@ -424,6 +531,7 @@ prepare_vault() {
   cat >"$work/vault.hcl" <<HCL
 storage "file" { path = "$work/vault" }
 listener "tcp" { address = "127.0.0.1:$vault_port" tls_disable = true }
+$([[ -z $far ]] || echo "listener \"tcp\" { address = \"$far:$vault_port\" tls_disable = true }")
 disable_mlock = true
 HCL
   start_vault || return 1
@@ -464,6 +572,15 @@ if [[ -x $vault ]]; then
   step "a policy that lets floors be read" floor_open
   step "doctor: a token without the right to the floor" \
     only "vault-rights error" floor_shut floor_open "${at[@]}" --floor vault-kv:secret/floor
+  if [[ -n $far ]]; then
+    near_vault() { extra=(VAULT_ADDR="http://127.0.0.1:$vault_port"); }
+    far_vault() { extra=(VAULT_ADDR="http://$far:$vault_port" MODELFS_VAULT_PLAIN_HTTP=true); }
+    near_vault
+    step "doctor: Vault is spoken to in clear" only "vault-tls warning" far_vault near_vault "${at[@]:2}"
+    usual
+  else
+    not_here "doctor: Vault is spoken to in clear" "no address can be added to lo"
+  fi
   open_token() { chmod 644 "$root/etc/modelfs/token"; }
   close_token() { chmod 600 "$root/etc/modelfs/token"; }
   step "doctor: everybody reads the token" only "secret-files error,vault-token error" open_token close_token "${at[@]}"
@@ -565,6 +682,29 @@ checked_run() {
   unplant
 }
 step "run: a command is started on a healthy machine; with --strict not beside a set-uid program" checked_run
+# Nothing of this root tells that it is an image.
+checked_image() {
+  local say_it
+  [[ ! -e $root/.dockerenv ]] || return 1
+  weights_in
+  for say_it in "--strict" ""; do
+    extra=() && [[ -n $say_it ]] || extra=(STRICT_MODEL_SECURITY=true)
+    # shellcheck disable=SC2086
+    exits_with 26 run_here $say_it -- /bin/sh -c 'echo started' || { usual; weights_out; cat "$work/err"; return 1; }
+    [[ ! -s $work/out ]] && grep 'baked-models: /opt/asset-7' "$work/err" && grep 'nothing was started' "$work/err" || { usual; weights_out; return 1; }
+  done
+  # Without it the first process tells of them, and goes on.
+  usual
+  around=(unshare --pid --fork --kill-child)
+  exits_with 0 run_here -- /bin/sh -c 'echo started' || { usual; weights_out; cat "$work/err"; return 1; }
+  usual
+  weights_out
+  grep -x started "$work/out" && grep 'WARN.*baked-models: /opt/asset-7' "$work/err" || { cat "$work/err"; return 1; }
+  # The same without them.
+  exits_with 0 run_here --strict -- /bin/sh -c 'echo started' || { cat "$work/err"; return 1; }
+  grep -x started "$work/out" && ! grep baked-models "$work/err"
+}
+step "run: weights in the image are told, and with strict model security the command is not started" checked_image
 
 # ---- The page.
 

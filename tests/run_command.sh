@@ -274,26 +274,52 @@ step_run "run: when modelfs is killed, the command is told" dies_with_us
 
 # ---- Strict.
 
+# in_root COMMAND...: on a root of its own, as a container has it, with this machine's programs and the test's files mounted into it; a
+# look at the root passes over those. $weights is put there.
+weights=""
+in_root() {
+  WORK=$work WEIGHTS=$weights unshare --mount --propagation private bash -euc '
+    root=$1
+    shift
+    mount -t tmpfs -o mode=755 root "$root"
+    for at in /bin /sbin /lib /lib64; do [[ ! -L $at ]] || cp -P "$at" "$root$at"; done
+    for at in /bin /sbin /lib /lib64 /usr /etc /dev /proc /sys; do
+      [[ -L $at || ! -d $at ]] || { mkdir "$root$at"; mount --rbind "$at" "$root$at"; }
+    done
+    mkdir -p "$root/opt" "$root$WORK"
+    [[ -z $WEIGHTS ]] || cp "$WEIGHTS" "$root/opt/asset-7"
+    mount --bind "$WORK" "$root$WORK"
+    exec chroot "$root" "$@"' _ "$work/root" "$@"
+}
+mkdir "$work/root"
+run_in_root() { in_root modelfs run "${common[@]}" "$@" >"$work/out" 2>"$work/err"; }
+python3 - "$work/asset" <<'PYTHON'
+import json, sys
+size = 2 << 20
+head = json.dumps({"w": {"dtype": "BF16", "shape": [1024, 1024], "data_offsets": [0, size]}}).encode()
+open(sys.argv[1], "wb").write(len(head).to_bytes(8, "little") + head + b"\1" * size)
+PYTHON
+chmod 644 "$work/asset"
 strict() {
-  exits_with 26 modelfs run "$work/store" "$mnt" --key "file:$work/secrets/key" --trust-on-first-use --cache 64MiB --strict -- \
+  exits_with 26 in_root modelfs run "$work/store" "$mnt" --key "file:$work/secrets/key" --trust-on-first-use --cache 64MiB --strict -- \
     touch "$work/started" 2>"$work/err" || { cat "$work/err"; return 1; }
   grep -q 'INSECURE' "$work/err" && grep -q 'trust:' "$work/err" && [[ ! -e $work/started ]] && ! mounted || return 1
-  STRICT_MODEL_SECURITY=true exits_with 26 run --verify aead -- touch "$work/started" || return 1
+  STRICT_MODEL_SECURITY=true exits_with 26 run_in_root --verify aead -- touch "$work/started" || return 1
   STRICT_MODEL_SECURITY=maybe exits_with 2 run -- touch "$work/started" || return 1
   [[ ! -e $work/started ]] || return 1
   # Told all the same without it.
   run --verify aead -- true && grep -q 'WARN.*verify: chunks are checked by their tags alone' "$work/err"
 }
 step_run "run: strict security stops before the command with 26; without it the findings are told" strict
-strict_is_as_doctor_says() { # a machine that is itself a container may hold what no image should; tests/doctor.sh has one of its own
-  if modelfs doctor "$work/store" --key "file:$work/secrets/key" --trust "$trust" --strict >"$work/doctor" 2>&1; then
-    run_exits 0 --strict -- true
-  else
-    cat "$work/doctor"
-    exits_with 26 run --strict -- true && ! mounted
-  fi
+strict_looks_at_the_root() {
+  exits_with 0 run_in_root --strict -- echo started || { cat "$work/err"; return 1; }
+  grep -x started "$work/out" && ! grep baked-models "$work/err" || return 1
+  weights=$work/asset
+  exits_with 26 run_in_root --strict -- echo started || { weights=""; cat "$work/err"; return 1; }
+  weights=""
+  [[ ! -s $work/out ]] && grep 'baked-models: /opt/asset-7' "$work/err" && grep 'nothing was started' "$work/err"
 }
-step_run "run: strict starts the command where doctor finds nothing of weight, and only there" strict_is_as_doctor_says
+step_run "run: strict starts the command on a root without weights, and on the same with some it ends with 26" strict_looks_at_the_root
 
 # ---- As process 1.
 
@@ -508,6 +534,27 @@ container=(docker run -d --network none --device /dev/fuse --cap-drop ALL --cap-
   --security-opt apparmor=unconfined -v "$STORE:/store:ro" -v "$KEY:/key:ro" -v "$TRUST:/trust.pub:ro"
   --health-interval 1s --health-retries 2 --health-start-period 2s)
 inside=(/store /models --key file:/key --trust /trust.pub --cache 64MiB)
+# The same image with weights in it, by a name that says nothing.
+build_app_with_weights() {
+  mkdir "$work/weights" && cp "$work/asset" "$work/weights/" && printf 'FROM app\nCOPY asset /opt/asset-7\n' >"$work/weights/Dockerfile" &&
+    docker build -q -t app-with-weights "$work/weights"
+}
+step "the same image with weights in it" build_app_with_weights
+in_container() { # IMAGE [OPTION...]: what it says lies in $work/out and $work/err
+  local image=$1
+  shift
+  docker run --rm "${container[@]:3}" "$@" "$image" "${inside[@]}" -- busybox echo started >"$work/out" 2>"$work/err"
+}
+weights_in_image() {
+  exits_with 0 in_container app-with-weights || { cat "$work/err"; return 1; }
+  grep -x started "$work/out" && grep 'WARN.*baked-models: /opt/asset-7' "$work/err" || { cat "$work/err"; return 1; }
+  exits_with 26 in_container app-with-weights -e STRICT_MODEL_SECURITY=true || { cat "$work/err"; return 1; }
+  [[ ! -s $work/out ]] && grep 'baked-models: /opt/asset-7' "$work/err" && grep 'nothing was started' "$work/err" || { cat "$work/err"; return 1; }
+  # The same without them.
+  exits_with 0 in_container app -e STRICT_MODEL_SECURITY=true || { cat "$work/err"; return 1; }
+  grep -x started "$work/out" && ! grep baked-models "$work/err"
+}
+step "weights in an image: run tells of them, and with STRICT_MODEL_SECURITY=true its command is not started" weights_in_image
 health_is() { [[ $(docker inspect -f '{{.State.Health.Status}}' c1) == "$1" ]]; }
 health() {
   "${container[@]}" --name c1 app "${inside[@]}" -- busybox sh -c 'trap "echo told; exit 5" TERM; while :; do busybox sleep 0.1; done' >/dev/null || return 1

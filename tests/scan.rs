@@ -581,9 +581,15 @@ fn links_pipes_and_sockets_of_a_tree_are_left_alone_and_nothing_outside_it_is_re
 }
 
 #[test]
-fn a_folder_that_cannot_be_read_is_not_taken_for_clean() {
+fn a_folder_or_a_large_file_that_cannot_be_read_is_not_taken_for_clean() {
     let root = tempfile::tempdir().expect("a folder");
     std::fs::DirBuilder::new().mode(0o000).create(root.path().join("closed")).expect("made");
+    // One is too small for a finding, whatever it holds.
+    for (name, len) in [("small", 100), ("large", 5000)] {
+        write(root.path(), name, &vec![1; len]);
+        std::fs::set_permissions(root.path().join(name), std::os::unix::fs::PermissionsExt::from_mode(0o000))
+            .expect("closed");
+    }
     let mut command = Command::new(env!("CARGO_BIN_EXE_modelfs"));
     command.args(["scan", "--json"]).arg(root.path());
     // SAFETY: geteuid cannot fail and touches nothing.
@@ -613,7 +619,10 @@ fn assert_unread(out: &std::process::Output) {
     let report: Value =
         serde_json::from_slice(&out.stdout).unwrap_or_else(|e| panic!("{e}: {}", String::from_utf8_lossy(&out.stderr)));
     assert_eq!(out.status.code(), Some(1), "{report}");
-    assert_eq!(report["unread"][0]["path"], "closed");
+    let unread = report["unread"].as_array().expect("a list");
+    let mut unread: Vec<&str> = unread.iter().filter_map(|place| place["path"].as_str()).collect();
+    unread.sort_unstable();
+    assert_eq!(unread, ["closed", "large"]);
     assert_eq!(report["clean"], false);
 }
 

@@ -41,7 +41,7 @@ pub struct DoctorArgs {
     /// This rule alone; give it again for more
     #[arg(long, value_name = "NAME")]
     rule: Vec<String>,
-    /// Longest time that Vault and the store have to answer [default: 10s]
+    /// Longest time that Vault and the store have to answer, and, without --strict, for a look at an image [default: 10s]
     #[arg(long, value_name = "TIME")]
     wait: Option<String>,
     #[command(flatten)]
@@ -97,7 +97,7 @@ pub fn run(args: &DoctorArgs, layers: Result<Layers>, config_files: Vec<PathBuf>
         (None, Err(_)) => default_cache_bytes(),
     };
     let store = args.place.as_deref().zip(store);
-    let setup = Setup::of_layers(layers, config_files, store, mountpoint);
+    let setup = Setup { thorough: strict, ..Setup::of_layers(layers, config_files, store, mountpoint) };
     let mut facts = doctor::gather(cache, Some(setup), &args.rule, wait.unwrap_or(SERVICE_WAIT));
     facts.mount = mount;
     let findings = doctor::examine_by(Path::new("/"), &facts, &args.rule);

@@ -2,8 +2,9 @@
 //!
 //! In: the files that a [`Setup`] names, the program's own, the folders above them. Out: findings that name each file.
 //! Promises: no link is followed but where a mount would follow it; a survey looks at [`SURVEY_ENTRIES_MAX`] entries and for
-//! [`SURVEY_TIME`] at most, never leaves its file system, and says when it was cut off.
-//! Held by: `doctor::tests`, tests/doctor.sh.
+//! [`SURVEY_TIME`] at most (a thorough one at all of them, for [`THOROUGH_TIME`]) and never leaves its file system; what was
+//! not seen is a finding, and never taken for clean.
+//! Held by: `doctor::tests`, the tests below, tests/doctor.sh.
 
 use std::collections::BTreeSet;
 use std::ffi::CString;
@@ -11,17 +12,22 @@ use std::fs::Metadata;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use super::setup::{Named, Needs, Setup};
+use super::setup::{Named, Needs, Setup, WholeRoot};
 use super::{Info, Machine, Said, Stops, Warning, fine, hint};
 use crate::config::oversight::AuditMode;
-use crate::scan::{self, Confidence, ScanPlan};
+use crate::scan::{self, Confidence, ScanPlan, Step};
 use crate::units::show_size;
 
 /// An image of some gigabytes holds 50,000 to 200,000 files; a warm tree is walked at 300,000 a second.
 const SURVEY_ENTRIES_MAX: u64 = 400_000;
 const SURVEY_TIME: Duration = Duration::from_secs(3);
+/// For a look that has to come to its end. A hundred times what the largest images took: a disk that hangs ends it.
+const THOROUGH_TIME: Duration = Duration::from_secs(600);
+/// How often a long look says that it goes on.
+const TOLD_EVERY: Duration = Duration::from_secs(10);
 /// Of one folder beside a file of ours.
 const NEAR_ENTRIES_MAX: u64 = 10_000;
 /// Links on the way to one file, as the kernel counts.
@@ -48,8 +54,10 @@ pub struct Survey {
     writable: Vec<PathBuf>,
     looked: u64,
     cut_off: bool,
-    /// The whole root was looked at: it is an image's.
-    container: bool,
+    /// Folders that others than their owner may enter and that we cannot list.
+    closed: Vec<PathBuf>,
+    /// The whole root was looked at.
+    whole: bool,
 }
 
 /// How a path is looked up.
@@ -99,16 +107,21 @@ impl Machine<'_> {
 
     fn survey(&self, setup: &Setup) -> &Survey {
         self.survey.get_or_init(|| {
-            let mut survey = Survey { container: setup.whole_image && in_container(&self.root), ..Survey::default() };
-            let until = Instant::now() + SURVEY_TIME;
-            if survey.container {
-                survey.tree(self, Path::new("/"), SURVEY_ENTRIES_MAX, until, true);
+            let mut survey = Survey { whole: is_looked_at_whole(setup, &self.root), ..Survey::default() };
+            let (time, most, most_near) = match setup.thorough {
+                true => (THOROUGH_TIME, u64::MAX, u64::MAX),
+                false => (SURVEY_TIME, SURVEY_ENTRIES_MAX, NEAR_ENTRIES_MAX),
+            };
+            let until = Instant::now() + time;
+            if survey.whole {
+                survey.tree(self, Path::new("/"), most, until, true);
             }
             // Mounted into the container, hence on other file systems than its root.
             for folder in near(setup).iter().map(|folder| self.way(folder).end).filter(|folder| !is_system(folder)) {
-                survey.tree(self, &folder, NEAR_ENTRIES_MAX, until, false);
+                survey.tree(self, &folder, most_near, until, false);
             }
-            for list in [&mut survey.set_id_system, &mut survey.set_id_elsewhere, &mut survey.writable] {
+            let Survey { set_id_system, set_id_elsewhere, writable, closed, .. } = &mut survey;
+            for list in [set_id_system, set_id_elsewhere, writable, closed] {
                 // It has a rule of its own.
                 list.retain(|path| Some(path) != setup.program.as_ref());
                 list.sort();
@@ -119,8 +132,18 @@ impl Machine<'_> {
     }
 }
 
+/// Whether the file system below `root` is looked at as a whole.
+pub fn is_looked_at_whole(setup: &Setup, root: &Path) -> bool {
+    match setup.whole_root {
+        WholeRoot::Never => false,
+        WholeRoot::OfImage => in_container(root),
+        WholeRoot::Always => true,
+    }
+}
+
 /// Whether what runs below `root` was unpacked from an image.
-pub fn in_container(root: &Path) -> bool {
+fn in_container(root: &Path) -> bool {
+    // Of Docker, Podman, nspawn, and a pod with a token. containerd and CRI-O leave none.
     let marks = [
         ".dockerenv",
         "run/.containerenv",
@@ -128,7 +151,27 @@ pub fn in_container(root: &Path) -> bool {
         "run/systemd/container",
         "var/run/secrets/kubernetes.io/serviceaccount",
     ];
-    marks.iter().any(|mark| root.join(mark).exists())
+    // Every container of a pod has it, with and without a token; it is this process's, and so says nothing of another root.
+    let in_pod = root == Path::new("/") && std::env::var_os("KUBERNETES_SERVICE_HOST").is_some();
+    let mounts = || std::fs::read_to_string(root.join("proc/self/mountinfo"));
+    in_pod || marks.iter().any(|mark| root.join(mark).exists()) || mounts().is_ok_and(|text| is_root_unpacked(&text))
+}
+
+/// Whether the root is made of layers, or is a folder of another file system: so runtimes mount what they unpacked.
+fn is_root_unpacked(mountinfo: &str) -> bool {
+    let mounted = |line: &str| {
+        let (place, kind) = line.split_once(" - ")?;
+        let mut place = place.split(' ').skip(3);
+        let (from, at) = (place.next()?, place.next()?);
+        (at == "/").then(|| (from.to_owned(), kind.split(' ').next().unwrap_or_default().to_owned()))
+    };
+    // The last one lies on top.
+    mountinfo.lines().rev().find_map(mounted).is_some_and(|(from, kind)| match kind.as_str() {
+        "overlay" | "fuse.fuse-overlayfs" | "aufs" => true,
+        // Machines have their root in a subvolume as well.
+        "btrfs" => false,
+        _ => from != "/",
+    })
 }
 
 /// Model weights in plaintext that came with an image.
@@ -141,16 +184,32 @@ pub struct Baked {
     pub unseen: Option<String>,
 }
 
+/// How long an image may be looked at for weights, where Vault and the store have `wait`.
+pub fn time_for_weights(setup: &Setup, wait: Duration) -> Duration {
+    if setup.thorough { THOROUGH_TIME } else { wait }
+}
+
 /// Looks at an image as `modelfs scan` does, for `time` at most.
 pub fn baked(root: &Path, time: Duration) -> Baked {
     let plan = ScanPlan { time: Some(time), ..ScanPlan::quick(root) };
-    match scan::scan(&plan, &|_| {}) {
+    let (began, told, passed) = (Instant::now(), AtomicU64::new(0), AtomicU64::new(0));
+    let progress = |step| {
+        let Step::Passed(bytes) = step else { return };
+        let passed = passed.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        let turn = began.elapsed().as_secs() / TOLD_EVERY.as_secs();
+        if told.fetch_max(turn, Ordering::Relaxed) < turn {
+            tracing::info!("looking for weights in the image: {} so far", show_size(passed));
+        }
+    };
+    match scan::scan(&plan, &progress) {
         Err(error) => Baked { unseen: Some(error.chain()), ..Baked::default() },
         Ok(report) => {
             let unread = report.unread.len() as u64 + report.unread_untold;
+            let first = report.unread.first().map_or(String::new(), |place| format!("/{}: {}", place.path, place.why));
             let unseen = match (report.complete, unread) {
                 (true, 0) => None,
-                (true, some) => Some(format!("{some} places could not be read")),
+                (true, 1) => Some(format!("one place could not be read ({first})")),
+                (true, some) => Some(format!("{some} places could not be read (the first is {first})")),
                 (false, _) => Some(format!("the time of {} s was over", time.as_secs())),
             };
             let found = report.at_least(Confidence::Likely).map(|finding| Path::new("/").join(&finding.path)).collect();
@@ -180,7 +239,18 @@ impl Survey {
         let mut folders = vec![top.to_owned()];
         let mut looked = 0;
         while let Some(folder) = folders.pop() {
-            let Ok(entries) = std::fs::read_dir(machine.place(&folder)) else { continue };
+            let entries = match std::fs::read_dir(machine.place(&folder)) {
+                Ok(entries) => entries,
+                // A tree is alive.
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
+                Err(_) => {
+                    // Into one that its owner alone may enter nobody else gets, nor through it to other rights.
+                    if machine.look_at(&folder).is_none_or(|meta| meta.mode() & 0o011 != 0) {
+                        self.closed.push(folder);
+                    }
+                    continue;
+                }
+            };
             for entry in entries.flatten() {
                 looked += 1;
                 if looked > most || (looked % 256 == 0 && Instant::now() > until) {
@@ -188,7 +258,15 @@ impl Survey {
                     self.looked += looked;
                     return;
                 }
-                let Ok(meta) = entry.metadata() else { continue };
+                let meta = match entry.metadata() {
+                    Ok(meta) => meta,
+                    Err(e) => {
+                        if e.kind() != std::io::ErrorKind::NotFound && self.closed.last() != Some(&folder) {
+                            self.closed.push(folder.clone());
+                        }
+                        continue;
+                    }
+                };
                 let path = folder.join(entry.file_name());
                 if meta.is_dir() {
                     let open_to_all = meta.mode() & BY_OTHERS != 0 && meta.mode() & STICKY == 0;
@@ -213,9 +291,10 @@ impl Survey {
         self.looked += looked;
     }
 
-    fn extent(&self) -> String {
-        let cut = if self.cut_off { ", and no further: the rest was not looked at" } else { "" };
-        format!("{} entries{cut}", self.looked)
+    /// Why not all was seen.
+    fn unseen(&self) -> Option<String> {
+        let cut = self.cut_off.then(|| format!("after {} entries the time was over", self.looked));
+        cut.or_else(|| (!self.closed.is_empty()).then(|| format!("{} cannot be listed", list(&self.closed))))
     }
 }
 
@@ -389,8 +468,12 @@ pub(super) fn set_id(machine: &Machine<'_>) -> Option<Said> {
     }
     let inert =
         machine.text("proc/self/status").is_some_and(|status| status.lines().any(|line| line == "NoNewPrivs:\t1"));
-    match (survey.set_id_system.len(), survey.container && !inert) {
-        (0, _) => fine(format!("none in {}", survey.extent()), WANTED),
+    if let Some(why) = survey.unseen().filter(|_| !inert) {
+        let seen = format!("none elsewhere in what was seen, but not all was: {why}");
+        return hint(Warning, seen, WANTED, SEE_ALL);
+    }
+    match (survey.set_id_system.len(), survey.whole && !inert) {
+        (0, _) => fine(format!("none in {} entries", survey.looked), WANTED),
         (some, false) => fine(format!("{some} of the system's own, without effect here"), WANTED),
         (some, true) => {
             let seen = format!("{some} in this image: {}", list(&survey.set_id_system));
@@ -404,12 +487,18 @@ pub(super) fn set_id(machine: &Machine<'_>) -> Option<Said> {
 pub(super) fn world_writable(machine: &Machine<'_>) -> Option<Said> {
     const WANTED: &str = "nothing that everybody can write beside the program and its files, or in a container's image";
     let survey = machine.survey(machine.facts.setup.as_ref()?);
-    if survey.writable.is_empty() {
-        return fine(format!("none in {}", survey.extent()), WANTED);
+    match (survey.writable.as_slice(), survey.unseen()) {
+        ([], None) => fine(format!("none in {} entries", survey.looked), WANTED),
+        ([], Some(why)) => hint(Warning, format!("none in what was seen, but not all was: {why}"), WANTED, SEE_ALL),
+        (writable, _) => {
+            let seen = format!("everybody can write {}", list(writable));
+            hint(Warning, seen, WANTED, format!("chmod o-w {}", quoted(writable)))
+        }
     }
-    let seen = format!("everybody can write {}", list(&survey.writable));
-    hint(Warning, seen, WANTED, format!("chmod o-w {}", quoted(&survey.writable)))
 }
+
+/// Where a survey did not come to its end.
+const SEE_ALL: &str = "modelfs doctor --strict looks to the end; ls -ld of what cannot be listed";
 
 pub(super) fn baked_models(machine: &Machine<'_>) -> Option<Said> {
     const WANTED: &str = "no model weights in plaintext in the image: they come by the mount alone";
@@ -417,9 +506,12 @@ pub(super) fn baked_models(machine: &Machine<'_>) -> Option<Said> {
     let cut = baked.unseen.as_ref().map_or(String::new(), |why| format!("; not all was seen: {why}"));
     match (baked.found.as_slice(), &baked.unseen) {
         ([], None) => fine(format!("none in {} files", baked.files), WANTED),
+        // Not known to be clean.
         ([], Some(why)) => {
             let seen = format!("none in {} files, but not all was seen: {why}", baked.files);
-            hint(Info, seen, WANTED, "modelfs scan / (docs/SCAN.md), best of the image before it is used")
+            let fix = "modelfs scan IMAGE.tar before it is used, modelfs doctor --strict to look to the end; what cannot be \
+                       read, let everybody read or leave out of the image";
+            hint(Warning, seen, WANTED, fix)
         }
         (found, _) => {
             let fix = "modelfs scan / tells each; build the image without them, and seal them (modelfs seal)";
@@ -469,5 +561,78 @@ impl Machine<'_> {
         // SAFETY: a NUL-terminated path and a buffer of the right size, both alive through the call; read only if filled.
         let told = unsafe { (libc::statvfs(path.as_ptr(), told.as_mut_ptr()) == 0).then(|| told.assume_init()) }?;
         told.f_bavail.checked_mul(told.f_frsize)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doctor::{Facts, Severity};
+
+    /// What containerd, CRI-O, Podman, `docker` and machines show of their root.
+    #[test]
+    fn a_root_of_layers_and_one_that_is_a_folder_of_another_file_system_came_with_an_image() {
+        let line =
+            |from: &str, at: &str, kind: &str| format!("627 510 0:71 {from} {at} rw,relatime master:1 - {kind} x rw\n");
+        let below = line("/", "/proc", "proc") + &line("/pods/a/etc-hosts", "/etc/hosts", "ext4");
+        for (from, kind, unpacked) in [
+            ("/", "overlay", true),
+            ("/", "fuse.fuse-overlayfs", true),
+            ("/var/lib/containerd/io.containerd.snapshotter.v1.native/snapshots/7", "ext4", true),
+            ("/", "ext4", false),
+            ("/", "tmpfs", false),
+            ("/@", "btrfs", false),
+        ] {
+            let text = line(from, "/", kind) + &below;
+            assert_eq!(is_root_unpacked(&text), unpacked, "{kind} {from}");
+        }
+        // An initramfs lies below what is the root now.
+        assert!(!is_root_unpacked(&(line("/", "/", "overlay") + &line("/", "/", "ext4"))));
+        assert!(!is_root_unpacked("") && !is_root_unpacked("nonsense / / - overlay"));
+        let root = tempfile::tempdir().expect("a temporary folder");
+        std::fs::create_dir_all(root.path().join("proc/self")).expect("mkdir");
+        assert!(!in_container(root.path()));
+        std::fs::write(root.path().join("proc/self/mountinfo"), line("/", "/", "overlay")).expect("written");
+        assert!(in_container(root.path()));
+        let whole = |whole_root| is_looked_at_whole(&Setup { whole_root, ..Setup::default() }, root.path());
+        assert!(whole(WholeRoot::OfImage) && !whole(WholeRoot::Never));
+        std::fs::remove_file(root.path().join("proc/self/mountinfo")).expect("removed");
+        assert!(whole(WholeRoot::Always) && !whole(WholeRoot::OfImage), "no mark is needed");
+    }
+
+    #[test]
+    fn a_survey_that_did_not_see_all_fails_a_strict_check_of_both_its_rules() {
+        let root = tempfile::tempdir().expect("a temporary folder");
+        for number in 0..10 {
+            std::fs::write(root.path().join(number.to_string()), "").expect("written");
+        }
+        let facts = Facts { setup: Some(Setup::default()), ..Facts::default() };
+        let looked = |survey: Survey| {
+            let machine = Machine::new(root.path(), &facts);
+            machine.survey.set(survey).expect("the first");
+            [set_id(&machine), world_writable(&machine)].map(|said| said.expect("there is a setup"))
+        };
+        let surveyed = |most, time| {
+            let mut survey = Survey { whole: true, ..Survey::default() };
+            survey.tree(&Machine::new(root.path(), &facts), Path::new("/"), most, Instant::now() + time, true);
+            survey
+        };
+        for said in looked(surveyed(1000, Duration::from_secs(60))) {
+            assert_eq!((said.severity, said.seen.as_str()), (Severity::Fine, "none in 10 entries"));
+        }
+        for said in looked(surveyed(5, Duration::from_secs(60))) {
+            assert!(said.severity == Warning && said.seen.contains("not all was"), "{}", said.seen);
+        }
+        let closed = || Survey { closed: vec!["/opt/app".into()], whole: true, ..Survey::default() };
+        for said in looked(closed()) {
+            assert!(said.severity == Warning && said.seen.contains("/opt/app cannot be listed"), "{}", said.seen);
+        }
+    }
+
+    #[test]
+    fn a_thorough_look_has_the_time_it_needs() {
+        let (brief, wait) = (Setup::default(), Duration::from_secs(5));
+        assert_eq!(time_for_weights(&brief, wait), wait);
+        assert_eq!(time_for_weights(&Setup { thorough: true, ..Setup::default() }, wait), THOROUGH_TIME);
     }
 }

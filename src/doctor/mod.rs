@@ -33,7 +33,7 @@ use Severity::{Error as Stops, Info, Warning};
 pub use files::Baked;
 use machine::Machine;
 pub use services::{StoreSeen, VaultSeen};
-pub use setup::{Named, Needs, Setup};
+pub use setup::{Named, Needs, Setup, WholeRoot};
 pub use trial::Fuse;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -107,8 +107,8 @@ pub struct MountFacts {
     pub huge_page_short_bytes: Option<u64>,
 }
 
-/// Looks for what is not in files. Vault, the store and a search for weights each have `wait` at most, and are asked only if
-/// a rule of theirs is among `wanted`; empty is all.
+/// Looks for what is not in files. Vault, the store and a search for weights each have `wait` at most (a thorough search comes
+/// to its end), and are asked only if a rule of theirs is among `wanted`; empty is all.
 pub fn gather(cache_bytes: u64, setup: Option<Setup>, wanted: &[String], wait: Duration) -> Facts {
     // As a mount does: what may be locked depends on it.
     mem::use_right_to_lock();
@@ -117,9 +117,10 @@ pub fn gather(cache_bytes: u64, setup: Option<Setup>, wanted: &[String], wait: D
         vault: asked(&["vault", "vault-tls", "vault-token", "vault-rights", "clock-skew"]),
         store: asked(&["store", "store-access", "store-tls", "clock-skew"]),
     };
-    let image = setup.as_ref().is_some_and(|setup| setup.whole_image) && files::in_container(Path::new("/"));
+    let image = setup.as_ref().filter(|setup| files::is_looked_at_whole(setup, Path::new("/")));
     let (baked, (vault, store)) = std::thread::scope(|scope| {
-        let search = (image && asked(&["baked-models"])).then(|| scope.spawn(|| files::baked(Path::new("/"), wait)));
+        let time = image.filter(|_| asked(&["baked-models"])).map(|setup| files::time_for_weights(setup, wait));
+        let search = time.map(|time| scope.spawn(move || files::baked(Path::new("/"), time)));
         let services = setup.as_ref().map_or((None, None), |setup| services::ask(setup, asks, wait));
         let baked = search.map(|work| work.join().unwrap_or_else(|died| std::panic::resume_unwind(died)));
         (baked, services)

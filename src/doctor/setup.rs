@@ -38,8 +38,19 @@ pub struct Setup {
     pub program: Option<PathBuf>,
     /// The mount was made by somebody else; we only serve it.
     pub given: bool,
-    /// A container's image is looked at as a whole: for set-uid programs, for weights.
-    pub whole_image: bool,
+    pub whole_root: WholeRoot,
+    /// What is looked at is looked at to its end: what was not seen stops a strict start.
+    pub thorough: bool,
+}
+
+/// Whether the root file system is looked at as a whole, for set-uid programs and for weights; else what lies beside our files.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum WholeRoot {
+    #[default]
+    Never,
+    /// Where something tells that it came with an image.
+    OfImage,
+    Always,
 }
 
 /// Who may do what with a file that the configuration names.
@@ -67,7 +78,7 @@ impl Setup {
     ///
     /// # Errors
     /// As [`crate::reading::connect`].
-    pub fn of_mount(plan: &mut MountPlan, config_files: Vec<PathBuf>, whole_image: bool) -> Result<Setup> {
+    pub fn of_mount(plan: &mut MountPlan, config_files: Vec<PathBuf>, whole_root: WholeRoot) -> Result<Setup> {
         crate::reading::connect(&mut plan.access)?;
         Ok(Setup {
             config_files,
@@ -80,7 +91,7 @@ impl Setup {
             state_dir: plan.access.trust.state_dir().ok(),
             oversight: plan.oversight.clone(),
             given: plan.given.is_some(),
-            whole_image,
+            whole_root,
             ..Setup::of_process()
         })
     }
@@ -97,7 +108,8 @@ impl Setup {
         let typed = store.as_ref().map(|(typed, _)| *typed);
         let wrong = layers.as_ref().map_or(Vec::new(), |layers| wrong(layers, typed, mountpoint.is_some()));
         let store = store.map(|(_, url)| url);
-        let setup = Setup { wrong, config_files, store, mountpoint, whole_image: true, ..Setup::of_process() };
+        let whole_root = WholeRoot::OfImage;
+        let setup = Setup { wrong, config_files, store, mountpoint, whole_root, ..Setup::of_process() };
         let read = layers.and_then(|layers| {
             let mut access = Access::from_layers(&layers)?.anchored()?;
             let oversight = Oversight::from_layers(&layers)?;

@@ -525,7 +525,7 @@ fn each_fact_that_is_bad_is_found_by_its_rule_and_by_no_other() {
         ("baked-models", Warning, "/app/llama.gguf", |f| {
             f.baked.as_mut().expect("given").found.push("/app/llama.gguf".into());
         }),
-        ("baked-models", Info, "not all was seen", |f| {
+        ("baked-models", Warning, "not all was seen", |f| {
             f.baked.as_mut().expect("given").unseen = Some("the time was over".into());
         }),
         ("clock-skew", Warning, "the store is 61 s behind", |f| store(f).ahead_s = Some(-61)),
@@ -676,6 +676,36 @@ fn the_page_has_a_row_for_every_rule_with_its_severities_and_for_no_other() {
     }
 }
 
+/// A rule that no test spoils would be believed for nothing.
+#[test]
+fn every_rule_is_spoiled_for_real_in_a_step_or_listed_as_imitated_and_none_is_both() {
+    let page = include_str!("../../docs/DOCTOR.md");
+    let steps = include_str!("../../tests/doctor.sh");
+    let (_, lists) = page.split_once("\nSpoiled for real:\n").expect("the first list");
+    let (real, imitated) = lists.split_once("\nImitated").expect("the second list");
+    fn named(list: &str) -> Vec<&str> {
+        list.split('`').skip(1).step_by(2).filter(|word| rule_names().any(|rule| rule == *word)).collect()
+    }
+    let (real, imitated) = (named(real), named(imitated));
+    let mut both = [real.clone(), imitated].concat();
+    both.sort_unstable();
+    let mut all: Vec<&str> = rule_names().collect();
+    all.sort_unstable();
+    assert_eq!(both, all, "docs/DOCTOR.md: each rule once, in one of the lists");
+    for rule in real {
+        let complains = ["info", "warning", "error"].iter().any(|word| {
+            let wanted = format!("{rule} {word}");
+            steps.match_indices(&wanted).any(|(at, _)| {
+                // As one of those that a step wants, not as one that it leaves out.
+                steps[..at].ends_with(['"', ',', '\''])
+            })
+        });
+        // Its weight is another where the kernel zeroes what it frees.
+        let io_uring = rule == "io-uring" && steps.contains("\"io-uring $(");
+        assert!(complains || io_uring, "tests/doctor.sh has no step for {rule}");
+    }
+}
+
 #[test]
 fn weights_are_found_in_an_image_and_an_image_that_was_not_seen_whole_is_not_called_clean() {
     let image = tempfile::tempdir().expect("a temporary folder");
@@ -688,5 +718,7 @@ fn weights_are_found_in_an_image_and_an_image_that_was_not_seen_whole_is_not_cal
     std::fs::write(image.path().join("app/llama.gguf"), weights).expect("write");
     let found = files::baked(image.path(), Duration::from_secs(60)).found;
     assert_eq!(found, [Path::new("/app/llama.gguf")]);
+    let cut_off = files::baked(image.path(), Duration::ZERO);
+    assert!(cut_off.unseen.expect("no time").contains("was over"));
     assert!(files::baked(&image.path().join("nothing"), Duration::from_secs(60)).unseen.is_some());
 }

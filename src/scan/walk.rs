@@ -761,7 +761,14 @@ impl<'a> Walk<'a> {
     }
 
     fn tree_file(&self, number: usize, root: &OwnedFd, layout: bool, path: &Path, loose: &mut Unit) -> io::Result<()> {
-        let fd = open_beneath(root, path, libc::O_RDONLY | libc::O_NONBLOCK | libc::O_NOCTTY)?;
+        let fd = match open_beneath(root, path, libc::O_RDONLY | libc::O_NONBLOCK | libc::O_NOCTTY) {
+            // What is too small for a finding needs no right to be read.
+            Err(e) if e.kind() == io::ErrorKind::PermissionDenied && !layout && self.is_small(root, path) => {
+                self.meter.files.fetch_add(1, Ordering::Relaxed);
+                return Ok(());
+            }
+            opened => opened?,
+        };
         let about = beneath::fstat(&fd)?;
         if about.st_mode & libc::S_IFMT != libc::S_IFREG {
             return Ok(());
@@ -784,6 +791,11 @@ impl<'a> Walk<'a> {
         };
         range.skip(u64::MAX)?;
         ended
+    }
+
+    fn is_small(&self, root: &OwnedFd, path: &Path) -> bool {
+        let about = open_beneath(root, path, libc::O_PATH).and_then(|fd| beneath::fstat(&fd));
+        about.is_ok_and(|about| u64::try_from(about.st_size).is_ok_and(|len| len < self.plan.min_bytes))
     }
 
     // ---- keeping ----
