@@ -65,9 +65,9 @@ same() { # WANTED-LINES: those of standard input, and no others
 
 write_lite() {
   "$cache/clients-lite/bin/python" - "$work/written" <<'PYTHON'
-import pickle, sys
+import io, pickle, sys, zipfile
 from pathlib import Path
-import gguf, numpy as np, onnx
+import flatbuffers, gguf, h5py, numpy as np, onnx
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
@@ -92,17 +92,75 @@ np.savez(out / "e.npz", a=weights, b=weights)
 np.savez_compressed(out / "f.npz", a=rng.standard_normal((1024, 512)))
 for protocol in (2, 3, 4, 5):
     (out / f"pickle{protocol}").write_bytes(pickle.dumps({"coef": weights}, protocol=protocol))
+# As Keras lays its files out, by the library that writes them for it, in each form of the format that the library has.
+for library in ("earliest", "v108", "latest"):
+    with h5py.File(out / f"h5-model-{library}", "w", libver=library) as file:
+        file.attrs["keras_version"], file.attrs["backend"] = "2.15.0", "tensorflow"
+        group = file.create_group("model_weights")
+        group.attrs["layer_names"] = [b"dense"]
+        group.create_group("dense").create_dataset("dense/kernel:0", data=weights)
+    with h5py.File(out / f"h5-weights-{library}", "w", libver=library) as file:
+        file.create_group("layers/dense/vars").create_dataset("0", data=weights)
+        file.create_group("vars")
+with h5py.File(out / "h5-user-block", "w", userblock_size=512) as file:
+    file.attrs["layer_names"] = [b"dense"]
+    file.create_dataset("dense", data=weights)
+# So many attributes that the library keeps them in a heap: Keras's words are there, but in no record of the root's header.
+with h5py.File(out / "h5-many", "w", libver="latest") as file:
+    for i in range(40):
+        file.attrs[f"note{i}"] = i
+    file.attrs["layer_names"] = [b"dense"]
+    file.create_dataset("dense", data=weights)
+whole = (out / "h5-model-earliest").read_bytes()
+(out / "h5-cut").write_bytes(whole[: len(whole) // 2])
+inner = io.BytesIO()
+with h5py.File(inner, "w") as file:
+    file.create_group("layers/dense/vars").create_dataset("0", data=weights)
+with zipfile.ZipFile(out / "keras-archive", "w") as archive:
+    archive.writestr("metadata.json", "{}")
+    archive.writestr("config.json", "{}")
+    archive.writestr("model.weights.h5", inner.getvalue())
+# The fields of a Model of TensorFlow Lite's schema that every file has, by the library that its converter uses.
+builder = flatbuffers.Builder(1024)
+data = builder.CreateByteVector(weights.tobytes())
+builder.StartObject(1)
+builder.PrependUOffsetTRelativeSlot(0, data, 0)
+buffer = builder.EndObject()
+builder.StartVector(4, 1, 4)
+builder.PrependUOffsetTRelative(buffer)
+buffers = builder.EndVector()
+text = builder.CreateString("made by a test")
+builder.StartObject(8)
+builder.PrependUint32Slot(0, 3, 0)
+builder.PrependUOffsetTRelativeSlot(3, text, 0)
+builder.PrependUOffsetTRelativeSlot(4, buffers, 0)
+builder.Finish(builder.EndObject(), file_identifier=b"TFL3")
+(out / "tfl").write_bytes(builder.Output())
 # What looks near it and is none of it.
 clean = out / "clean"; clean.mkdir()
 np.save(clean / "labels.npy", np.arange(500_000))
 np.savez(clean / "tiny.npz", a=np.zeros(10))
 (clean / "words.pickle").write_bytes(pickle.dumps({f"word{i}": i for i in range(20_000)}))
+for library in ("earliest", "latest"):
+    with h5py.File(clean / f"measured-{library}", "w", libver=library) as file:
+        file.attrs["instrument"] = "layers of a film"
+        file.create_dataset("layers", data=rng.standard_normal((512, 512)))
 (clean / "tables.json").write_text('{"w":{"dtype":"F32"}}' * 100_000)
 PYTHON
 }
 lite_is_told() {
   write_lite || return 1
   scanned 26 "$work/written" | same "gguf certain b
+hdf5 certain h5-model-earliest
+hdf5 certain h5-model-latest
+hdf5 certain h5-model-v108
+hdf5 certain h5-user-block
+hdf5 certain h5-weights-earliest
+hdf5 certain h5-weights-latest
+hdf5 certain h5-weights-v108
+hdf5 likely h5-cut
+hdf5 likely h5-many
+keras certain keras-archive
 numpy likely d.npy
 numpy likely e.npz
 numpy likely f.npz
@@ -113,7 +171,8 @@ pickle certain pickle3
 pickle certain pickle4
 pickle certain pickle5
 safetensors certain a
-safetensors certain small" || return 1
+safetensors certain small
+tflite certain tfl" || return 1
   scanned 0 "$work/written/clean" | same ""
 }
 torch_is_told() {
@@ -257,7 +316,7 @@ if [[ ! -x $lite ]]; then
   finish
   exit
 fi
-step "files that safetensors, GGUF, ONNX, NumPy and pickle wrote are told as what they are" lite_is_told
+step "files that safetensors, GGUF, ONNX, NumPy, pickle, h5py and flatbuffers wrote are told as what they are" lite_is_told
 if [[ ${1:-} != --quick && -f $cache/clients-torch/complete ]]; then
   step "files that PyTorch wrote are told as what they are" torch_is_told
 else

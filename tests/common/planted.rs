@@ -136,7 +136,13 @@ pub fn tensorrt(mark: &[u8; 4]) -> Vec<u8> {
 }
 
 pub fn hdf5() -> Vec<u8> {
-    [b"\x89HDF\r\n\x1a\n\x02".to_vec(), vec![0; 300], b"layer_names".to_vec(), noise(4096)].concat()
+    // A superblock of version 2, and the header of a root whose one attribute is Keras's.
+    let attribute = [&[3, 0, 12, 0, 8, 0, 4, 0, 0][..], b"layer_names\0", &[0; 12]].concat();
+    let records = [&[0x0c, attribute.len() as u8, 0, 0][..], &attribute].concat();
+    let header = [b"OHDR\x02\0", &[records.len() as u8][..], &records, &[0; 4]].concat();
+    let end = 48 + header.len() as u64 + 4096;
+    let addresses: Vec<u8> = [0, u64::MAX, end, 48].iter().flat_map(|n| n.to_le_bytes()).collect();
+    [b"\x89HDF\r\n\x1a\n\x02\x08\x08\0".to_vec(), addresses, vec![0; 4], header, noise(4096)].concat()
 }
 
 pub fn tflite() -> Vec<u8> {

@@ -10,7 +10,7 @@
 #   cargo-cyclonedx  the bill of materials
 #   cargo-deb      the Debian package, and lintian to look at it
 #   pjdfstest      POSIX filesystem suite
-#   clients-lite   Python environment: safetensors, onnxruntime, gguf, tokenizers, and a small real model (340 MB)
+#   clients-lite   Python environment: safetensors, onnxruntime, gguf, tokenizers, h5py, and a small real model (360 MB)
 #   clients-torch  Python environment: torch, transformers, sentence-transformers, and the same model (5.9 GB)
 #   supply         Python environment: pre-commit, shellcheck, schemas of workflows and of bills of materials
 #   actionlint     workflow files (10 CPU-seconds)
