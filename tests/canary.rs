@@ -23,7 +23,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use fixture::Random;
 use needle::{MARKER_BYTES, Needle};
-use program::{Program, can_mount, run_ok};
+use program::{Program, can_mount, run_ok, skip};
 
 /// The test's own disk: an ext4 image on a loop device.
 struct Disk {
@@ -326,8 +326,7 @@ fn make_swap(disk: &Disk, swap: &Path) -> bool {
     run_ok(Command::new("chmod").arg("600").arg(swap));
     run_ok(Command::new("mkswap").arg("-q").arg(swap).stdout(Stdio::null()));
     if !Command::new("swapon").arg(swap).status().expect("swapon").success() {
-        assert!(std::env::var_os("CI").is_none(), "CI can swap");
-        eprintln!("SKIPPED (part): this machine does not let us swap");
+        skip("this machine does not let us swap");
         return false;
     }
     let planted: [u8; MARKER_BYTES] = Random(99).bytes(MARKER_BYTES).try_into().expect("64");

@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use program::{Program, can_mount, is_mountpoint, run_ok};
+use program::{Program, can_mount, is_mountpoint, run_ok, skip};
 
 const WEIGHTS_BYTES: usize = (20 << 20) + 99;
 
@@ -140,7 +140,7 @@ fn kill_9_leaves_files_served_by_passthrough_readable() {
     let status = run_ok(program.command(&["status", "--json"]).arg(program.mountpoint()));
     let status: serde_json::Value = serde_json::from_slice(&status.stdout).expect("JSON");
     if status["passthrough"] != true {
-        eprintln!("SKIPPED: this kernel has no passthrough");
+        skip("this kernel has no passthrough");
         return mount.unmount();
     }
     let file = File::open(program.mountpoint().join("acme/m/weights.bin")).expect("open");
@@ -193,11 +193,10 @@ struct OrdinaryUser {
 const AS_USER: [&str; 3] = ["--reuid=65534", "--regid=65534", "--clear-groups"];
 
 impl OrdinaryUser {
-    /// `None` where the machine has no fusermount3; with CI set that is a must.
+    /// `None` where the machine has no fusermount3; where everything is required to be there that is a must.
     fn new() -> Option<OrdinaryUser> {
         if Command::new("fusermount3").arg("--version").output().is_err() {
-            assert!(std::env::var_os("CI").is_none(), "CI needs fuse3");
-            eprintln!("SKIPPED: needs fusermount3");
+            skip("it needs fusermount3");
             return None;
         }
         let_users_open_fuse();

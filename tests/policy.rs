@@ -30,7 +30,7 @@ use modelfs::read::Reader;
 use modelfs::telemetry::Telemetry;
 use modelfs::telemetry::events::{Event, Kind, Outcome, Severity, Sink};
 use modelfs::vfs::{Layout, Ownership, Shown, Vfs};
-use program::{Program, can_mount, run_ok};
+use program::{Program, can_mount, run_ok, skip};
 use sha2::Digest;
 
 const BIG: &str = "model.safetensors";
@@ -1173,7 +1173,7 @@ fn a_descriptor_past_the_daemon_that_is_handed_on_gives_bytes_and_no_attributes(
     let root = "[denials]\ncount = 1000\n[[rule]]\nuids = [0]\nmodels = [\"*\"]\nmay = \"read\"\n";
     let mount = Mount::new(OpenPolicy::Whole, Layout::Plain, Some(root));
     if !mount.fs.passthrough() {
-        eprintln!("SKIPPED: this kernel has no passthrough");
+        skip("this kernel has no passthrough");
         return;
     }
     let file = File::open(mount.path("open").join(BIG)).expect("open");

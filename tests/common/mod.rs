@@ -9,6 +9,7 @@
 
 pub mod hostile;
 pub mod minio;
+mod skip;
 pub mod slow;
 pub mod vault;
 
@@ -17,6 +18,8 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
+
+pub use skip::skip;
 
 /// The version that tests/parts/versitygw.sh installs.
 const VERSITYGW_VERSION: &str = "1.8.0";
@@ -27,15 +30,6 @@ pub fn parts_dir() -> PathBuf {
         Some(dir) => PathBuf::from(dir),
         None => PathBuf::from(std::env::var_os("HOME").expect("HOME is set")).join(".cache/modelfs-tests"),
     }
-}
-
-/// Says that a test does not run and why; fails where everything is required to be there.
-pub fn skip(reason: &str) {
-    let set = |name: &str, value: &str| std::env::var(name).is_ok_and(|seen| seen == value);
-    let required = set("CI", "true") || set("MODELFS_TEST_REQUIRE_PARTS", "1");
-    let test = std::thread::current().name().unwrap_or("test").to_owned();
-    assert!(!required, "{test} cannot run: {reason}");
-    println!("SKIPPED {test}: {reason}");
 }
 
 /// The path of an installed part below the cache folder, or `None` after [`skip`].

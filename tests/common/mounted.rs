@@ -13,7 +13,11 @@ use modelfs::read::Reader;
 use modelfs::telemetry::Telemetry;
 use modelfs::vfs::{Ownership, Vfs};
 
+#[path = "skip.rs"]
+mod skip;
+
 use super::fixture::NAME;
+pub use skip::skip;
 
 pub struct Mounted {
     pub folder: tempfile::TempDir,
@@ -66,6 +70,15 @@ impl Mounted {
 
     pub fn path(&self, file: &str) -> PathBuf {
         self.root().join(file)
+    }
+
+    /// Whether whole files are read past the daemon here; where everything is required to be there that is a must.
+    pub fn has_passthrough(&self) -> bool {
+        let has = self.fs.passthrough();
+        if !has {
+            skip("this kernel has no passthrough");
+        }
+        has
     }
 
     /// Opens passthrough has answered so far.
@@ -135,12 +148,11 @@ impl Drop for Mounted {
     }
 }
 
-/// Whether this machine can mount at all; with CI set that is a must.
+/// Whether this machine can mount at all; where everything is required to be there that is a must.
 pub fn can_mount() -> bool {
     let can = Path::new("/dev/fuse").exists() && modelfs::mem::has_cap_sys_admin();
     if !can {
-        assert!(std::env::var_os("CI").is_none(), "CI needs /dev/fuse and root");
-        eprintln!("SKIPPED: needs /dev/fuse and root");
+        skip("it needs /dev/fuse and root");
     }
     can
 }

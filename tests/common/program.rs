@@ -5,6 +5,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+#[path = "skip.rs"]
+mod skip;
+
+pub use skip::skip;
+
 pub struct Program {
     root: PathBuf,
     store: String,
@@ -184,12 +189,11 @@ pub fn run_ok(command: &mut Command) -> Output {
     output
 }
 
-/// Whether this machine can mount at all; with CI set that is a must.
+/// Whether this machine can mount at all; where everything is required to be there that is a must.
 pub fn can_mount() -> bool {
     let can = Path::new("/dev/fuse").exists() && modelfs::mem::has_cap_sys_admin();
     if !can {
-        assert!(std::env::var_os("CI").is_none(), "CI needs /dev/fuse and root");
-        eprintln!("SKIPPED: needs /dev/fuse and root");
+        skip("it needs /dev/fuse and root");
     }
     can
 }
