@@ -301,7 +301,7 @@ impl Versions {
             }
             let changed = vfs.set_current(model.serial);
             if let Some(folder) = changed {
-                fs.drop_name(folder, CURRENT);
+                fs.drop_name(folder, CURRENT.as_bytes());
             }
             let (seq, was) = (model.manifest.header().seq, before.get(&model.name));
             if changed.is_some() {
@@ -427,11 +427,23 @@ impl Versions {
 /// Has the kernel drop the names of a version, and takes it out of the tree if it then knows none of its nodes.
 fn take_out(fs: &ModelFs, serial: u32) -> Option<Arc<Model>> {
     let (folder, name) = fs.vfs().place(serial)?;
-    fs.drop_name(folder, CURRENT);
-    fs.drop_name(folder, &name);
-    let until = Instant::now() + FORGET_WAIT;
-    while fs.vfs().is_known(serial) && Instant::now() < until {
-        std::thread::sleep(Duration::from_millis(5));
+    let version = fs.vfs().lookup(folder, name.as_bytes())?;
+    let is_forgotten = || {
+        let until = Instant::now() + FORGET_WAIT;
+        while fs.vfs().is_known(serial) && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        !fs.vfs().is_known(serial)
+    };
+    fs.drop_name(folder, CURRENT.as_bytes());
+    fs.drop_name(folder, name.as_bytes());
+    if !is_forgotten() {
+        // A folder that was somebody's working directory lost its name at an earlier try, and is kept by what was looked up
+        // below it since.
+        for (_, _, child) in (2..).map_while(|position| fs.vfs().entry(version, position)) {
+            fs.drop_name(version, &child);
+        }
+        is_forgotten();
     }
     fs.vfs().retire(serial)
 }

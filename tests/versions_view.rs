@@ -8,6 +8,7 @@ use std::io::ErrorKind;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -192,6 +193,50 @@ fn an_old_version_stays_while_it_is_open_or_mapped_and_its_memory_is_wiped_after
             status["cache"]["bytes"] == 0
         });
         assert!(fs::metadata(scene.at("1")).is_err());
+        mount.unmount();
+    }
+}
+
+#[test]
+fn a_version_whose_directory_is_held_stays_while_others_leave() {
+    if !can_mount() {
+        return;
+    }
+    for hold in ["a descriptor of its folder", "a descriptor below it", "a working directory"] {
+        let scene = Scene::new();
+        let mount = scene.program.mount(&["--cache", "128MiB", "--versions", "--retire-after", "100ms"]);
+        // Resolved once, through the link.
+        let below = scene.at("current").join(if hold.contains("below") { "sub" } else { "" });
+        let folder = (!hold.contains("working")).then(|| File::open(&below).expect("open"));
+        let mut shell = folder.is_none().then(|| {
+            let mut command = std::process::Command::new("sh");
+            command.args(["-c", "read -r _; cat config.json sub/tokenizer.json weights.bin"]).current_dir(&below);
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("sh runs")
+        });
+        // Each of these leaves after the period, so that it has passed three times for the one that is held.
+        for version in 2..=5 {
+            scene.publish(version);
+            assert!(scene.reload().status.success());
+            if version > 2 {
+                let gone = (version - 1).to_string();
+                scene.wait_until("a version that nobody has to leave", || !scene.listed().contains(&gone));
+            }
+        }
+        assert_eq!(scene.listed(), ["1", "5", "current"], "{hold}");
+
+        if let Some(folder) = &folder {
+            let inside = PathBuf::from(format!("/proc/self/fd/{}", folder.as_raw_fd()));
+            for (file, len) in [("config.json", 40), ("sub/tokenizer.json", 4000), ("weights.bin", WEIGHTS_BYTES)] {
+                let file = if hold.contains("below") { Path::new("..").join(file) } else { file.into() };
+                assert_eq!(fs::read(inside.join(file)).expect("read"), vec![1; len], "{hold}");
+            }
+        }
+        if let Some(shell) = shell.take() {
+            let read = shell.wait_with_output().expect("sh ends").stdout;
+            assert_eq!(read, vec![1; 40 + 4000 + WEIGHTS_BYTES], "{hold}");
+        }
+        drop(folder);
+        scene.wait_until(&format!("it to leave once let go: {hold}"), || scene.listed() == ["5", "current"]);
         mount.unmount();
     }
 }

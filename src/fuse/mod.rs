@@ -202,11 +202,11 @@ impl ModelFs {
 
     /// Has the kernel drop a name and every unused name below it; what programs hold goes on. From a thread that holds
     /// nothing, never from one that answers the kernel.
-    pub fn drop_name(&self, folder: NodeId, name: &str) {
+    pub fn drop_name(&self, folder: NodeId, name: &[u8]) {
         let Some(notifier) = self.inner.notifier.get() else { return };
         // Not known to the kernel, or the kernel is gone: then there is nothing to drop.
-        if let Err(error) = notifier.inval_entry(INodeNo(folder.0), OsStr::new(name)) {
-            tracing::debug!("invalidating {name}: {error}");
+        if let Err(error) = notifier.inval_entry(INodeNo(folder.0), OsStr::from_bytes(name)) {
+            tracing::debug!("invalidating {}: {error}", String::from_utf8_lossy(name));
         }
     }
 
