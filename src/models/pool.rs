@@ -147,8 +147,7 @@ impl Pool {
             drop(table);
             (lost, Wiping(self))
         };
-        self.cache.drop_pages(&lost);
-        let report = self.cache.cut(&lost).wipe(&self.cache);
+        let report = self.cache.revoke(&lost);
         let names: Vec<&str> = lost.iter().map(|model| model.name.as_str()).collect();
         tracing::warn!(
             wiped_bytes = report.wiped_bytes,
