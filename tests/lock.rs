@@ -17,11 +17,11 @@ mod no_uring;
 mod program;
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -36,7 +36,7 @@ use modelfs::host::Revoker;
 use modelfs::mem::{ArenaKind, can_pin};
 use modelfs::read::OpenFile;
 use modelfs::store::fault::{Call, Fault, Faulty, When};
-use mounted::{How, Mounted, can_mount};
+use mounted::{How, Mounted, can_mount, skip};
 use needle::{MARKER_BYTES, Needle};
 use no_uring::without_io_uring;
 use program::{Program, run_ok};
@@ -1098,4 +1098,127 @@ fn a_user_alone_is_shut_out() {
     let (read, said) = cat();
     assert!(!read && said.contains("Permission denied"), "{said}");
     assert!(std::fs::read(mount.path("config.json")).is_ok());
+}
+
+/// A control group of our own, as an engine names one.
+struct Group(PathBuf);
+
+impl Group {
+    /// The root of control groups, version 2, or `None` after `skip`.
+    fn root() -> Option<PathBuf> {
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").expect("mountinfo");
+        // ID, parent, device, root, mountpoint, options..., "-", type.
+        let at = mounts.lines().filter(|line| line.contains(" - cgroup2 ")).find_map(|line| line.split(' ').nth(4));
+        let at = at.map(PathBuf::from).filter(|at| Group::of(at, "modelfs-test-probe").is_some());
+        if at.is_none() {
+            skip("no control groups of version 2 can be made here");
+        }
+        at
+    }
+
+    fn of(parent: &Path, name: &str) -> Option<Group> {
+        let path = parent.join(name);
+        std::fs::create_dir(&path).ok().map(|()| Group(path))
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        // Its processes have been waited for; the kernel may take a moment more.
+        for _ in 0..100 {
+            if std::fs::remove_dir(&self.0).is_ok() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        eprintln!("{} stays", self.0.display());
+    }
+}
+
+/// A process that opens and reads a file whenever it is told to, in a control group or in none of its own.
+struct Shell {
+    child: Child,
+    lines: std::io::Lines<BufReader<ChildStdout>>,
+}
+
+impl Shell {
+    fn start(path: &Path, group: Option<&Group>) -> Shell {
+        // Of its own accord it neither opens nor reads anything of the mount.
+        let script = "while read -r _; do if cat \"$0\" >/dev/null 2>&1; then echo READ; else echo REFUSED; fi; done";
+        let mut command = Command::new("sh");
+        command.args(["-c", script]).arg(path).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().expect("sh runs");
+        if let Some(Group(group)) = group {
+            std::fs::write(group.join("cgroup.procs"), child.id().to_string()).expect("moved into the group");
+        }
+        let lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+        Shell { child, lines }
+    }
+
+    fn reads(&mut self) -> bool {
+        self.child.stdin.as_mut().expect("piped").write_all(b"go\n").expect("told");
+        match self.lines.next().expect("an answer").expect("text").as_str() {
+            "READ" => true,
+            "REFUSED" => false,
+            other => panic!("{other}?"),
+        }
+    }
+}
+
+impl Drop for Shell {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn a_container_and_a_pod_are_shut_out_by_their_control_groups_and_nobody_outside_them() {
+    if !can_mount() {
+        return;
+    }
+    let Some(root) = Group::root() else { return };
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let program = Program::in_folder(folder.path());
+    two_models(&program, &[9; MARKER_BYTES]);
+    let running = program.mount(&["--cache", "128MiB"]);
+    let mnt = program.mountpoint();
+    let at = mnt.to_str().expect("utf-8");
+    let path = mnt.join("first/config.json");
+    let mut random = Random::announced("control groups");
+    let mut id = || random.bytes(32).iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    let (docker, other, inner) = (id(), id(), id());
+    let uid = "0f8fad5b-d9cb-469f-a165-70867728950e";
+    let pod = format!("kubepods-burstable-pod{}.slice", uid.replace('-', "_"));
+    let group = |parent: &Path, name: String| Group::of(parent, &name).expect("a control group");
+    let docker_group = group(&root, format!("docker-{docker}.scope"));
+    let other_group = group(&root, format!("docker-{other}.scope"));
+    let pod_group = group(&root, pod);
+    let inner_group = group(&pod_group.0, format!("cri-containerd-{inner}.scope"));
+    let mut docker_shell = Shell::start(&path, Some(&docker_group));
+    let mut other_shell = Shell::start(&path, Some(&other_group));
+    let mut pod_shell = Shell::start(&path, Some(&inner_group));
+    let mut outside = Shell::start(&path, None);
+    let mut who_reads =
+        || [&mut docker_shell, &mut other_shell, &mut pod_shell, &mut outside].map(|shell| shell.reads());
+    assert_eq!(who_reads(), [true; 4], "the test shows nothing: one of them cannot read at all");
+
+    // As `docker ps` shows it.
+    let container = format!("container={}", &docker[..12]);
+    let pod = format!("pod={uid}");
+    for (session, left) in [
+        (&container, [false, true, true, true]),
+        (&pod, [true, true, false, true]),
+        (&format!("container={inner}"), [true, true, false, true]),
+        (&format!("container={}", "0".repeat(64)), [true; 4]),
+        (&"pod=0f8fad5b-d9cb-469f-a165-708677289500".to_owned(), [true; 4]),
+    ] {
+        json_of(&program, &["sessions", at, "--shut-out", session]);
+        assert_eq!(who_reads(), left, "{session}");
+        assert_eq!(json_of(&program, &["sessions", at, "--let-in", session])["was_shut_out"], true);
+        assert_eq!(who_reads(), [true; 4], "{session} was let in");
+    }
+    drop((docker_shell, other_shell, pod_shell, outside));
+    drop(inner_group);
+    running.unmount();
 }
