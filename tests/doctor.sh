@@ -92,7 +92,7 @@ TOML
 chroot=("$(command -v chroot)")
 around=() # what stands before the program: other rights, limits, namespaces
 extra=()  # variables of its environment
-limit=120 # seconds that it may take
+limit=300 # seconds that it may take
 here() { # COMMAND...: in that root, with nothing of our environment
   timeout "$limit" "${around[@]}" env -i PATH=/usr/local/bin:/usr/bin:/bin HOME=/ "${extra[@]}" "${chroot[@]}" "$root" "$@"
 }
@@ -434,11 +434,6 @@ store_gone() { gone srv/store; }
 store_back() { back srv/store; }
 step "doctor: the folder of the store is not there" only "store error" store_gone store_back file:///srv/store
 
-until_true() { # SECONDS COMMAND...
-  local end=$((SECONDS + $1))
-  shift
-  until "$@" >/dev/null 2>&1; do ((SECONDS < end)) || { echo "not within the time: $*"; return 1; }; sleep 0.1; done
-}
 # An address that is not of the loopback network: what is sent there could have to cross one. Nobody outside reaches it.
 if command -v ip >/dev/null && ip address add 198.51.100.1/32 dev lo 2>/dev/null; then far=198.51.100.1; fi
 good_key=(AWS_ACCESS_KEY_ID=modelfs-tests AWS_SECRET_ACCESS_KEY=not-a-secret-of-anyone AWS_REGION=us-east-1)
