@@ -340,7 +340,7 @@ mod tests {
     #[test]
     fn whoever_pins_is_stopped_before_the_next_ring() {
         let map = Map::reserve(4096, 4096).unwrap();
-        let error = Pins::new(&map, &[0..4096], &|| true).expect_err("it is over");
+        let error = Pins::new(&map, std::slice::from_ref(&(0..4096)), &|| true).expect_err("it is over");
         assert_eq!(error.raw_os_error(), Some(libc::ECANCELED));
     }
 
