@@ -179,8 +179,12 @@ fn non_empty(taken: Option<LockedBuf>) -> Option<LockedBuf> {
 /// # Errors
 /// `USAGE`, `KEY_PERMS` for secrets that are not there or not private; `VAULT_DENIED` and the others of [`Wire::send`].
 pub async fn login(method: &AuthMethod, secrets: &EnvSecrets, wire: &Wire) -> Result<Token> {
+    let suspect = |refused: Error| match refused.code() {
+        Code::VaultDenied => refused.context(method.suspicion()),
+        _ => refused,
+    };
     let body = match method {
-        AuthMethod::Token { file } => return own_token(file.as_deref(), secrets, wire).await,
+        AuthMethod::Token { file } => return own_token(file.as_deref(), secrets, wire).await.map_err(suspect),
         AuthMethod::AppRole { role_id, secret_id_file, wrapped, .. } => {
             let secret_id = secret_id(secret_id_file.as_deref(), *wrapped, secrets, wire).await?;
             secret_body([("role_id", role_id.as_str())], "secret_id", &secret_id)?
@@ -224,10 +228,7 @@ pub async fn login(method: &AuthMethod, secrets: &EnvSecrets, wire: &Wire) -> Re
     };
     let what = format!("cannot log in to Vault by {}", method.name());
     let answer = wire.send(Raw::new(Method::Post, path, Some(body.0.clone())), None, &what).await;
-    Token::of(answer.map_err(|refused| match refused.code() {
-        Code::VaultDenied => refused.context(method.suspicion()),
-        _ => refused,
-    })?)
+    Token::of(answer.map_err(suspect)?)
 }
 
 /// The fields of a login, wiped when dropped.

@@ -517,25 +517,33 @@ impl Vault {
 }
 
 impl Inner {
-    /// Tries again while Vault is unreachable, until the timeout.
+    /// Tries again while Vault is unreachable, until the timeout. An attempt that the timeout cuts off says less than the one
+    /// before it, whose cause is answered then.
     async fn patiently<T, F>(self: &Arc<Self>, attempt: impl Fn(Arc<Inner>) -> F) -> Result<T>
     where
         F: Future<Output = Result<T>>,
     {
         let deadline = Instant::now() + self.settings.timeout;
         let mut wait = RETRY_FIRST;
+        let mut before: Option<Error> = None;
         loop {
             let within = deadline.saturating_duration_since(Instant::now());
             let outcome = match tokio::time::timeout(within, attempt(self.clone())).await {
+                // One request has the same time as all of them: its clock may be the one that is seen first.
+                Ok(Err(lost)) if lost.code() == Code::VaultUnreachable && Instant::now() >= deadline => {
+                    Err(before.take().unwrap_or(lost))
+                }
                 Ok(outcome) => outcome,
-                Err(_) => Err(Error::new(
-                    Code::VaultUnreachable,
-                    format!("Vault at {} did not answer within {:?}", self.settings.address, self.settings.timeout),
-                )),
+                Err(_) => Err(before.take().unwrap_or_else(|| {
+                    let (address, timeout) = (&self.settings.address, self.settings.timeout);
+                    let why = format!("Vault at {address} did not answer within {timeout:?}; {}", wire::SLOW_CURE);
+                    Error::new(Code::VaultUnreachable, why)
+                })),
             };
             self.note(&outcome);
             match outcome {
                 Err(lost) if lost.code() == Code::VaultUnreachable && Instant::now() + wait < deadline => {
+                    before = Some(lost);
                     tokio::time::sleep(wait).await;
                     wait = (wait * 2).min(Duration::from_secs(2));
                 }
@@ -939,7 +947,7 @@ fn decode_32(text: &str, what: &str) -> Result<Secret<32>> {
     let mut wide = Zeroizing::new([0u8; 64]);
     let len = STANDARD.decode_slice(text, &mut wide[..]).ok();
     if len != Some(32) {
-        refuse!(KeyFormat, "{what}: Vault's answer is not 32 bytes in base64");
+        refuse!(KeyFormat, "{what}: Vault's answer is not 32 bytes in base64; was it wrapped by modelfs?");
     }
     let mut key = [0u8; 32];
     key.copy_from_slice(&wide[..32]);
@@ -1013,5 +1021,71 @@ struct WipedMap(Map<String, Value>);
 impl Drop for WipedMap {
     fn drop(&mut self) {
         wipe_map(&mut self.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicUsize;
+
+    use super::*;
+
+    /// A client of a place where nobody is.
+    fn client(timeout: Duration) -> Vault {
+        let settings = VaultSettings {
+            address: "http://127.0.0.1:9".into(),
+            namespace: None,
+            ca_cert: None,
+            client_cert: None,
+            client_key: None,
+            auth: AuthMethod::Cert { mount: "cert".into(), role: None },
+            timeout,
+            check: Duration::from_secs(600),
+            lock_on_loss: false,
+        };
+        Vault::open(&settings).expect("usable")
+    }
+
+    /// The first attempt answers at once, however slow the machine is; the others never do.
+    fn asked_in_vain(timeout: Duration) -> (Error, usize) {
+        let (vault, attempts) = (client(timeout), Arc::new(AtomicUsize::new(0)));
+        let (inner, counted) = (vault.inner.clone(), attempts.clone());
+        let outcome = vault.run(async move {
+            let attempt = |_| {
+                let number = counted.fetch_add(1, Ordering::SeqCst);
+                async move {
+                    match number {
+                        0 => Err(Error::new(Code::VaultUnreachable, "a gateway answers 502")),
+                        _ => std::future::pending::<Result<()>>().await,
+                    }
+                }
+            };
+            inner.patiently(attempt).await
+        });
+        (outcome.expect_err("nobody answers"), attempts.load(Ordering::SeqCst))
+    }
+
+    #[test]
+    fn an_attempt_that_the_timeout_cuts_off_hides_no_cause_that_one_before_it_had() {
+        let mut timeout = RETRY_FIRST * 3;
+        loop {
+            let (error, attempts) = asked_in_vain(timeout);
+            assert!(error.chain().contains("a gateway answers 502"), "{}", error.chain());
+            if attempts > 1 {
+                return;
+            }
+            // A machine that stood still for all of the time made one attempt only, which proves nothing.
+            assert!(timeout < Duration::from_secs(120), "a second attempt is never made");
+            timeout *= 2;
+        }
+    }
+
+    #[test]
+    fn a_vault_that_never_answers_is_named_with_what_to_do() {
+        let vault = client(RETRY_FIRST);
+        let inner = vault.inner.clone();
+        let outcome = vault.run(async move { inner.patiently(|_| std::future::pending::<Result<()>>()).await });
+        let chain = outcome.expect_err("nobody answers").chain();
+        assert!(chain.contains("did not answer within") && chain.contains("raise vault-timeout"), "{chain}");
     }
 }

@@ -25,6 +25,11 @@ pub const ANSWER_BYTES_MAX: usize = 1 << 20;
 /// Longest piece of what a server says that is repeated.
 const SAID_BYTES_MAX: usize = 300;
 
+/// What to do about an answer that does not come.
+pub const SLOW_CURE: &str = "look at Vault, or raise vault-timeout";
+/// What to do about an answer that Vault never gives.
+const STRANGER_CURE: &str = "is vault-addr Vault's own address?";
+
 /// The longest time that an answer is believed to speak of. Vault's own limit is 32 days unless an operator raises it, and a
 /// clock cannot be advanced by whatever a number has room for.
 const LASTING_MAX: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
@@ -104,9 +109,9 @@ impl Wire {
         let len = body.len();
         body.zeroize();
         let parsed = parsed.map_err(|err| {
-            let why =
-                format!("{what}: Vault's answer of {len} bytes has not the shape it should ({:?})", err.classify());
-            Error::new(Code::VaultAnswer, why)
+            let kind = err.classify();
+            let why = format!("{what}: Vault's answer of {len} bytes has not the shape it should ({kind:?})");
+            Error::new(Code::VaultAnswer, format!("{why}; {STRANGER_CURE}"))
         })?;
         for warning in parsed.warnings.iter().flatten() {
             tracing::debug!("Vault warns: {}", line_of(warning));
@@ -163,12 +168,21 @@ impl Wire {
                 format!("{place} answers {status} with something that is not Vault's; is this address Vault's?"),
             ),
             503 if has("sealed") => (Code::VaultSealed, format!("Vault at {place} is sealed; unseal it")),
-            501 => (Code::VaultSealed, format!("Vault at {place} is not initialised")),
-            // Vault 1.13.0 calls a wrong password its own fault; asking again would lock the user out.
-            500 if path.starts_with("auth/") && has("invalid username or password") => {
+            501 => (Code::VaultSealed, format!("Vault at {place} is not initialised; initialise it")),
+            // Vault 1.13.0 calls these its own fault: a wrong password, of which asking again would lock the user out, and a
+            // client certificate that is over.
+            500 if path.starts_with("auth/")
+                && (has("invalid username or password") || has("failed to verify client's certificate")) =>
+            {
                 (Code::VaultDenied, format!("Vault refuses the credentials at {path}{says}"))
             }
-            429 | 472 | 473 | 500..600 => (Code::VaultUnreachable, format!("Vault at {place} answers {status}{says}")),
+            429 | 472 | 473 | 500..600 => {
+                (Code::VaultUnreachable, format!("Vault at {place} answers {status}; look at its log{says}"))
+            }
+            // How Vault 1.13 says it, and how it says it of a renewal.
+            400 if path.starts_with("sys/leases/") && (has("invalid lease") || has("lease not found")) => {
+                (Code::VaultNotFound, format!("there is no such lease: it has ended, or was revoked{says}"))
+            }
             400 if has("check-and-set") => (Code::Exists, "somebody else wrote it first".into()),
             400 if has("wrapping token is not valid") => (
                 Code::VaultDenied,
@@ -178,7 +192,7 @@ impl Wire {
                     .into(),
             ),
             400 if has("encryption key not found") || has("signing key not found") => {
-                (Code::VaultNotFound, format!("there is no such transit key ({path})"))
+                (Code::VaultNotFound, format!("there is no such transit key ({path}); make it, or name another"))
             }
             400 if has("version is too new") => (
                 Code::SlotCommit,
@@ -209,7 +223,7 @@ impl Wire {
                      expired{says}"
                 ),
             ),
-            404 => (Code::VaultNotFound, format!("there is nothing at {path}{says}")),
+            404 => (Code::VaultNotFound, format!("there is nothing at {path}; are mount and name right?{says}")),
             _ => (Code::VaultDenied, format!("Vault refuses ({status}){says}")),
         };
         Error::new(code, format!("{what}: {why}"))
@@ -271,7 +285,12 @@ struct Transport<'a> {
 impl Transport<'_> {
     async fn exchange(&self, request: http::Request<Vec<u8>>) -> Result<http::Response<Vec<u8>>> {
         let lost = |err: reqwest::Error| {
-            let why = if err.is_timeout() { "no answer in time" } else { "the connection failed" };
+            let why = if err.is_timeout() {
+                format!("no answer in time; {SLOW_CURE}")
+            } else {
+                "the connection failed; is Vault up, is vault-addr its address, and vault-ca-cert of its authority?"
+                    .into()
+            };
             // The URL holds names only, but people know it already.
             Error::new(Code::VaultUnreachable, why).with_source(err.without_url())
         };
@@ -291,7 +310,7 @@ impl Transport<'_> {
             if body.len() + piece.len() > ANSWER_BYTES_MAX {
                 return Err(Error::new(
                     Code::VaultAnswer,
-                    format!("an answer of more than {ANSWER_BYTES_MAX} bytes is none of Vault's"),
+                    format!("an answer of more than {ANSWER_BYTES_MAX} bytes is none of Vault's; {STRANGER_CURE}"),
                 ));
             }
             // A vector that grows leaves its old place behind; here it is wiped.
