@@ -582,6 +582,34 @@ impl Lender {
     }
 }
 
+/// A login beside a token that still serves cannot be called back: what it brings is not to outlive the end.
+#[test]
+fn a_token_whose_login_was_under_way_at_the_end_is_given_back_like_the_one_it_replaces() {
+    let (open, gate) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+    let (opened, waits) = (open.clone(), gate.clone());
+    // The second login is answered when the test says so. Its first token is of a time that is over soon.
+    let lender = Lender::new(
+        move |login| {
+            while login == 2 && !opened.load(Ordering::SeqCst) {
+                waits.store(true, Ordering::SeqCst);
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            if login == 1 { 3 } else { 3600 }
+        },
+        None,
+    );
+    until("the second login is under way", || gate.load(Ordering::SeqCst));
+    let vault = lender.vault.clone();
+    let end = std::thread::spawn(move || vault.revoke_self());
+    // From here on nobody uses the first one.
+    until("the end has begun", || lender.vault.state().name() == "idle");
+    open.store(true, Ordering::SeqCst);
+    // The first may have come to its own end on a machine that stood still, and is refused then.
+    let _ = end.join().expect("no panic");
+    assert!(lender.ended.lock().expect("a test").contains(&2), "the second token lives on");
+    assert_eq!((lender.logins(), lender.vault.state().name()), (2, "idle"));
+}
+
 /// In a token's last second a renewal gives 0, which of a login says that it never ends.
 #[test]
 fn a_token_whose_renewal_gives_nothing_more_is_replaced_by_a_login() {

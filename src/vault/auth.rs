@@ -103,6 +103,8 @@ impl AuthMethod {
 
 /// A token and what Vault says of it.
 pub struct Token {
+    /// Of its text: the same for all of its renewals, and of no other token.
+    pub id: [u8; 32],
     pub text: LockedBuf,
     pub got: Instant,
     /// `None`: it does not expire.
@@ -139,7 +141,7 @@ impl Token {
             refuse!(VaultAnswer, "Vault's answer to the login holds an empty token");
         }
         let ttl = (auth.lease_duration > 0).then(|| lasting(auth.lease_duration));
-        Ok(Token { text, got: Instant::now(), ttl, renewable: auth.renewable })
+        Ok(Token { id: sha256(&[&text]), text, got: Instant::now(), ttl, renewable: auth.renewable })
     }
 }
 
@@ -288,7 +290,8 @@ async fn own_token(file: Option<&Path>, secrets: &EnvSecrets, wire: &Wire) -> Re
     let ttl = if data.get("expire_time").is_some_and(|at| !at.is_null()) { ttl.max(1) } else { ttl };
     let renewable = data.get("renewable").and_then(Value::as_bool).unwrap_or(false);
     super::raw::wipe_map(&mut data);
-    Ok(Token { text, got: Instant::now(), ttl: (ttl > 0).then(|| lasting(ttl)), renewable })
+    let ttl = (ttl > 0).then(|| lasting(ttl));
+    Ok(Token { id: sha256(&[&text]), text, got: Instant::now(), ttl, renewable })
 }
 
 async fn secret_id(file: Option<&Path>, wrapped: bool, secrets: &EnvSecrets, wire: &Wire) -> Result<LockedBuf> {

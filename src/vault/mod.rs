@@ -161,6 +161,8 @@ struct Inner {
     /// Tokens that a login replaced before their time was over. What was lent under them may be in use, so they are ended at
     /// the end, not before.
     replaced: std::sync::Mutex<Vec<Arc<Token>>>,
+    /// Held while a login goes on beside a token that still serves: who gives tokens back waits for what it brings.
+    relogin: Mutex<()>,
     /// Whether the task that keeps the token alive was started.
     tended: AtomicBool,
     state: watch::Sender<VaultState>,
@@ -204,6 +206,7 @@ impl Vault {
                 secrets,
                 session: Mutex::new(None),
                 replaced: std::sync::Mutex::default(),
+                relogin: Mutex::default(),
                 tended: AtomicBool::new(false),
                 state: watch::Sender::new(VaultState::Idle),
                 telemetry: OnceLock::new(),
@@ -468,8 +471,14 @@ impl Vault {
         }
         let inner = self.inner.clone();
         self.run(async move {
-            let Some(token) = inner.session.lock().await.take() else { return Ok(false) };
-            inner.state.send_replace(VaultState::Idle);
+            let token = {
+                let mut session = inner.session.lock().await;
+                let Some(token) = session.take() else { return Ok(false) };
+                inner.state.send_replace(VaultState::Idle);
+                token
+            };
+            // A login that is under way finds no session and leaves its token with the replaced ones.
+            drop(inner.relogin.lock().await);
             let mut ended = Ok(true);
             for token in std::iter::once(token).chain(inner.take_replaced()) {
                 let request = Raw::new(Method::Post, "auth/token/revoke-self".into(), None);
@@ -694,9 +703,11 @@ impl Inner {
             Err(refused) => tracing::warn!("the token in the file is no better: {}", refused.chain()),
         }
         let mut session = self.session.lock().await;
-        // A renewal makes another `Token` of the same text.
-        if let Some(newer) = session.as_ref().filter(|newer| newer.text[..] != old.text[..]) {
-            return Ok(newer.clone());
+        match &*session {
+            Some(held) if held.id != old.id => return Ok(held.clone()),
+            Some(_) => {}
+            // Nobody took it away: we gave it back while this was asked, and nothing is to outlive that.
+            None => return Err(gone.context("our Vault token was given back")),
         }
         if let VaultState::Lost { why } = &*self.state.borrow() {
             return Err(why.clone());
@@ -786,7 +797,7 @@ impl Inner {
         if self.state.borrow().is_lost() {
             return Ok(None);
         }
-        if let Some(newer) = session.as_ref().filter(|newer| newer.text[..] != old.text[..]) {
+        if let Some(newer) = session.as_ref().filter(|newer| newer.id != old.id) {
             return Ok(Some(newer.clone()));
         }
         let token = self.log_in().await?;
@@ -807,7 +818,11 @@ impl Inner {
                     let fresh = Arc::new(token.renewed(answer)?);
                     // Near the end of its longest life a renewal gives less and less: log in while the old one holds.
                     let worth = fresh.ttl.is_none_or(|ttl| token.ttl.is_none_or(|old| ttl * 2 >= old));
-                    *self.session.lock().await = Some(fresh.clone());
+                    match &mut *self.session.lock().await {
+                        Some(held) if held.id == fresh.id => *held = fresh.clone(),
+                        // Given back or replaced meanwhile.
+                        _ => return Ok(()),
+                    }
                     self.live(&fresh);
                     self.tell(Event::new(Kind::Renewal));
                     if worth || self.given() {
@@ -833,9 +848,22 @@ impl Inner {
         if self.given() {
             return Ok(());
         }
+        let _relogin = self.relogin.lock().await;
+        if self.session.lock().await.as_ref().is_none_or(|held| held.id != old.id) {
+            return Ok(());
+        }
         match self.log_in().await {
             Ok(token) => {
-                *self.session.lock().await = Some(token.clone());
+                let mut session = self.session.lock().await;
+                match &mut *session {
+                    Some(held) if held.id == old.id => *held = token.clone(),
+                    // Given back or replaced meanwhile: it serves nobody, and is ended with the others.
+                    _ => {
+                        self.keep_replaced(token);
+                        return Ok(());
+                    }
+                }
+                drop(session);
                 self.keep_replaced(old.clone());
                 self.live(&token);
                 Ok(())
