@@ -5,18 +5,23 @@
 //! Every place is first searched for something harmless that must be there, by the same search: a place that shows nothing
 //! proves nothing. Each secret is searched for as it was typed, as what it stands for, in hex and in base64.
 //!
-//! What is real: the program, Vault, its auth methods. What is not: the S3 server, which serves a folder, says what it was
-//! sent and closes every connection, and the STS behind Vault's AWS method. Not looked for in memory: what a library makes of
-//! a private key of TLS, and a session token in the buffer of a connection that is kept open (src/store/env_credentials.rs).
+//! What is real: the program, Vault, its auth methods, its aws engine. What is not: the S3 server, which serves a folder, says
+//! what it was sent and closes every connection; the STS, the IAM and the cluster that Vault asks; the webhook. Not looked for
+//! in memory: what a library makes of a private key of TLS, and a session token in the buffer of a connection that is kept open
+//! (src/store/env_credentials.rs).
 
 #[path = "common/mod.rs"]
 mod common;
 #[path = "common/fixture.rs"]
 mod fixture;
+#[path = "common/iam.rs"]
+mod iam;
 #[path = "common/jwt.rs"]
 mod jwt;
 #[path = "common/program.rs"]
 mod program;
+#[path = "common/s3_folder.rs"]
+mod s3_folder;
 
 use std::fs;
 use std::io::{Read, Write};
@@ -30,14 +35,17 @@ use std::time::{Duration, Instant};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use common::hostile::{Hostile, Request, head, respond};
+use common::hostile::{self, Hostile, Request, respond};
 use common::vault::VaultServer;
 use fixture::Random;
 use program::{Program, can_mount, run_ok};
+use s3_folder::serve_folder;
 use serde_json::{Value, json};
 
 const MODEL: &str = "secret/model";
 const BUCKET: &str = "models";
+/// Who signs the version, and who the ref.
+const SIGNERS: [&str; 2] = ["publisher", "release"];
 /// For a machine that is busy with other things.
 const PATIENCE: Duration = Duration::from_secs(180);
 
@@ -137,6 +145,8 @@ struct Way {
     variables: Vec<(String, String)>,
     /// Given: the mount is made by `mount -t modelfs` with this `env-file`.
     env_file: Option<PathBuf>,
+    /// Given: its words open this door for metrics and health. Otherwise it is a socket.
+    door: Option<NetworkDoor>,
     canaries: Vec<Canary>,
 }
 
@@ -149,8 +159,29 @@ impl Way {
             words: owned(words),
             variables: owned(variables),
             env_file: None,
+            door: None,
             canaries: canaries.to_vec(),
         }
+    }
+}
+
+/// A door over the network, by TLS and with a token.
+struct NetworkDoor {
+    /// `ADDRESS:PORT`.
+    at: String,
+    token: String,
+    authority: PathBuf,
+}
+
+impl NetworkDoor {
+    fn get(&self, path: &str) -> Vec<u8> {
+        let authority = fs::read(&self.authority).expect("a certificate");
+        let authority = reqwest::Certificate::from_pem_bundle(&authority).expect("PEM");
+        let client = reqwest::Client::builder().no_proxy().tls_certs_only(authority).build().expect("a client");
+        let asked =
+            client.get(format!("https://{}{path}", self.at)).header("Authorization", format!("Bearer {}", self.token));
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+        runtime.block_on(async { asked.send().await.expect("answered").bytes().await }).expect("a body").to_vec()
     }
 }
 
@@ -192,7 +223,7 @@ impl World {
         let digits = private.rsplit(':').next().expect("digits").to_owned();
         let s3 = Hostile::start({
             let folder = PathBuf::from(program.store());
-            move |request: &Request, stream: &mut TcpStream| serve_folder(&folder, request, stream)
+            move |request: &Request, stream: &mut TcpStream| serve_folder(&folder, BUCKET, request, stream)
         });
         let mut world = World {
             s3,
@@ -217,12 +248,23 @@ impl World {
         fs::create_dir(&source).expect("mkdir");
         fs::write(source.join("config.json"), b"{}").expect("a file");
         let phrase_file = self.file("phrase", &self.phrase_text);
+        let signers = SIGNERS.map(|name| self.dir.path().join(format!("home/{name}.key")));
+        for path in &signers {
+            run_ok(self.program.command(&["keygen", "--signing"]).arg(path));
+        }
+        let of_signer = |path: &PathBuf| {
+            let text = fs::read_to_string(path).expect("text");
+            let digits = text.trim().rsplit(':').next().expect("digits");
+            Canary::of("signing key", digits, &hex::decode(digits).expect("hex"))
+        };
         let mut command = self.program.command(&["seal", "-vv", "--json"]);
         command.arg(&source).args([self.program.store(), MODEL, "--key", "env:KEY_OF_TEST", "--key"]);
         command.arg(format!("passphrase-file:{phrase_file}")).arg("--key");
         command.arg(format!("recipient:{}", self.dir.path().join("home/server.key.pub").display()));
         command.env("KEY_OF_TEST", &self.raw_hex).env("MODELFS_LOG", "trace");
-        let mut canaries = vec![self.raw_key.clone(), self.phrase.clone(), self.recipient.clone()];
+        command.arg("--sign").arg(&signers[0]).arg("--release").arg(&signers[1]);
+        let mut canaries: Vec<Canary> = signers.iter().map(of_signer).collect();
+        canaries.extend([self.raw_key.clone(), self.phrase.clone(), self.recipient.clone()]);
         if let Some(vault) = vault {
             let token = vault.token(json!({ "policies": ["secrets"], "ttl": "12h" }));
             vault.write("secret/data/secrets-keys/model", json!({ "data": { "key": kv_key } }));
@@ -234,6 +276,11 @@ impl World {
         self.sealed = serde_json::from_slice(&output.stdout).expect("JSON");
         let printed = [output.stdout, output.stderr].concat();
         check("seal", &canaries, &[Place { name: "printed", shows: printed, control: self.digest() }]);
+    }
+
+    /// The public halves of those who signed.
+    fn trusted(&self) -> [PathBuf; 2] {
+        SIGNERS.map(|name| self.dir.path().join(format!("home/{name}.key.pub")))
     }
 
     /// Of the manifest, without its prefix.
@@ -276,11 +323,9 @@ impl World {
         let whole_log = || [fs::read(&log).expect("log"), fs::read(&later).unwrap_or_default()].concat();
         let public = format!("public-word-{}", way.name.len());
         let mut words = way.words.clone();
-        for (name, value) in [
-            ("trust", self.program.trusted_key()),
-            ("audit-file", audit.clone()),
-            ("http", PathBuf::from(format!("unix:{}", door.display()))),
-        ] {
+        let trusted = self.trusted().map(|path| ("trust", path));
+        let socket = way.door.is_none().then(|| ("http", PathBuf::from(format!("unix:{}", door.display()))));
+        for (name, value) in trusted.into_iter().chain([("audit-file", audit.clone())]).chain(socket) {
             words.push((name.into(), value.to_str().expect("utf-8").to_owned()));
         }
         let mut command = match &way.env_file {
@@ -314,7 +359,11 @@ impl World {
         let status = run_ok(&mut self.program.command(&["status", mountpoint, "--json"])).stdout;
         let status: Value = serde_json::from_slice(&status).expect("JSON");
         let pid = u32::try_from(status["pid"].as_u64().expect("a pid")).expect("a pid");
-        let shown = ["/metrics", "/live", "/ready", "/health", "/health/security"].map(|path| get(&door, path));
+        let shown = ["/metrics", "/live", "/ready", "/health", "/health/security"].map(|path| match &way.door {
+            Some(network) => network.get(path),
+            None => get(&door, path),
+        });
+        let door = way.door.as_ref().map_or(door.to_str().expect("utf-8"), |network| &network.at);
         let of_all = |name: &str| {
             let each = family(pid).into_iter().filter_map(|pid| fs::read(format!("/proc/{pid}/{name}")).ok());
             each.collect::<Vec<_>>().concat()
@@ -325,7 +374,7 @@ impl World {
             &way.canaries,
             &[
                 place("printed", printed, mountpoint),
-                place("log", whole_log(), door.to_str().expect("utf-8")),
+                place("log", whole_log(), door),
                 place("metrics and health", shown.concat(), "modelfs_ready"),
                 place("audit log", fs::read(&audit).expect("audit log"), MODEL),
                 place("command line", of_all("cmdline"), mountpoint),
@@ -337,7 +386,7 @@ impl World {
         child.wait().expect("ended");
         self.until("the daemon ends", &log, || !Path::new(&format!("/proc/{pid}")).exists());
         let at_the_end = [
-            place("log at the end", whole_log(), door.to_str().expect("utf-8")),
+            place("log at the end", whole_log(), door),
             place("audit log at the end", fs::read(&audit).expect("audit log"), MODEL),
         ];
         check(&way.name, &way.canaries, &at_the_end);
@@ -392,57 +441,6 @@ fn get(socket: &Path, path: &str) -> Vec<u8> {
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer).expect("answered");
     answer
-}
-
-/// Names and sizes below a folder.
-fn objects(folder: &Path, below: &str) -> Vec<(String, u64)> {
-    let mut found = Vec::new();
-    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
-        let name = format!("{below}{}", entry.file_name().to_str().expect("utf-8"));
-        match entry.metadata().expect("of our own file") {
-            meta if meta.is_dir() => found.extend(objects(&entry.path(), &format!("{name}/"))),
-            meta => found.push((name, meta.len())),
-        }
-    }
-    found
-}
-
-/// A bucket that is a folder, for readers.
-fn serve_folder(folder: &Path, request: &Request, stream: &mut TcpStream) -> std::io::Result<()> {
-    let (path, query) = request.target.split_once('?').unwrap_or((&request.target, ""));
-    if query.contains("list-type=2") {
-        let asked: Vec<(String, String)> = url::form_urlencoded::parse(query.as_bytes()).into_owned().collect();
-        let said = |name: &str| asked.iter().find(|(key, _)| key == name).map_or("", |(_, value)| value.as_str());
-        let (prefix, folders_only) = (said("prefix"), !said("delimiter").is_empty());
-        let mut listed = std::collections::BTreeSet::new();
-        for (name, size) in objects(folder, "") {
-            let Some(rest) = name.strip_prefix(prefix) else { continue };
-            listed.insert(match rest.split_once('/').filter(|_| folders_only) {
-                Some((dir, _)) => format!("<CommonPrefixes><Prefix>{prefix}{dir}/</Prefix></CommonPrefixes>"),
-                None => format!(
-                    "<Contents><Key>{name}</Key><LastModified>2026-11-18T10:00:00.000Z</LastModified>\
-                     <Size>{size}</Size></Contents>"
-                ),
-            });
-        }
-        let listed: String = listed.into_iter().collect();
-        let xml = format!("<?xml version=\"1.0\"?><ListBucketResult>{listed}</ListBucketResult>");
-        return respond(stream, "200 OK", &[("Content-Type", "application/xml")], xml.as_bytes());
-    }
-    let name = path.trim_start_matches('/').strip_prefix(BUCKET).unwrap_or_default().trim_start_matches('/');
-    let Ok(bytes) = fs::read(folder.join(name)) else { return respond(stream, "404 Not Found", &[], b"") };
-    if request.method == "HEAD" {
-        return head(stream, "200 OK", &[], Some(bytes.len() as u64));
-    }
-    match request.range() {
-        Some((first, last)) if (last as usize) < bytes.len() => {
-            let range = format!("bytes {first}-{last}/{}", bytes.len());
-            let part = &bytes[first as usize..=last as usize];
-            respond(stream, "206 Partial Content", &[("Content-Range", &range)], part)
-        }
-        Some(_) => respond(stream, "416 Range Not Satisfiable", &[], b""),
-        None => respond(stream, "200 OK", &[], &bytes),
-    }
 }
 
 fn borrowed<'a>(pairs: &'a [(&'a str, String)]) -> Vec<(&'a str, &'a str)> {
@@ -515,7 +513,9 @@ fn a_command_gets_no_storage_credential_but_those_it_is_to_keep() {
     let (aws, canaries) = world.aws();
     let mut command = world.program.command(&["run", &format!("s3://{BUCKET}")]);
     command.arg(world.program.mountpoint()).args(["--key", "env:KEY_OF_TEST", "--keep-env", "AWS_ACCESS_KEY_ID"]);
-    command.arg("--trust").arg(world.program.trusted_key());
+    for trusted in world.trusted() {
+        command.arg("--trust").arg(trusted);
+    }
     command.args(["--", "sh", "-c", "env; tr '\\0' '\\n' </proc/$PPID/environ >&2"]);
     command.env("KEY_OF_TEST", &world.raw_hex).envs(borrowed(&aws)).env("PUBLIC_WORD", "public-word");
     let output = run_ok(command.env("AWS_ENDPOINT_URL", world.s3.endpoint()));
@@ -535,23 +535,30 @@ fn no_login_to_vault_and_nothing_that_vault_gives_is_left_where_somebody_looks()
     let Some(vault) = VaultServer::shared() else { return };
     prepare(vault);
     let mut world = World::new(Some(vault));
-    let (ways, _sts) = ways_by_vault(&mut world, vault);
+    let (ways, fakes) = ways_by_vault(&mut world, vault);
     for way in &ways {
         world.search(way);
     }
+    let signed = |key: &str| {
+        let by = format!("Credential={key}/");
+        world.s3.requests().iter().any(|request| request.header("authorization").is_some_and(|text| text.contains(&by)))
+    };
+    assert!(signed("AKIAUSER") && signed("ASIAROLE"), "what Vault lent was not used");
+    let [.., hook] = &fakes;
+    assert!(hook.requests().iter().any(|request| request.target.starts_with("/hook/")), "no alert was sent");
 }
 
 /// What every login may use.
 fn prepare(vault: &VaultServer) {
     vault.enable_transit("transit-secrets");
     vault.write("transit-secrets/keys/models", json!({ "derived": true }));
-    let rules = ["transit-secrets/+/models", "secret/data/secrets-*", "secret/metadata/secrets-*"]
+    let rules = ["transit-secrets/+/models", "secret/data/secrets-*", "secret/metadata/secrets-*", "aws-lent/creds/*"]
         .map(|path| format!("path \"{path}\" {{ capabilities = [\"update\", \"read\", \"list\"] }}\n"));
     vault.policy("secrets", &rules.concat());
 }
 
-/// The STS that one of them needs comes along.
-fn ways_by_vault(world: &mut World, vault: &VaultServer) -> (Vec<Way>, Hostile) {
+/// What some of them need, STS, IAM, a cluster and a webhook, comes along.
+fn ways_by_vault(world: &mut World, vault: &VaultServer) -> (Vec<Way>, [Hostile; 4]) {
     let store = world.program.store().to_owned();
     let (address, policies) = (vault.address(), json!({ "token_policies": ["secrets"] }));
     let transit = ("key", "vault-transit:transit-secrets/models");
@@ -615,6 +622,29 @@ fn ways_by_vault(world: &mut World, vault: &VaultServer) -> (Vec<Way>, Hostile) 
     let by_jwt = [("vault-auth", "jwt"), ("vault-auth-mount", "jwt-secrets"), ("vault-role", "models")];
     way("JWT", &[&by_jwt[..], &[("vault-jwt-file", file.as_str())]].concat(), &[], "JWT", &text);
 
+    let (text, cluster) = (signer.jwt(&service_account(12 * 3600)), fake_cluster());
+    vault.enable_auth("k8s-secrets", "kubernetes");
+    let config = json!({
+        "kubernetes_host": cluster.endpoint(), "token_reviewer_jwt": signer.jwt(&service_account(3600)),
+        "kubernetes_ca_cert": fs::read_to_string(vault.file("ca.pem")).expect("a certificate"),
+        "disable_local_ca_jwt": true,
+    });
+    vault.write("auth/k8s-secrets/config", config);
+    let role = json!({
+        "bound_service_account_names": "server", "bound_service_account_namespaces": "models",
+        "token_policies": ["secrets"],
+    });
+    vault.write("auth/k8s-secrets/role/models", role);
+    let file = world.file("service-account", &text);
+    let by_account = [("vault-auth", "kubernetes"), ("vault-auth-mount", "k8s-secrets"), ("vault-role", "models")];
+    way(
+        "service account",
+        &[&by_account[..], &[("vault-jwt-file", file.as_str())]].concat(),
+        &[],
+        "service account's token",
+        &text,
+    );
+
     vault.enable_auth("cert-secrets", "cert");
     let path = |name: &str| vault.file(name).to_str().expect("utf-8").to_owned();
     let (ca, cert, key) = (path("ca.pem"), path("client.pem"), path("client.key"));
@@ -670,8 +700,74 @@ fn ways_by_vault(world: &mut World, vault: &VaultServer) -> (Vec<Way>, Hostile) 
     let by_record =
         Way::new("record of a catalog", "vault-kv://secret/secrets-catalog", &words, &borrowed(&aws), &canaries);
 
+    let (lent, lent_session) = (world.word("lent"), world.word("lent-session"));
+    let (iam, _) = iam::start(&lent, &lent_session);
+    vault.write("sys/mounts/aws-lent", json!({ "type": "aws" }));
+    let root = json!({
+        "access_key": "AKIAROOT", "secret_key": "root", "region": "us-east-1", "iam_endpoint": iam.endpoint(),
+        "sts_endpoint": iam.endpoint(),
+    });
+    vault.write("aws-lent/config/root", root);
+    let policy = json!({ "Version": "2012-10-17", "Statement": [] }).to_string();
+    vault.write("aws-lent/roles/user", json!({ "credential_type": "iam_user", "policy_document": policy }));
+    let role = json!({ "credential_type": "assumed_role", "role_arns": ["arn:aws:iam::123456789012:role/models"] });
+    vault.write("aws-lent/roles/role", role);
+    let s3_store = format!("s3://{BUCKET}");
+    let canaries = [Canary::text("lent S3 secret", &lent), Canary::text("lent session token", &lent_session)];
+    let by_lease = ["user", "role"].map(|role| {
+        let from = format!("vault-aws:aws-lent/{role}");
+        let words = [transit, at, ("vault-token-file", file.as_str()), ("s3-credentials", from.as_str())];
+        Way::new(&format!("S3 lent by Vault to a {role}"), &s3_store, &words, &[], &canaries)
+    });
+
     ways.extend([by_cert, by_aws, by_kv, by_record]);
-    (ways, sts)
+    ways.extend(by_lease);
+
+    let hook = Hostile::start(|_: &Request, stream: &mut TcpStream| respond(stream, "200 OK", &[], b""));
+    let (door_token, hook_path) = (world.word("door"), world.word("hook"));
+    let network = NetworkDoor {
+        at: format!("127.0.0.1:{}", common::free_port()),
+        token: door_token.clone(),
+        authority: ca.into(),
+    };
+    let door_file = world.file("door-token", &door_token);
+    let hook_file = world.file("webhooks", &format!("{}/hook/{hook_path}\n", hook.endpoint()));
+    let (server_cert, server_key) = (path("server.pem"), path("server.key"));
+    let words = [
+        transit,
+        at,
+        ("vault-token-file", file.as_str()),
+        ("http", network.at.as_str()),
+        ("http-cert", server_cert.as_str()),
+        ("http-key", server_key.as_str()),
+        ("http-token-file", door_file.as_str()),
+        ("alert-webhook-file", hook_file.as_str()),
+        ("alert-severity", "low"),
+    ];
+    let canaries = [Canary::text("token of the door", &door_token), Canary::text("webhook's address", &hook_path)];
+    let seen = Way::new("seen from outside", &store, &words, &[], &canaries);
+    ways.push(Way { door: Some(network), ..seen });
+    (ways, [sts, iam, cluster, hook])
+}
+
+fn service_account(lasts: u64) -> Value {
+    json!({
+        "iss": "https://kubernetes.default.svc", "sub": "system:serviceaccount:models:server",
+        "aud": ["https://kubernetes.default.svc"], "iat": jwt::now() - 10, "nbf": jwt::now() - 10,
+        "exp": jwt::now() + lasts,
+        "kubernetes.io": { "namespace": "models", "serviceaccount": { "name": "server", "uid": "uid-1" } },
+    })
+}
+
+/// Knows every token for the server's; tests/vault.rs looks at whom it should refuse.
+fn fake_cluster() -> Hostile {
+    Hostile::start(|request: &Request, stream: &mut TcpStream| {
+        let review: Value = serde_json::from_slice(&request.body).unwrap_or(Value::Null);
+        let user = json!({ "username": "system:serviceaccount:models:server", "uid": "uid-1", "groups": [] });
+        let status = json!({ "authenticated": true, "user": user, "audiences": review["spec"]["audiences"] });
+        let answer = json!({ "kind": "TokenReview", "apiVersion": "authentication.k8s.io/v1", "status": status });
+        respond(stream, "201 Created", &[("Content-Type", "application/json")], answer.to_string().as_bytes())
+    })
 }
 
 /// Says of everybody that they are the reader; tests/vault.rs looks at signatures.

@@ -5,6 +5,8 @@
 //! (and check what they are asked); the JWT is signed here.
 
 mod common;
+#[path = "common/iam.rs"]
+mod iam;
 #[path = "common/jwt.rs"]
 mod jwt;
 
@@ -704,50 +706,11 @@ fn a_revoked_token_is_replaced_unless_its_loss_shall_lock() {
 
 // ---- leases ---------------------------------------------------------------------------------------------------------
 
-/// IAM as Vault's aws engine asks it; answers which users there are.
-fn iam() -> (Hostile, Arc<Mutex<Vec<String>>>) {
-    let users: Arc<Mutex<Vec<String>>> = Arc::default();
-    let known = users.clone();
-    let server = Hostile::start(move |request: &Request, stream: &mut TcpStream| {
-        let asked: std::collections::HashMap<String, String> =
-            url::form_urlencoded::parse(&request.body).into_owned().collect();
-        let (action, user) = (asked["Action"].as_str(), asked.get("UserName").cloned().unwrap_or_default());
-        let mut users = known.lock().expect("no panic under the lock");
-        let result = match action {
-            "CreateUser" => {
-                users.push(user.clone());
-                format!("<User><Path>/</Path><UserName>{user}</UserName><UserId>U</UserId><Arn>a</Arn></User>")
-            }
-            "CreateAccessKey" => format!(
-                "<AccessKey><UserName>{user}</UserName><AccessKeyId>AKIAUSER</AccessKeyId><Status>Active</Status>\
-                 <SecretAccessKey>secret-of-the-user</SecretAccessKey></AccessKey>"
-            ),
-            "DeleteUser" => {
-                users.retain(|known| *known != user);
-                String::new()
-            }
-            "ListAccessKeys" => "<AccessKeyMetadata></AccessKeyMetadata><IsTruncated>false</IsTruncated>".into(),
-            "ListGroupsForUser" => "<Groups></Groups><IsTruncated>false</IsTruncated>".into(),
-            "ListUserPolicies" => "<PolicyNames></PolicyNames><IsTruncated>false</IsTruncated>".into(),
-            "ListAttachedUserPolicies" => {
-                "<AttachedPolicies></AttachedPolicies><IsTruncated>false</IsTruncated>".into()
-            }
-            _ => String::new(),
-        };
-        let body = format!(
-            "<{action}Response xmlns=\"https://iam.amazonaws.com/doc/2010-05-08/\"><{action}Result>{result}</{action}Result>\
-             <ResponseMetadata><RequestId>1</RequestId></ResponseMetadata></{action}Response>"
-        );
-        respond(stream, "200 OK", &[("Content-Type", "text/xml")], body.as_bytes())
-    });
-    (server, users)
-}
-
 /// What docs/KEYS.md says of `iam_user` roles.
 #[test]
 fn an_iam_user_is_given_back_by_the_extra_rule_or_with_our_own_token() {
     let server = server!();
-    let (iam, users) = iam();
+    let (iam, users) = iam::start("secret-of-the-user", "session-of-the-role");
     let users = || users.lock().expect("no panic under the lock").len();
     server.write("sys/mounts/aws-users", json!({ "type": "aws" }));
     let root = json!({

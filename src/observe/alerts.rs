@@ -17,10 +17,11 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc::{self, Receiver, Sender};
 use tokio::time::Instant;
 use url::Url;
+use zeroize::Zeroizing;
 
 use crate::config::oversight::AlertPlan;
 use crate::error::{Code, Error, Result};
-use crate::mem;
+use crate::mem::{self, LockedBuf};
 use crate::refuse;
 use crate::telemetry::events::{Event, Kind, Severity, Sink};
 use crate::telemetry::{Telemetry, scrub};
@@ -45,13 +46,15 @@ const ATTEMPTS_MAX: u32 = 6;
 const PAUSE_FIRST: Duration = Duration::from_millis(500);
 const PAUSE_MAX: Duration = Duration::from_secs(16);
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a connection waits for the next alert.
+const IDLE_CONNECTION: Duration = Duration::from_secs(1);
 /// How long the end of the process waits for alerts to get out.
 const END_GRACE: Duration = Duration::from_secs(3);
 
-/// One place that is told. Its address is never shown.
+/// One place that is told. Its address is never shown: for most services it is all that is needed to write there.
 struct Webhook {
     number: usize,
-    url: Url,
+    address: LockedBuf,
 }
 
 impl Webhook {
@@ -72,7 +75,13 @@ impl Webhook {
             "http" => return Err(bad("is plain http to another machine; write https")),
             _ => return Err(bad("is not https")),
         }
-        Ok(Webhook { number, url })
+        Ok(Webhook { number, address: LockedBuf::copy_of(url.as_str().as_bytes())? })
+    }
+
+    /// For one request; the heap overwrites it when it is given back.
+    fn url(&self) -> Url {
+        let text = std::str::from_utf8(&self.address).expect("copied from text");
+        Url::parse(text).expect("it was one")
     }
 }
 
@@ -117,6 +126,8 @@ impl Alerts {
             .user_agent(concat!("modelfs/", env!("CARGO_PKG_VERSION")))
             // A redirect could lead from https to anywhere.
             .redirect(reqwest::redirect::Policy::none())
+            // The address that was asked lies in a connection's buffer as long as that waits for its next use.
+            .pool_idle_timeout(IDLE_CONNECTION)
             .timeout(attempt)
             .build()
             .map_err(|e| {
@@ -176,7 +187,7 @@ impl Sink for Alerts {
 }
 
 fn webhooks(plan: &AlertPlan) -> Result<Vec<Webhook>> {
-    let mut words = plan.webhooks.clone();
+    let mut words: Vec<Zeroizing<String>> = plan.webhooks.iter().cloned().map(Zeroizing::new).collect();
     if let Some(path) = &plan.webhook_file {
         words.extend(addresses_in(path)?);
     }
@@ -186,12 +197,12 @@ fn webhooks(plan: &AlertPlan) -> Result<Vec<Webhook>> {
     words.iter().enumerate().map(|(at, text)| Webhook::new(at + 1, text)).collect()
 }
 
-fn addresses_in(path: &Path) -> Result<Vec<String>> {
+fn addresses_in(path: &Path) -> Result<Vec<Zeroizing<String>>> {
     let bytes = mem::read_private_file(path, FILE_BYTES_MAX).map_err(|e| e.context("alert-webhook-file"))?;
     let text = std::str::from_utf8(&bytes)
         .map_err(|_| Error::new(Code::KeyFormat, format!("alert-webhook-file {} is no text", path.display())))?;
     let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
-    let lines: Vec<String> = lines.map(str::to_owned).collect();
+    let lines: Vec<Zeroizing<String>> = lines.map(|line| Zeroizing::new(line.to_owned())).collect();
     if lines.is_empty() {
         refuse!(KeyFormat, "alert-webhook-file {} names no webhook; write one https:// address a line", path.display());
     }
@@ -411,7 +422,7 @@ async fn send(webhook: &Webhook, alert: &Value, client: &reqwest::Client) -> std
     let mut attempt = 1;
     loop {
         let asked = client
-            .post(webhook.url.clone())
+            .post(webhook.url())
             .header(reqwest::header::CONTENT_TYPE, "application/json")
             .body(body.clone())
             .send()

@@ -5,8 +5,9 @@
 //! Promises: one thread asks, however many requests wait; the old ones are used until the new ones are there; an issuer
 //! that is away changes nothing as long as the store takes what we have; a store that refuses them is asked again with new
 //! ones, once for each set; a store that refuses new ones as well cannot make us ask for more. Nothing here prints or logs
-//! a credential; a set that was replaced is overwritten once no request is signing with it.
-//! What remains: the library that signs wants ordinary strings, so one set lies on the heap, unlocked, for its life.
+//! a credential; a set lies in locked memory and is overwritten when it is replaced.
+//! What remains: the library that signs wants ordinary strings, so a copy lies on the heap while a request is under way
+//! (`mem::WipingHeap` overwrites it), and a session token in the buffer of a connection until that is used again or closed.
 //! Not here: talking to Vault (`vault`), what is signed (`s3`), which refusals there are (`wire`).
 //! Held by: the tests below, tests/dynamic_credentials.rs.
 
@@ -20,10 +21,10 @@ use object_store::CredentialProvider;
 use object_store::aws::AwsCredential;
 use serde::Serialize;
 use tokio::sync::watch;
-use zeroize::Zeroize;
 
 use crate::error::{Code, Error, Result};
 use crate::mem::LockedBuf;
+use crate::refuse;
 use crate::telemetry::Telemetry;
 use crate::telemetry::events::{Event, Kind, Outcome, Severity};
 
@@ -76,16 +77,24 @@ impl fmt::Debug for Issued {
 }
 
 impl Issued {
-    fn signable(&self) -> Result<AwsCredential> {
-        let text = |part: &LockedBuf, what: &str| match std::str::from_utf8(part) {
+    fn check_signable(&self) -> Result<()> {
+        let parts = [(&self.key_id, "key id"), (&self.secret, "secret key")];
+        for (part, what) in parts.into_iter().chain(self.token.as_ref().map(|token| (token, "session token"))) {
             // What follows goes into a header: one printable word.
-            Ok(text) if !text.is_empty() && text.bytes().all(|b| b.is_ascii_graphic()) => Ok(text.to_owned()),
-            _ => Err(Error::new(Code::VaultAnswer, format!("the {what} of the storage credentials is no plain word"))),
-        };
-        Ok(AwsCredential {
-            key_id: text(&self.key_id, "key id")?,
-            secret_key: text(&self.secret, "secret key")?,
-            token: self.token.as_ref().map(|token| text(token, "session token")).transpose()?,
+            if part.is_empty() || !part.iter().all(u8::is_ascii_graphic) {
+                refuse!(VaultAnswer, "the {what} of the storage credentials is no plain word");
+            }
+        }
+        Ok(())
+    }
+
+    /// A copy for one request; the heap overwrites it when it is given back.
+    fn lend(&self) -> Arc<AwsCredential> {
+        let text = |part: &LockedBuf| String::from_utf8_lossy(part).into_owned();
+        Arc::new(AwsCredential {
+            key_id: text(&self.key_id),
+            secret_key: text(&self.secret),
+            token: self.token.as_ref().map(text),
         })
     }
 }
@@ -109,14 +118,13 @@ fn random() -> u32 {
 
 /// One set in use.
 struct Set {
-    credential: Arc<AwsCredential>,
+    issued: Issued,
     obtained: Instant,
     /// Issued or renewed last; `ttl` counts from here.
     since: Instant,
     ttl: Option<Duration>,
     first_ttl: Option<Duration>,
     due: Option<Instant>,
-    lease_id: Option<String>,
     renewable: bool,
     /// The store has taken a request signed with it.
     accepted: bool,
@@ -125,51 +133,35 @@ struct Set {
 }
 
 impl Set {
-    fn new(issued: &Issued, now: Instant) -> Result<Set> {
+    fn new(issued: Issued, now: Instant) -> Result<Set> {
+        issued.check_signable()?;
         Ok(Set {
-            credential: Arc::new(issued.signable()?),
             obtained: now,
             since: now,
             ttl: issued.ttl,
             first_ttl: issued.ttl,
             due: issued.ttl.map(|ttl| now + due(ttl, random())),
-            lease_id: issued.lease_id.clone(),
             renewable: issued.renewable,
             accepted: false,
             refused: false,
+            issued,
         })
+    }
+
+    fn is(&self, key_id: &str) -> bool {
+        self.issued.key_id[..] == *key_id.as_bytes()
     }
 
     /// Temporary credentials of STS end by themselves; nobody can take them back.
     fn revocable(&self) -> Option<String> {
-        self.lease_id.clone().filter(|_| self.credential.token.is_none())
+        self.issued.lease_id.clone().filter(|_| self.issued.token.is_none())
     }
 }
 
-/// A set that was replaced.
+/// What is left of a set that was replaced.
 struct Retired {
-    credential: Option<Arc<AwsCredential>>,
-    lease_id: Option<String>,
+    lease_id: String,
     since: Instant,
-}
-
-impl Retired {
-    /// Overwrites the strings, unless a request is signing with them; true when nothing is left to do.
-    fn wipe(&mut self) -> bool {
-        if let Some(mut credential) = self.credential.take() {
-            match Arc::get_mut(&mut credential) {
-                Some(ours) => overwrite(ours),
-                None => self.credential = Some(credential),
-            }
-        }
-        self.credential.is_none() && self.lease_id.is_none()
-    }
-}
-
-fn overwrite(credential: &mut AwsCredential) {
-    credential.key_id.zeroize();
-    credential.secret_key.zeroize();
-    credential.token.zeroize();
 }
 
 #[derive(Default)]
@@ -213,7 +205,7 @@ impl State {
         if let Some((set, due)) = self.usable().and_then(|set| Some((set, set.due?))) {
             let at = self.not_before.map_or(due, |not_before| due.max(not_before));
             if at <= now {
-                return match &set.lease_id {
+                return match &set.issued.lease_id {
                     Some(lease) if set.renewable => Next::Renew(lease.clone()),
                     _ => Next::Issue,
                 };
@@ -221,12 +213,10 @@ impl State {
             no_later(at);
         }
         for retired in &self.retired {
-            match &retired.lease_id {
-                Some(lease) if retired.since + RETIRE_GRACE <= now => return Next::Revoke(lease.clone()),
-                Some(_) => no_later(retired.since + RETIRE_GRACE),
-                // Waits only for a request that is signing with it.
-                None => no_later(now + HOLD_MIN),
+            if retired.since + RETIRE_GRACE <= now {
+                return Next::Revoke(retired.lease_id.clone());
             }
+            no_later(retired.since + RETIRE_GRACE);
         }
         Next::Sleep(wake.map(|at| at - now))
     }
@@ -234,10 +224,8 @@ impl State {
     fn issued(&mut self, set: Set) {
         self.sets += 1;
         self.succeeded();
-        if let Some(old) = self.current.replace(set) {
-            let lease_id = old.revocable();
-            self.retired.push(Retired { credential: Some(old.credential), lease_id, since: Instant::now() });
-        }
+        let old = self.current.replace(set).and_then(|old| old.revocable());
+        self.retired.extend(old.map(|lease_id| Retired { lease_id, since: Instant::now() }));
     }
 
     fn renewed(&mut self, ttl: Duration, now: Instant) {
@@ -286,7 +274,6 @@ impl Shared {
     fn keep(&self) -> Option<Error> {
         let mut state = self.state();
         while !state.closing {
-            state.retired.retain_mut(|retired| !retired.wipe());
             let next = state.next(Instant::now());
             if let Next::Sleep(time) = next {
                 state = match time {
@@ -308,30 +295,27 @@ impl Shared {
         self.attempts.send_modify(|attempts| *attempts += 1);
         if let Some(set) = current {
             let lease_id = set.revocable();
-            if set.credential.token.is_some() {
+            if set.issued.token.is_some() {
                 let left = set.ttl.map(|ttl| ttl.saturating_sub(set.since.elapsed()).as_secs());
                 tracing::debug!(
                     seconds = left,
                     "temporary storage credentials cannot be revoked; they end by themselves"
                 );
             }
-            retired.push(Retired { credential: Some(set.credential), lease_id, since: Instant::now() });
+            retired.extend(lease_id.map(|lease_id| Retired { lease_id, since: Instant::now() }));
         }
         let mut kept = None;
-        for mut set in retired {
-            if let Some(lease) = set.lease_id.take()
-                && let Err(error) = self.issuer.revoke(&lease)
-            {
+        for set in retired {
+            if let Err(error) = self.issuer.revoke(&set.lease_id) {
                 kept = Some(error);
             }
-            set.wipe();
         }
         kept
     }
 
     fn do_next(&self, next: Next) {
         match next {
-            Next::Issue => match self.issuer.issue().and_then(|issued| Set::new(&issued, Instant::now())) {
+            Next::Issue => match self.issuer.issue().and_then(|issued| Set::new(issued, Instant::now())) {
                 Ok(set) => {
                     self.telemetry.credentials_issued.inc();
                     tracing::debug!(ttl_s = set.ttl.map(|ttl| ttl.as_secs()), "new storage credentials");
@@ -358,9 +342,7 @@ impl Shared {
                 if let Err(error) = self.issuer.revoke(&lease) {
                     tell_kept(&error);
                 }
-                self.state().retired.iter_mut().filter(|set| set.lease_id.as_deref() == Some(&lease)).for_each(|set| {
-                    set.lease_id = None;
-                });
+                self.state().retired.retain(|set| set.lease_id != lease);
             }
             Next::Sleep(_) => unreachable!("the caller sleeps"),
         }
@@ -448,7 +430,7 @@ impl LeasedCredentials {
                     return Err(Error::new(Code::Stopping, "the storage credentials were given back"));
                 }
                 if let Some(set) = state.usable() {
-                    return Ok(set.credential.clone());
+                    return Ok(set.issued.lend());
                 }
                 self.start(&mut state)?;
                 state.wanted = true;
@@ -481,7 +463,7 @@ impl LeasedCredentials {
     pub(super) fn accepted(&self, key_id: &str) {
         if let Some(set) = &mut self.shared.state().current
             && !set.accepted
-            && set.credential.key_id == key_id
+            && set.is(key_id)
         {
             set.accepted = true;
         }
@@ -492,7 +474,7 @@ impl LeasedCredentials {
     pub(super) fn refused(&self, key_id: &str, reason: Option<&str>) -> bool {
         let mut state = self.shared.state();
         let Some(set) = &mut state.current else { return !state.closing };
-        if set.refused || set.credential.key_id != key_id {
+        if set.refused || !set.is(key_id) {
             return true;
         }
         let age = set.obtained.elapsed();
