@@ -461,6 +461,18 @@ fn a_wrong_password_is_a_refusal_and_not_tried_again_where_vault_calls_it_its_ow
     assert_eq!(server.requests().len(), 1);
 }
 
+/// The same of a client certificate: nothing that time would mend.
+#[test]
+fn an_expired_client_certificate_is_a_refusal_and_not_tried_again_where_vault_calls_it_its_own_fault() {
+    let body = br#"{"errors":["failed to verify client's certificate: x509: certificate has expired"]}"#;
+    let server = Hostile::start(|_: &Request, stream: &mut TcpStream| respond(stream, "500 x", JSON, body));
+    let dir = tempfile::tempdir().expect("a folder");
+    let auth = AuthMethod::Cert { mount: "cert".into(), role: None };
+    let vault = Vault::open(&VaultSettings { auth, ..settings(&server.endpoint(), &dir) }).expect("usable");
+    says(&vault.login().expect_err("refused"), Code::VaultDenied, &["the client certificate is expired"]);
+    assert_eq!(server.requests().len(), 1);
+}
+
 #[test]
 fn a_login_without_a_token_in_its_answer_is_none() {
     for body in [answer(Value::Null), answer(json!({ "client_token": "not here" }))] {

@@ -127,6 +127,33 @@ fn an_approle_logs_in_by_a_file_and_a_wrong_or_used_up_secret_id_is_named() {
 }
 
 #[test]
+fn a_secret_id_whose_time_is_over_is_named_as_expired() {
+    let server = server!();
+    let role_id = server.approle("ar-over", json!({ "secret_id_ttl": "1s" }));
+    let settings = server.settings(approle(server, "ar-over", &role_id, &server.secret_id("ar-over"), false));
+    let denied = |error: Error| error.code() == Code::VaultDenied;
+    until("the secret-id ends", || Vault::open(&settings).expect("usable").login().is_err_and(denied));
+    refused(&settings, Code::VaultDenied, &["by approle", "auth/ar-over/login", "used up or expired"]);
+}
+
+/// It lets itself be made and looked at, and opens nothing: what the role lacks is named, and nothing counts as lost.
+#[test]
+fn a_login_whose_role_has_too_few_rights_is_answered_with_the_path_that_it_needs() {
+    let server = server!();
+    server.enable_transit("poor");
+    server.write("poor/keys/models", json!({ "derived": true }));
+    let role_id = server.approle("ar-poor", json!({ "token_ttl": "1h" }));
+    let auth = approle(server, "ar-poor", &role_id, &server.secret_id("ar-poor"), false);
+    let vault = logs_in(&VaultSettings { lock_on_loss: true, ..server.settings(auth) });
+    let at = TransitKey { mount: "poor".into(), key: "models".into() };
+    let error = vault.transit_unwrap(&at, &[0; 32], "vault:v1:AAAA").expect_err("not allowed");
+    says(&error, Code::VaultDenied, &["may not use poor/decrypt/models", "its policy needs that path"]);
+    let error = AwsRole::new(vault.clone(), "aws", "models").issue().expect_err("not allowed");
+    says(&error, Code::VaultDenied, &["may not use aws/creds/models", "its policy needs that path"]);
+    assert_eq!(vault.state().name(), "live", "the token itself is good");
+}
+
+#[test]
 fn a_wrapped_secret_id_is_unwrapped_once_and_a_second_unwrapping_is_an_alarm() {
     let server = server!();
     let role_id = server.approle("ar-wrapped", json!({ "token_ttl": "1h" }));
@@ -180,7 +207,8 @@ fn a_jwt_logs_in_and_an_expired_or_forged_one_or_one_for_others_is_named() {
     let good = signer.jwt(&claims("vault", now() + 600));
     logs_in(&method("jw-good", good.clone()));
     let login = ["by jwt", "auth/jw/login"];
-    refused(&method("jw-old", signer.jwt(&claims("vault", now() - 3600))), Code::VaultDenied, &["by jwt", "expired"]);
+    let named = ["by jwt", "the token in vault-jwt-file is expired", "token is expired"];
+    refused(&method("jw-old", signer.jwt(&claims("vault", now() - 3600))), Code::VaultDenied, &named);
     refused(&method("jw-aud", signer.jwt(&claims("others", now() + 600))), Code::VaultDenied, &["by jwt", "audience"]);
     let forged = Signer::new().jwt(&claims("vault", now() + 600));
     refused(&method("jw-forged", forged), Code::VaultDenied, &["by jwt", "signature"]);
@@ -196,18 +224,20 @@ fn a_jwt_logs_in_and_an_expired_or_forged_one_or_one_for_others_is_named() {
 fn a_service_account_logs_in_and_a_token_that_the_cluster_does_not_know_is_refused() {
     let server = server!();
     let signer = Signer::new();
-    let account = |name: &str| {
+    let account_until = |name: &str, ends: u64| {
         let claims = json!({
             "iss": "https://kubernetes.default.svc", "sub": format!("system:serviceaccount:models:{name}"),
-            "aud": ["https://kubernetes.default.svc"], "iat": now() - 10, "nbf": now() - 10, "exp": now() + 600,
+            "aud": ["https://kubernetes.default.svc"], "iat": now() - 7200, "nbf": now() - 7200, "exp": ends,
             "kubernetes.io": { "namespace": "models", "serviceaccount": { "name": name, "uid": "uid-1" } },
         });
         signer.jwt(&claims)
     };
+    let account = |name: &str| account_until(name, now() + 600);
     let (known, other) = (account("server"), account("other"));
+    let over = account_until("server", now() - 3600);
     let reviewer = account("reviewer");
     let reviews = format!("Bearer {reviewer}");
-    let taken = [known.clone(), other.clone()];
+    let (taken, ended) = ([known.clone(), other.clone()], over.clone());
     let cluster = Hostile::start(move |request: &Request, stream: &mut TcpStream| {
         let review: Value = serde_json::from_slice(&request.body).unwrap_or(Value::Null);
         let asked = review["spec"]["token"].as_str().unwrap_or_default().to_owned();
@@ -217,6 +247,8 @@ fn a_service_account_logs_in_and_a_token_that_the_cluster_does_not_know_is_refus
         let user = json!({ "username": format!("system:serviceaccount:models:{name}"), "uid": "uid-1", "groups": [] });
         let status = if known {
             json!({ "authenticated": true, "user": user, "audiences": review["spec"]["audiences"] })
+        } else if asked == ended {
+            json!({ "error": "[invalid bearer token, service account token has expired]" })
         } else {
             json!({ "error": "unknown token" })
         };
@@ -239,6 +271,8 @@ fn a_service_account_logs_in_and_a_token_that_the_cluster_does_not_know_is_refus
     let login = ["by kubernetes", "auth/k8s/login"];
     refused(&method("k8s-other", "server", &other), Code::VaultDenied, &["by kubernetes", "not authorized"]);
     refused(&method("k8s-unknown", "server", &account("server2")), Code::VaultDenied, &login);
+    let named = ["by kubernetes", "the token in vault-jwt-file is expired, or not for this role"];
+    refused(&method("k8s-over", "server", &over), Code::VaultDenied, &named);
     refused(&method("k8s-role", "nobody", &known), Code::VaultDenied, &["by kubernetes", "invalid role name"]);
 }
 
@@ -256,8 +290,10 @@ fn a_client_certificate_logs_in_and_that_of_another_authority_does_not() {
         ..server.settings(AuthMethod::Cert { mount: "tls".into(), role: Some("models".into()) })
     };
     logs_in(&method(Some("client")));
-    refused(&method(Some("stranger")), Code::VaultDenied, &["by cert", "auth/tls/login"]);
-    refused(&method(None), Code::VaultDenied, &["by cert", "auth/tls/login"]);
+    let named = ["by cert", "auth/tls/login", "the client certificate is expired, or no role takes it"];
+    for cert in [Some("stranger"), Some("expired"), None] {
+        refused(&method(cert), Code::VaultDenied, &named);
+    }
     let error = Vault::open(&VaultSettings { client_key: None, ..method(Some("client")) }).expect_err("half a pair");
     says(&error, Code::Usage, &["vault-client-cert and vault-client-key"]);
 }
@@ -381,6 +417,36 @@ fn a_token_in_the_environment_is_used_and_taken_out_of_it() {
     assert!(said.contains("CHILD environ clean"), "{said}");
     let said = child(&[("WISH", "token"), ("ADDRESS", &server.address()), ("HOME", "/nonexistent")]);
     assert!(said.contains("CHILD USAGE") && said.contains("set VAULT_TOKEN"), "{said}");
+}
+
+#[test]
+fn the_token_that_vault_login_left_at_home_is_used_if_it_is_good_private_and_no_other_was_given() {
+    let server = server!();
+    let home = server.file("home");
+    std::fs::create_dir(&home).expect("a folder");
+    let (path, address) = (home.join(".vault-token"), server.address());
+    let home = home.to_str().expect("utf-8");
+    let leaves = |text: &str, mode: u32| {
+        let file = server.secret_file("home/.vault-token", text);
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(mode);
+        std::fs::set_permissions(file, mode).expect("chmod");
+    };
+    let says_of = |more: &[(&str, &str)], words: &[&str]| {
+        let variables = [&[("WISH", "token"), ("ADDRESS", address.as_str()), ("HOME", home)][..], more].concat();
+        let said = child(&variables);
+        for word in words {
+            assert!(said.contains(word), "{word:?} is not in: {said}");
+        }
+    };
+    let wrong = "hvs.nobody-gave-this-out";
+    leaves(VaultServer::ROOT, 0o600);
+    says_of(&[], &["CHILD live"]);
+    says_of(&[("VAULT_TOKEN", wrong)], &["CHILD VAULT_DENIED"]);
+    leaves(VaultServer::ROOT, 0o644);
+    says_of(&[], &["CHILD KEY_PERMS", path.to_str().expect("utf-8"), "0644"]);
+    leaves(wrong, 0o600);
+    says_of(&[], &["CHILD VAULT_DENIED", "the token is wrong, revoked or expired"]);
+    says_of(&[("VAULT_TOKEN", VaultServer::ROOT)], &["CHILD live"]);
 }
 
 /// This test binary again, with these variables in its environment.

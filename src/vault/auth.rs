@@ -94,7 +94,7 @@ impl AuthMethod {
             AuthMethod::Kubernetes { .. } | AuthMethod::Jwt { .. } => {
                 "the token in vault-jwt-file is expired, or not for this role"
             }
-            AuthMethod::Cert { .. } => "no role takes the client certificate",
+            AuthMethod::Cert { .. } => "the client certificate is expired, or no role takes it",
             AuthMethod::Aws { .. } => "the AWS credentials are wrong or expired, or their identity is not in the role",
             AuthMethod::Userpass { .. } => "the user or the password is wrong, or the user is locked out",
         }

@@ -128,7 +128,8 @@ impl VaultServer {
         format!("https://127.0.0.1:{}", self.tls_port)
     }
 
-    /// `ca.pem`, `client.pem`, `client.key`, and `stranger.pem`, `stranger.key` of another authority.
+    /// `ca.pem`, `client.pem`, `client.key`, `stranger.pem`, `stranger.key` of another authority, and `expired.pem`,
+    /// `expired.key`, the client's name in a certificate whose time is over.
     pub fn file(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
@@ -287,15 +288,16 @@ fn certificates(dir: &Path) {
     let script = "
         pair() { openssl ecparam -name prime256v1 -genkey -noout -out $1.key; }
         authority() { pair $1; openssl req -x509 -new -key $1.key -subj /CN=$1 -days 30 -out $1.pem; }
-        leaf() { # NAME AUTHORITY EXTENSIONS
-            pair $1; openssl req -new -key $1.key -subj /CN=$1 -out $1.csr
+        leaf() { # NAME AUTHORITY EXTENSIONS [COMMON NAME [DAYS]]
+            pair $1; openssl req -new -key $1.key -subj /CN=${4:-$1} -out $1.csr
             printf \"$3\" > $1.ext
-            openssl x509 -req -in $1.csr -CA $2.pem -CAkey $2.key -CAcreateserial -days 30 -extfile $1.ext -out $1.pem
+            openssl x509 -req -in $1.csr -CA $2.pem -CAkey $2.key -CAcreateserial -days ${5:-30} -extfile $1.ext -out $1.pem
         }
         authority ca; authority other
         leaf server ca 'subjectAltName=IP:127.0.0.1\\nextendedKeyUsage=serverAuth'
         leaf client ca 'subjectAltName=DNS:models\\nextendedKeyUsage=clientAuth'
         leaf stranger other 'subjectAltName=DNS:models\\nextendedKeyUsage=clientAuth'
+        leaf expired ca 'subjectAltName=DNS:models\\nextendedKeyUsage=clientAuth' client -1
         chmod 600 *.key";
     let mut shell = Command::new("bash");
     shell.args(["-euc", script]).current_dir(dir).stdout(Stdio::null()).stderr(Stdio::null());
