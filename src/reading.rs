@@ -70,7 +70,9 @@ pub fn connect(access: &mut Access) -> Result<Option<Vault>> {
             refuse!(Usage, "s3-credentials come from Vault; say where that is with --vault-addr or VAULT_ADDR");
         };
         let issuer = AwsRole::new(vault.clone(), &from.mount, &from.role);
-        let leased = LeasedCredentials::new(Box::new(issuer), access.store.telemetry.clone());
+        let lend =
+            if vault.settings().lock_on_loss { LeasedCredentials::lost_when_revoked } else { LeasedCredentials::new };
+        let leased = lend(Box::new(issuer), access.store.telemetry.clone());
         access.store.credentials = Some(Arc::new(leased));
     }
     Ok(access.connected.clone())

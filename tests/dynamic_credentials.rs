@@ -77,6 +77,9 @@ impl IssueCredentials for Issuer {
         self.0.revoked.lock().expect("no panic under the lock").push(lease_id.into());
         Ok(())
     }
+    fn was_revoked(&self, _: &str) -> Result<bool> {
+        Ok(false)
+    }
     fn describe(&self) -> String {
         "vault-aws:aws/test".into()
     }
@@ -289,6 +292,9 @@ impl IssueCredentials for Short {
     }
     fn revoke(&self, lease_id: &str) -> Result<()> {
         self.0.revoke(lease_id)
+    }
+    fn was_revoked(&self, lease_id: &str) -> Result<bool> {
+        self.0.was_revoked(lease_id)
     }
     fn describe(&self) -> String {
         self.0.describe()

@@ -7,9 +7,12 @@ mod fake_vault;
 mod hostile;
 #[path = "common/program.rs"]
 mod program;
+#[path = "common/s3_folder.rs"]
+mod s3_folder;
 
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
+use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -18,6 +21,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use fake_vault::FakeVault;
+use hostile::{Hostile, Request, respond};
 use modelfs::config::{self, MountPlan};
 use modelfs::control::{self, AccessRequest, ControlTarget};
 use modelfs::error::{Code, Result};
@@ -131,6 +135,19 @@ impl Scene {
         self.host.telemetry().fetch_bytes.get()
     }
 
+    /// What [`Scene::mount_by_vault`] sealed, by way of a store that wants storage credentials of that Vault whose lease
+    /// is there.
+    fn mount_by_lease(&self, vault: &FakeVault, place: &str, more: &[&str]) -> (Hostile, Result<Arc<Mounted>>) {
+        let folder = self.root.join("of-vault");
+        let s3 = bucket_of(&folder.join("store"), vault);
+        let mut words = vault.words();
+        words.extend(lease_words(&s3));
+        words.push(format!("trust={}", folder.join("home/.config/modelfs/signing.key.pub").display()));
+        words.extend(more.iter().map(|word| (*word).to_string()));
+        let mounted = self.mount_from(&format!("s3://{BUCKET}"), place, &words);
+        (s3, mounted)
+    }
+
     fn wait_until(&self, what: &str, done: impl Fn() -> bool) {
         let deadline = Instant::now() + Duration::from_secs(120);
         while !done() {
@@ -138,6 +155,22 @@ impl Scene {
             std::thread::sleep(Duration::from_millis(10));
         }
     }
+}
+
+const BUCKET: &str = "models";
+
+/// A folder as a bucket, for whoever signs with what that Vault has lent and not taken back.
+fn bucket_of(folder: &Path, vault: &FakeVault) -> Hostile {
+    let (folder, takes) = (folder.to_owned(), vault.takes());
+    Hostile::start(move |request: &Request, stream: &mut TcpStream| match takes(request) {
+        true => s3_folder::serve_folder(&folder, BUCKET, request, stream),
+        false => respond(stream, "403 Forbidden", &[], b"<Error><Code>InvalidAccessKeyId</Code></Error>"),
+    })
+}
+
+/// What a mount is told of it.
+fn lease_words(s3: &Hostile) -> [String; 2] {
+    [format!("s3-endpoint={}", s3.endpoint()), "s3-credentials=vault-aws:aws/models".into()]
 }
 
 fn file(mounted: &Mounted, name: &str) -> PathBuf {
@@ -315,6 +348,87 @@ fn is_refused(mounted: &Mounted) -> bool {
 
 fn unlock(mounted: &Mounted) -> Result<serde_json::Value> {
     mounted.access(AccessRequest::Unlock { model: None })
+}
+
+#[test]
+fn a_mount_whose_storage_lease_was_revoked_is_refused_until_an_unlock_or_a_new_proof_of_its_right() {
+    let name = "a_mount_whose_storage_lease_was_revoked_is_refused_until_an_unlock_or_a_new_proof_of_its_right";
+    let Some(scene) = scene(name) else { return };
+    let (vault, keeper) = scene.mount_by_vault(&["on-key-loss=keep", "open=lazy"]);
+    let (_s3, two) = scene.mount_by_lease(&vault, "mnt", &["on-key-loss=lock", "open=lazy"]);
+    let two = two.expect("mounted");
+    assert!(holds(&file(&two, "first.bin"), 1));
+    let lent = vault.lent();
+
+    vault.revoke_leases();
+
+    // The store refuses what it took before: that is how the mount learns of it.
+    assert!(fs::read(file(&two, "second.bin")).is_err(), "it was read with a set of another lease");
+    scene.wait_until("the refusal", || two.status()["refused"] == true);
+    assert!(is_refused(&two));
+    assert_eq!(two.status()["storage_credentials"]["state"], "lost");
+    assert_eq!((vault.lent(), vault_of(&two)), (lent, json!("live")), "another set was asked for");
+    assert!(holds(&file(&keeper, "first.bin"), 1), "the other mount goes on");
+    two.recheck().expect("its right is as good as ever");
+    assert!(holds(&file(&two, "second.bin"), 2));
+
+    vault.revoke_leases();
+    assert!(fs::read(file(&two, "first.bin")).is_err(), "it was read with a set of another lease");
+    scene.wait_until("the second refusal", || two.status()["refused"] == true);
+    unlock(&two).expect("asked for by its operator");
+    assert!(holds(&file(&two, "second.bin"), 2));
+    scene.host.stop().expect("stopped");
+    assert_eq!(vault.tokens(), 1, "the publisher's alone is left");
+}
+
+/// The program itself, which is one mount: with `keep` nobody notices, with `lock` it is dark.
+#[test]
+fn a_revoked_storage_lease_locks_a_mount_that_is_to_lock_and_is_replaced_for_one_that_keeps() {
+    if !can_mount() {
+        return;
+    }
+    for policy in ["keep", "lock"] {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let (vault, program) = (FakeVault::start(folder.path()), Program::in_folder(folder.path()));
+        let source = folder.path().join("source");
+        fs::create_dir(&source).expect("mkdir");
+        fs::write(source.join("first.bin"), vec![1; BYTES]).expect("write");
+        fs::write(source.join("second.bin"), vec![2; BYTES]).expect("write");
+        let flags = |words: &[String]| -> Vec<String> {
+            let pairs = words.iter().map(|word| word.split_once('=').expect("every word has a value"));
+            pairs.flat_map(|(name, value)| [format!("--{name}"), value.to_owned()]).collect()
+        };
+        let words = vault.words();
+        let (floor, reach): (Vec<String>, Vec<String>) = words.into_iter().partition(|word| word.starts_with("floor="));
+        run_ok(program.command(&["seal"]).arg(&source).args([program.store(), NAME]).args(flags(&reach)));
+        let s3 = bucket_of(Path::new(program.store()), &vault);
+        let mountpoint = program.mountpoint();
+        let mut mount = program.command(&["mount", &format!("s3://{BUCKET}"), "--open", "lazy"]);
+        mount.arg(mountpoint).args(flags(&[reach, floor].concat())).args(flags(&lease_words(&s3)));
+        mount.args(["--on-key-loss", policy, "--trust"]).arg(program.trusted_key());
+        let log = fs::File::create(folder.path().join("daemon.log")).expect("log");
+        let mut child = mount.stdout(std::process::Stdio::null()).stderr(log).spawn().expect("runs");
+        let (first, second) = (mountpoint.join(NAME).join("first.bin"), mountpoint.join(NAME).join("second.bin"));
+        program.until("the first file", || holds(&first, 1));
+
+        vault.revoke_leases();
+
+        if policy == "keep" {
+            assert!(holds(&second, 2), "{}", program.log());
+        } else {
+            assert!(fs::read(&second).is_err(), "it was read with a set of another lease");
+            program.until("the lock", || fs::read(&first).is_err());
+            let status = run_ok(program.command(&["status", "--json"]).arg(mountpoint)).stdout;
+            let status: serde_json::Value = serde_json::from_slice(&status).expect("JSON");
+            assert_eq!(status["models"][0]["locked"], true, "{status}");
+            run_ok(program.command(&["unlock"]).arg(mountpoint));
+            assert!(holds(&first, 1) && holds(&second, 2), "{}", program.log());
+        }
+        program.until("word of it", || program.log().contains("the lease of the storage credentials"));
+        run_ok(program.command(&["umount"]).arg(mountpoint));
+        child.wait().expect("ended");
+        assert_eq!(vault.tokens(), 1, "the publisher's alone is left");
+    }
 }
 
 /// With `on-key-loss=keep`, where nothing is locked that could be unlocked.

@@ -797,21 +797,27 @@ fn an_iam_user_is_given_back_by_the_extra_rule_or_with_our_own_token() {
     };
     let without = given("users");
     let role = |vault: &Vault| AwsRole::new(vault.clone(), "aws-users", "models");
-    let lease = role(&without).issue().expect("a user").lease_id.expect("a lease");
+    let lender = role(&without);
+    let lease = lender.issue().expect("a user").lease_id.expect("a lease");
+    assert!(!lender.was_revoked(&lease).expect("Vault's default policy lets it be asked"), "it is there");
     says(&role(&without).revoke(&lease).expect_err("no right"), Code::VaultDenied, &["sys/leases/revoke", "policy"]);
     assert!(!without.revoke_self().expect("not ours"), "a given token is not ended");
     assert_eq!(users(), 1);
     role(&given("users-back")).revoke(&lease).expect("given back");
     until("the user is gone", || users() == 0);
+    until("the lease is gone", || lender.was_revoked(&lease).expect("asked"));
 
     // A token of our own takes its leases along.
     let role_id = server.approle("ar-users", json!({ "token_policies": "users", "token_ttl": "1h" }));
     let own = logs_in(&server.settings(approle(server, "ar-users", &role_id, &server.secret_id("ar-users"), false)));
-    let lease = role(&own).issue().expect("a user").lease_id.expect("a lease");
+    let lender = role(&own);
+    let lease = lender.issue().expect("a user").lease_id.expect("a lease");
     role(&own).revoke(&lease).expect_err("no right");
     assert_eq!(users(), 1);
     assert!(own.revoke_self().expect("ours"));
     until("the user is gone", || users() == 0);
+    // Asked by the login that follows, as after a token that came to its end.
+    assert!(!lender.was_revoked(&lease).expect("asked"), "it ended with its token, not by anybody's word");
 }
 
 // ---- Vault away, sealed --------------------------------------------------------------------------------------------

@@ -192,6 +192,9 @@ impl Revoker {
         let lost = self.access.connected.as_ref().filter(|vault| vault.state().is_lost());
         // The operator says that we may ask again, whether or not anything was locked for it.
         let came_back = lost.map(|vault| vault.forgive());
+        if let Some(credentials) = &self.access.store.credentials {
+            credentials.forgive();
+        }
         if let Some(Err(refused)) = came_back {
             if locked.is_empty() {
                 return Err(refused.context("Vault is still lost to this mount"));

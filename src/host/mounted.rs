@@ -73,11 +73,13 @@ struct Refusals {
     right: Option<String>,
     /// Vault has taken its token.
     vault: Option<String>,
+    /// The lease of its storage credentials was revoked.
+    lease: Option<String>,
 }
 
 impl Refusals {
     fn why(&self) -> Option<&str> {
-        self.right.as_deref().or(self.vault.as_deref())
+        self.right.as_deref().or(self.vault.as_deref()).or(self.lease.as_deref())
     }
 }
 
@@ -263,6 +265,13 @@ impl Mounted {
                 self.refuse_while_lost(vault.watch())
             });
         }
+        if let (OnKeyLoss::Lock, Some(credentials)) = (self.plan.on_key_loss, &self.plan.access.store.credentials) {
+            tasks.push(if self.host.alone {
+                self.revoker.lock_when_lost(credentials.watch_lost(), |lost| lost.as_ref().map(Error::chain))
+            } else {
+                self.refuse_while_lost(credentials.watch_lost())
+            });
+        }
         if self.plan.policy.is_some() {
             tasks.push(self.every(BLOCKS_LOOK, |mounted| mounted.fs.expire_blocks()));
         }
@@ -306,7 +315,7 @@ impl Mounted {
     }
 
     /// Where versions are shared a lost key ends one mount's right, not the others'; only what none has a right to is locked.
-    fn refuse_while_lost(self: &Arc<Self>, mut state: watch::Receiver<VaultState>) -> JoinHandle<()> {
+    fn refuse_while_lost<T: Send + Sync + 'static>(self: &Arc<Self>, mut state: watch::Receiver<T>) -> JoinHandle<()> {
         let weak = Arc::downgrade(self);
         self.host.handle.spawn(async move {
             loop {
@@ -323,7 +332,8 @@ impl Mounted {
         })
     }
 
-    /// Refuses readers if Vault has taken our token and that is to count here; lets them in when it has taken us again.
+    /// Refuses readers if Vault has taken our token, or somebody the lease of our storage credentials, and that is to count
+    /// here; lets them in when Vault has taken us again and the lease was forgiven.
     ///
     /// # Errors
     /// Of [`Mounted::change_refusals`].
@@ -332,11 +342,15 @@ impl Mounted {
         if self.host.alone || self.plan.on_key_loss != OnKeyLoss::Lock {
             return Ok(());
         }
-        self.change_refusals(|refusals| match vault.state() {
-            VaultState::Lost { why } => refusals.vault = Some(why.chain()),
-            VaultState::Live { .. } => refusals.vault = None,
-            // None of these says that our token holds.
-            VaultState::Idle | VaultState::Away { .. } | VaultState::Sealed { .. } => {}
+        let lease = self.plan.access.store.credentials.as_ref().and_then(|credentials| credentials.lost());
+        self.change_refusals(|refusals| {
+            refusals.lease = lease.map(|why| why.chain());
+            match vault.state() {
+                VaultState::Lost { why } => refusals.vault = Some(why.chain()),
+                VaultState::Live { .. } => refusals.vault = None,
+                // None of these says that our token holds.
+                VaultState::Idle | VaultState::Away { .. } | VaultState::Sealed { .. } => {}
+            }
         })
     }
 
@@ -442,6 +456,8 @@ impl Mounted {
     pub fn recheck(&self) -> Result<()> {
         let mut access = self.plan.access.clone();
         access.connected = None;
+        // What is lost proves nothing; others come with the new login.
+        access.store.credentials = access.store.credentials.filter(|credentials| credentials.lost().is_none());
         let login = Login(reading::connect(&mut access)?);
         let opens = self
             .revoker
@@ -451,6 +467,9 @@ impl Mounted {
         opens?;
         if let Some(vault) = &self.plan.access.connected {
             vault.forgive()?;
+            if let Some(credentials) = &self.plan.access.store.credentials {
+                credentials.forgive();
+            }
             self.heed_vault()?;
         }
         Ok(())

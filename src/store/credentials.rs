@@ -1,10 +1,10 @@
 //! Storage credentials that end: fetched when first needed, replaced before they end, given back when the mount ends.
 //!
 //! In: whoever issues them ([`IssueCredentials`], which may block), and what the store says of the ones in use. Out: one
-//! set of S3 credentials for any number of requests.
+//! set of S3 credentials for any number of requests, and word of a lease that somebody revoked.
 //! Promises: one thread asks, however many requests wait; the old ones are used until the new ones are there; an issuer
 //! that is away changes nothing as long as the store takes what we have; a store that refuses them is asked again with new
-//! ones, once for each set; a store that refuses new ones as well cannot make us ask for more. Nothing here prints or logs
+//! ones, once for each set; a lease that whoever lends it revoked before its time is told apart from one that ended; a store that refuses new ones as well cannot make us ask for more. Nothing here prints or logs
 //! a credential; a set lies in locked memory and is overwritten when it is replaced.
 //! What remains: the library that signs wants ordinary strings, so a copy lies on the heap while a request is under way
 //! (`mem::WipingHeap` overwrites it), and a session token in the buffer of a connection until that is used again or closed.
@@ -22,7 +22,7 @@ use object_store::aws::AwsCredential;
 use serde::Serialize;
 use tokio::sync::watch;
 
-use crate::error::{Code, Error, Result};
+use crate::error::{Class, Code, Error, Result};
 use crate::mem::LockedBuf;
 use crate::refuse;
 use crate::telemetry::Telemetry;
@@ -53,6 +53,10 @@ pub trait IssueCredentials: Send + Sync {
     fn renew(&self, lease_id: &str) -> Result<Duration>;
 
     fn revoke(&self, lease_id: &str) -> Result<()>;
+
+    /// Whether somebody revoked the newest lease, of which time should be left: not, if it is there, nor if it ended with
+    /// what it was lent to.
+    fn was_revoked(&self, lease_id: &str) -> Result<bool>;
 
     /// For people: what is asked, without a secret.
     fn describe(&self) -> String;
@@ -156,6 +160,11 @@ impl Set {
     fn revocable(&self) -> Option<String> {
         self.issued.lease_id.clone().filter(|_| self.issued.token.is_none())
     }
+
+    /// Its lease, if nothing of it should have ended yet. Of its last tenth nothing is said: clocks differ.
+    fn in_its_time(&self) -> Option<String> {
+        self.revocable().filter(|_| self.ttl.is_none_or(|ttl| self.since.elapsed() < ttl.mul_f64(0.9)))
+    }
 }
 
 /// What is left of a set that was replaced.
@@ -170,6 +179,10 @@ struct State {
     retired: Vec<Retired>,
     /// Someone waits for a set, or the store refused the one there is.
     wanted: bool,
+    /// The lease of a set that should hold and does not.
+    doubted: Option<String>,
+    /// A lease was revoked, and nothing more is asked for until somebody says so.
+    lost: bool,
     sets: u64,
     failures: u32,
     failed_at: Option<Instant>,
@@ -182,6 +195,8 @@ struct State {
 /// What the thread does next.
 #[derive(Debug, PartialEq, Eq)]
 enum Next {
+    /// Was it revoked?
+    Doubt(String),
     Issue,
     Renew(String),
     Revoke(String),
@@ -196,7 +211,10 @@ impl State {
     fn next(&self, now: Instant) -> Next {
         let mut wake: Option<Instant> = None;
         let mut no_later = |at: Instant| wake = Some(wake.map_or(at, |wake| wake.min(at)));
-        if self.wanted && self.usable().is_none() {
+        if let Some(lease) = &self.doubted {
+            return Next::Doubt(lease.clone());
+        }
+        if self.wanted && !self.lost && self.usable().is_none() {
             match self.failed_at.map(|failed| failed + PAUSE_FIRST).filter(|at| *at > now) {
                 None => return Next::Issue,
                 Some(at) => no_later(at),
@@ -262,6 +280,10 @@ struct Shared {
     wake: Condvar,
     /// Attempts that ended; whoever waits for a set waits for this to grow.
     attempts: watch::Sender<u64>,
+    /// A lease that somebody revoked is not replaced until [`LeasedCredentials::forgive`].
+    stop_when_revoked: bool,
+    /// Why there are no credentials since.
+    lost: watch::Sender<Option<Error>>,
 }
 
 impl Shared {
@@ -285,8 +307,12 @@ impl Shared {
                 continue;
             }
             drop(state);
+            // Whoever waits for a set learns nothing from this.
+            let is_question = matches!(next, Next::Doubt(_));
             self.do_next(next);
-            self.attempts.send_modify(|attempts| *attempts += 1);
+            if !is_question || self.state().lost {
+                self.attempts.send_modify(|attempts| *attempts += 1);
+            }
             state = self.state();
         }
         let current = state.current.take();
@@ -315,6 +341,7 @@ impl Shared {
 
     fn do_next(&self, next: Next) {
         match next {
+            Next::Doubt(lease) => self.doubt(&lease),
             Next::Issue => match self.issuer.issue().and_then(|issued| Set::new(issued, Instant::now())) {
                 Ok(set) => {
                     self.telemetry.credentials_issued.inc();
@@ -333,9 +360,10 @@ impl Shared {
                 }
                 Err(error) => {
                     tracing::debug!("storage credentials cannot be renewed, asking for new ones: {}", error.chain());
-                    if let Some(set) = &mut self.state().current {
-                        set.renewable = false;
-                    }
+                    let mut state = self.state();
+                    let State { current: Some(set), doubted, .. } = &mut *state else { return };
+                    set.renewable = false;
+                    *doubted = set.in_its_time().filter(|_| error.class() != Class::Unreachable);
                 }
             },
             Next::Revoke(lease) => {
@@ -345,6 +373,29 @@ impl Shared {
                 self.state().retired.retain(|set| set.lease_id != lease);
             }
             Next::Sleep(_) => unreachable!("the caller sleeps"),
+        }
+    }
+
+    /// A set should hold and does not: if somebody revoked its lease, that is a loss.
+    fn doubt(&self, lease: &str) {
+        let revoked = self.issuer.was_revoked(lease).unwrap_or_else(|error| {
+            tracing::debug!("whether the lease of the storage credentials was revoked is not known: {}", error.chain());
+            false
+        });
+        let mut state = self.state();
+        state.doubted = None;
+        let current = state.current.as_mut().filter(|set| set.issued.lease_id.as_deref() == Some(lease));
+        let (true, Some(set)) = (revoked, current) else { return };
+        set.refused = true;
+        state.lost = self.stop_when_revoked;
+        drop(state);
+        let from = self.issuer.describe();
+        let why =
+            Error::new(Code::VaultDenied, format!("the lease of the storage credentials from {from} was revoked"));
+        tracing::warn!("{}", why.chain());
+        self.telemetry.events.tell(&Event::new(Kind::LeaseLost).severity(Severity::High).error(&why));
+        if self.stop_when_revoked {
+            self.lost.send_replace(Some(why));
         }
     }
 
@@ -394,8 +445,8 @@ pub struct LeasedCredentials {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct CredentialStatus {
     pub source: String,
-    /// `idle` (none asked for yet), `current`, `refused` (the store takes them no more), `away` (the issuer does not
-    /// answer), `closed`.
+    /// `idle` (none asked for yet), `current`, `refused` (the store takes them no more), `lost` (their lease was revoked, and
+    /// a loss is to last), `away` (the issuer does not answer), `closed`.
     pub state: &'static str,
     /// Sets fetched so far.
     pub sets: u64,
@@ -408,9 +459,23 @@ pub struct CredentialStatus {
 impl LeasedCredentials {
     /// Asks nothing yet.
     pub fn new(issuer: Box<dyn IssueCredentials>, telemetry: Arc<Telemetry>) -> LeasedCredentials {
+        LeasedCredentials::with(issuer, telemetry, false)
+    }
+
+    /// The same; once somebody has revoked a lease before its time there are no others until [`LeasedCredentials::forgive`].
+    pub fn lost_when_revoked(issuer: Box<dyn IssueCredentials>, telemetry: Arc<Telemetry>) -> LeasedCredentials {
+        LeasedCredentials::with(issuer, telemetry, true)
+    }
+
+    fn with(
+        issuer: Box<dyn IssueCredentials>,
+        telemetry: Arc<Telemetry>,
+        stop_when_revoked: bool,
+    ) -> LeasedCredentials {
         let (state, wake, attempts) = (Mutex::default(), Condvar::new(), watch::channel(0).0);
+        let lost = watch::Sender::new(None);
         LeasedCredentials {
-            shared: Arc::new(Shared { issuer, telemetry, state, wake, attempts }),
+            shared: Arc::new(Shared { issuer, telemetry, state, wake, attempts, stop_when_revoked, lost }),
             thread: Mutex::default(),
         }
     }
@@ -428,6 +493,10 @@ impl LeasedCredentials {
                 let mut state = self.shared.state();
                 if state.closing {
                     return Err(Error::new(Code::Stopping, "the storage credentials were given back"));
+                }
+                if state.lost {
+                    let why = self.lost().unwrap_or_else(|| Error::new(Code::VaultDenied, "their lease was revoked"));
+                    return Err(why.context("no credentials for the store"));
                 }
                 if let Some(set) = state.usable() {
                     return Ok(set.issued.lend());
@@ -491,6 +560,8 @@ impl LeasedCredentials {
             return false;
         }
         set.refused = true;
+        let doubted = set.in_its_time().filter(|_| set.accepted);
+        state.doubted = doubted;
         state.wanted = true;
         self.shared.telemetry.credentials_refused.inc();
         tracing::info!(reason, "the store takes these storage credentials no more; asking for new ones");
@@ -503,6 +574,24 @@ impl LeasedCredentials {
         true
     }
 
+    /// Why there are none since somebody revoked a lease, with [`LeasedCredentials::lost_when_revoked`].
+    pub fn lost(&self) -> Option<Error> {
+        self.shared.lost.borrow().clone()
+    }
+
+    pub fn watch_lost(&self) -> watch::Receiver<Option<Error>> {
+        self.shared.lost.subscribe()
+    }
+
+    /// Asks for others after a loss: the operator said that it may, or our right was proved anew.
+    pub fn forgive(&self) {
+        let was = std::mem::replace(&mut self.shared.state().lost, false);
+        if was {
+            self.shared.lost.send_replace(None);
+            self.shared.wake.notify_one();
+        }
+    }
+
     pub fn status(&self) -> CredentialStatus {
         let state = self.shared.state();
         let set = state.current.as_ref();
@@ -510,6 +599,7 @@ impl LeasedCredentials {
             source: self.shared.issuer.describe(),
             state: match set {
                 _ if state.closing => "closed",
+                _ if state.lost => "lost",
                 _ if state.last_error.is_some() => "away",
                 None => "idle",
                 Some(set) if set.refused => "refused",

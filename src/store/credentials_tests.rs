@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc;
 
 use super::*;
+use crate::telemetry::events::Sink;
 
 /// Issues `AKn`, `secret-canary-n`, numbered from 1, and remembers what it was asked.
 struct Issuer {
@@ -12,6 +13,10 @@ struct Issuer {
     ttl: Duration,
     temporary: bool,
     renewable: bool,
+    /// What is said of every lease that is asked about; `None`: nothing, the issuer is away.
+    revoked: Option<bool>,
+    /// A revoked lease is a loss that lasts.
+    stops: bool,
     /// Answers an error while above 0, and counts down.
     failures: AtomicUsize,
 }
@@ -21,10 +26,12 @@ impl Issuer {
         let (asked, seen) = mpsc::channel();
         let (numbers, failures) = (AtomicU64::new(0), AtomicUsize::new(0));
         let ttl = Duration::from_secs(3600);
-        let mut issuer = Issuer { numbers, asked, ttl, temporary: false, renewable: false, failures };
+        let (temporary, renewable, revoked, stops) = (false, false, Some(false), false);
+        let mut issuer = Issuer { numbers, asked, ttl, temporary, renewable, revoked, stops, failures };
         make(&mut issuer);
         let telemetry = Arc::new(Telemetry::default());
-        (LeasedCredentials::new(Box::new(issuer), telemetry.clone()), telemetry, seen)
+        let new = if issuer.stops { LeasedCredentials::lost_when_revoked } else { LeasedCredentials::new };
+        (new(Box::new(issuer), telemetry.clone()), telemetry, seen)
     }
 }
 
@@ -47,11 +54,18 @@ impl IssueCredentials for Issuer {
     }
     fn renew(&self, lease_id: &str) -> Result<Duration> {
         let _ = self.asked.send(format!("renew {lease_id}"));
-        Ok(Duration::from_millis(1))
+        match self.revoked {
+            Some(true) => Err(Error::new(Code::VaultNotFound, "there is no such lease")),
+            _ => Ok(Duration::from_millis(1)),
+        }
     }
     fn revoke(&self, lease_id: &str) -> Result<()> {
         let _ = self.asked.send(format!("revoke {lease_id}"));
         Ok(())
+    }
+    fn was_revoked(&self, lease_id: &str) -> Result<bool> {
+        let _ = self.asked.send(format!("look {lease_id}"));
+        self.revoked.ok_or_else(|| Error::new(Code::VaultUnreachable, "vault does not answer"))
     }
     fn describe(&self) -> String {
         "vault-aws:aws/test".into()
@@ -202,7 +216,7 @@ async fn a_renewable_lease_is_renewed_and_replaced_when_that_brings_little() {
     while credentials.status().sets < 2 {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    let asked: Vec<String> = asked.try_iter().take(3).collect();
+    let asked: Vec<String> = asked.try_iter().filter(|what| !what.starts_with("look")).take(3).collect();
     assert_eq!(asked, ["issue", "renew lease-1", "issue"]);
     assert!(telemetry.credentials_renewed.get() >= 1);
 }
@@ -216,7 +230,7 @@ async fn closing_gives_back_what_can_be_given_back_and_overwrites_it() {
         credentials.refused("AK1", Some("ExpiredToken"));
         assert_eq!(key_id(&credentials).await, "AK2");
         credentials.close();
-        let mut revoked: Vec<String> = asked.try_iter().filter(|what| what != "issue").collect();
+        let mut revoked: Vec<String> = asked.try_iter().filter(|what| what.starts_with("revoke")).collect();
         revoked.sort();
         let wanted: &[&str] = if temporary { &[] } else { &["revoke lease-1", "revoke lease-2"] };
         assert_eq!(revoked, wanted, "temporary: {temporary}");
@@ -234,6 +248,86 @@ async fn each_request_gets_a_copy_and_the_last_holder_of_one_is_the_request() {
     let other = other.expect("the same set");
     assert_eq!((&one.secret_key, &one.token), (&other.secret_key, &other.token));
     assert_eq!((Arc::strong_count(&one), Arc::strong_count(&other)), (1, 1));
+}
+
+/// What is told of a loss.
+#[derive(Default)]
+struct Losses(Mutex<Vec<(Severity, Option<Code>)>>);
+
+impl Sink for Losses {
+    fn take(&self, event: &Event) -> Result<()> {
+        if event.kind == Kind::LeaseLost && event.severity >= Severity::High {
+            self.0.lock().expect("a test").push((event.severity, event.code));
+        }
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn a_lease_that_somebody_revoked_is_told_as_a_loss_and_replaced_unless_a_loss_shall_last() {
+    for stops in [false, true] {
+        let (credentials, telemetry, asked) = Issuer::start(|issuer| {
+            (issuer.revoked, issuer.stops) = (Some(true), stops);
+        });
+        let losses = Arc::new(Losses::default());
+        telemetry.events.add(losses.clone());
+        assert_eq!(key_id(&credentials).await, "AK1");
+        credentials.accepted("AK1");
+        assert!(credentials.refused("AK1", Some("InvalidAccessKeyId")), "worth asking again");
+        if stops {
+            let mut lost = credentials.watch_lost();
+            let why = lost.wait_for(Option::is_some).await.expect("it goes on").clone().expect("a loss");
+            assert_eq!(why.code(), Code::VaultDenied);
+            for _ in 0..3 {
+                let refused = format!("{:?}", credentials.get_credential().await.expect_err("lost"));
+                assert!(refused.contains("was revoked"), "{refused}");
+            }
+            assert_eq!(credentials.status().state, "lost");
+            assert_eq!(asked.try_iter().collect::<Vec<_>>(), ["issue", "look lease-1"], "others were asked for");
+            credentials.forgive();
+            assert!(credentials.lost().is_none());
+        }
+        assert_eq!(key_id(&credentials).await, "AK2");
+        assert_eq!(*losses.0.lock().expect("a test"), [(Severity::High, Some(Code::VaultDenied))]);
+        assert!(credentials.lost().is_none());
+    }
+}
+
+/// A store may refuse for reasons of its own, and Vault be away: neither is word of anybody.
+#[tokio::test]
+async fn a_refused_set_whose_lease_is_there_or_not_known_of_or_over_is_replaced_quietly() {
+    for (revoked, temporary, over) in
+        [(Some(false), false, false), (None, false, false), (Some(true), true, false), (Some(true), false, true)]
+    {
+        let (credentials, telemetry, asked) = Issuer::start(|issuer| {
+            (issuer.revoked, issuer.temporary, issuer.stops) = (revoked, temporary, true);
+        });
+        let losses = Arc::new(Losses::default());
+        telemetry.events.add(losses.clone());
+        assert_eq!(key_id(&credentials).await, "AK1");
+        credentials.accepted("AK1");
+        if over {
+            credentials.shared.state().current.as_mut().expect("a set").ttl = Some(Duration::ZERO);
+        }
+        credentials.refused("AK1", Some("ExpiredToken"));
+        assert_eq!(key_id(&credentials).await, "AK2");
+        let looked = asked.try_iter().filter(|what| what.starts_with("look")).count();
+        assert_eq!(looked, usize::from(!temporary && !over), "{revoked:?} {temporary} {over}");
+        assert!(credentials.lost().is_none() && losses.0.lock().expect("a test").is_empty());
+    }
+}
+
+#[tokio::test]
+async fn a_lease_that_cannot_be_renewed_because_somebody_revoked_it_is_a_loss() {
+    let (credentials, _, _) = Issuer::start(|issuer| {
+        (issuer.renewable, issuer.revoked, issuer.stops) = (true, Some(true), true);
+    });
+    assert_eq!(key_id(&credentials).await, "AK1");
+    credentials.shared.state().current.as_mut().expect("a set").due = Some(Instant::now());
+    credentials.shared.wake.notify_one();
+    let mut lost = credentials.watch_lost();
+    lost.wait_for(Option::is_some).await.expect("it goes on");
+    assert!(credentials.get_credential().await.is_err(), "the store need not be asked first");
 }
 
 #[tokio::test]

@@ -1,12 +1,13 @@
 //! S3 credentials from Vault's aws secrets engine, for `store::credentials` to hold and replace.
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use serde_json::{Map, Value, json};
 
 use super::raw::{Method, Raw, wipe_map};
 use super::{Vault, wire};
-use crate::error::Result;
+use crate::error::{Code, Result};
 use crate::mem::LockedBuf;
 use crate::refuse;
 use crate::store::credentials::{IssueCredentials, Issued};
@@ -16,11 +17,18 @@ pub struct AwsRole {
     vault: Vault,
     mount: String,
     role: String,
+    /// The newest lease and which token of ours it was lent to: it ends with that.
+    lent: Mutex<Option<(String, [u8; 32])>>,
 }
 
 impl AwsRole {
     pub fn new(vault: Vault, mount: &str, role: &str) -> AwsRole {
-        AwsRole { vault, mount: mount.to_owned(), role: role.to_owned() }
+        AwsRole { vault, mount: mount.to_owned(), role: role.to_owned(), lent: Mutex::default() }
+    }
+
+    fn lent(&self) -> MutexGuard<'_, Option<(String, [u8; 32])>> {
+        // A single store of a whole value: a panic elsewhere leaves it whole.
+        self.lent.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -43,14 +51,28 @@ impl IssueCredentials for AwsRole {
         let (Some(key_id), Some(secret)) = (key_id?, secret?) else {
             refuse!(VaultAnswer, "{what}: the answer holds no key");
         };
+        let lease_id = Some(answer.lease_id).filter(|id| !id.is_empty());
+        *self.lent() = lease_id.clone().zip(answer.asked_by);
         Ok(Issued {
             key_id,
             secret,
             token: token?,
             ttl: Some(ttl).filter(|ttl| !ttl.is_zero()),
-            lease_id: Some(answer.lease_id).filter(|id| !id.is_empty()),
+            lease_id,
             renewable: answer.renewable,
         })
+    }
+
+    fn was_revoked(&self, lease_id: &str) -> Result<bool> {
+        let body = of_lease(lease_id);
+        let ask = move || Raw::new(Method::Post, "sys/leases/lookup".into(), Some(body.clone()));
+        match self.vault.call("cannot look up a lease".into(), ask) {
+            Err(gone) if gone.code() == Code::VaultNotFound => {}
+            other => return other.map(|_| false),
+        }
+        let lent = self.lent().clone().filter(|(lent, _)| lent == lease_id);
+        // A token that has ended took its leases along, which was to be expected.
+        Ok(lent.is_some_and(|(_, token)| self.vault.owns(token)))
     }
 
     fn renew(&self, lease_id: &str) -> Result<Duration> {

@@ -495,6 +495,13 @@ impl Vault {
         })
     }
 
+    /// Whether a token that asked for something ([`Answer::asked_by`]) still holds and is ours: what was lent to it is there
+    /// then, unless somebody revoked it.
+    fn owns(&self, token: [u8; 32]) -> bool {
+        let inner = self.inner.clone();
+        self.run(async move { inner.owns(token).await })
+    }
+
     /// One request, logged in, tried again while Vault does not answer and time is left.
     fn call<E>(&self, what: String, request: impl Fn() -> E + Send + Sync + 'static) -> Result<Answer<E::Response>>
     where
@@ -641,14 +648,15 @@ impl Inner {
             Err(other) => return Err(other),
             Ok(answer) => {
                 self.live(&token);
-                return Ok(answer);
+                return Ok(Answer { asked_by: Some(token.id), ..answer });
             }
         };
         // Is it this request that is not allowed, or is the token no more?
         match self.look(&token).await {
             Err(gone) if gone.code() == Code::VaultDenied => {
                 let token = self.after_loss(&token, gone).await?;
-                self.wire.send(request(), Some(&token.text), what).await
+                let answer = self.wire.send(request(), Some(&token.text), what).await?;
+                Ok(Answer { asked_by: Some(token.id), ..answer })
             }
             _ => Err(refused),
         }
@@ -883,6 +891,15 @@ impl Inner {
             let soonest = (0..replaced.len()).min_by_key(|at| replaced[*at].expires());
             replaced.remove(soonest.expect("there are more than none"));
         }
+    }
+
+    async fn owns(&self, id: [u8; 32]) -> bool {
+        let session = self.session.lock().await;
+        if session.as_ref().is_some_and(|token| token.id == id && token.holds()) {
+            return true;
+        }
+        let replaced = self.replaced.lock().expect("a thread died holding the replaced tokens");
+        replaced.iter().any(|token| token.id == id && token.holds())
     }
 
     /// Those that still hold.

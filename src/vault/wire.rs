@@ -50,6 +50,8 @@ pub struct Wire {
 
 /// What an answer says beside its data.
 pub struct Answer<T> {
+    /// Which of our tokens asked, where one did.
+    pub asked_by: Option<[u8; 32]>,
     pub data: Option<T>,
     pub auth: Option<vaultrs::api::AuthInfo>,
     pub lease_id: String,
@@ -98,6 +100,7 @@ impl Wire {
         let body = result.response.body_mut();
         if body.is_empty() {
             return Ok(Answer {
+                asked_by: None,
                 data: None,
                 auth: None,
                 lease_id: String::new(),
@@ -117,6 +120,7 @@ impl Wire {
             tracing::debug!("Vault warns: {}", line_of(warning));
         }
         Ok(Answer {
+            asked_by: None,
             data: parsed.data,
             auth: parsed.auth,
             lease_id: parsed.lease_id,

@@ -1,4 +1,5 @@
-//! As much of Vault as a mount needs, told by a test whom it takes: one user, a key in KV version 2, no floors.
+//! As much of Vault as a mount needs, told by a test whom it takes: one user, a key in KV version 2, no floors, storage
+//! credentials by lease.
 #![allow(dead_code)] // each test binary uses its own part
 
 use std::collections::HashSet;
@@ -18,6 +19,9 @@ struct Rights {
     tokens: HashSet<String>,
     issued: u64,
     shut: bool,
+    /// Of storage credentials, by the number in their key id.
+    leases: HashSet<u64>,
+    lent: u64,
 }
 
 pub struct FakeVault {
@@ -56,7 +60,9 @@ impl FakeVault {
 
     /// Knows none of its tokens any more.
     pub fn revoke_all(&self) {
-        self.rights.lock().expect("no panic under the lock").tokens.clear();
+        let mut rights = self.rights.lock().expect("no panic under the lock");
+        rights.tokens.clear();
+        rights.leases.clear();
     }
 
     /// Refuses every login from now on, or takes them again.
@@ -67,6 +73,28 @@ impl FakeVault {
     /// Logins so far.
     pub fn issued(&self) -> u64 {
         self.rights.lock().expect("no panic under the lock").issued
+    }
+
+    /// Knows none of its leases any more: those of storage credentials, not the tokens.
+    pub fn revoke_leases(&self) {
+        self.rights.lock().expect("no panic under the lock").leases.clear();
+    }
+
+    /// What a store asks: whether a request is signed with credentials whose lease is there.
+    pub fn takes(&self) -> impl Fn(&Request) -> bool + Send + Sync + use<> {
+        let rights = self.rights.clone();
+        move |request| {
+            let number = request.header("authorization").and_then(|header| {
+                let (_, key) = header.split_once("Credential=AK")?;
+                key.split_once('/')?.0.parse().ok()
+            });
+            number.is_some_and(|number: u64| rights.lock().expect("no panic under the lock").leases.contains(&number))
+        }
+    }
+
+    /// Storage credentials lent so far.
+    pub fn lent(&self) -> u64 {
+        self.rights.lock().expect("no panic under the lock").lent
     }
 
     /// Tokens that live.
@@ -106,6 +134,31 @@ impl Rights {
             "auth/token/lookup-self" => {
                 let data = json!({ "ttl": 3600, "renewable": true, "expire_time": "2099-01-01T00:00:00Z" });
                 ("200 OK", whole(data, Value::Null))
+            }
+            "aws/creds/models" => {
+                self.lent += 1;
+                let number = self.lent;
+                self.leases.insert(number);
+                let data = json!({
+                    "access_key": format!("AK{number}"), "secret_key": "canary-s3-secret", "security_token": null,
+                });
+                let mut lease = whole(data, Value::Null);
+                lease["lease_id"] = json!(format!("aws/creds/models/{number}"));
+                lease["lease_duration"] = json!(3600);
+                ("200 OK", lease)
+            }
+            "sys/leases/lookup" | "sys/leases/revoke" => {
+                let asked: Value = serde_json::from_slice(&request.body).unwrap_or_default();
+                let number = asked["lease_id"].as_str().and_then(|id| id.rsplit('/').next()?.parse::<u64>().ok());
+                let known = number.is_some_and(|number| match path {
+                    "sys/leases/revoke" => self.leases.remove(&number),
+                    _ => self.leases.contains(&number),
+                });
+                match (path, known) {
+                    ("sys/leases/revoke", _) => ("200 OK", whole(Value::Null, Value::Null)),
+                    (_, true) => ("200 OK", whole(json!({ "id": asked["lease_id"], "ttl": 3000 }), Value::Null)),
+                    (_, false) => refused("400 Bad Request", "invalid lease"),
+                }
             }
             "secret/data/key" => {
                 let metadata = json!({
