@@ -13,6 +13,8 @@ use modelfs::read::Reader;
 use modelfs::telemetry::Telemetry;
 use modelfs::vfs::{Ownership, Vfs};
 
+// Binaries that use two of these files have it twice.
+#[allow(clippy::duplicate_mod)]
 #[path = "skip.rs"]
 mod skip;
 

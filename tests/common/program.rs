@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+// Binaries that use two of these files have it twice.
+#[allow(clippy::duplicate_mod)]
 #[path = "skip.rs"]
 mod skip;
 
