@@ -9,6 +9,7 @@ use super::{
     HTTP_EXTENSION, LINE_TIMEOUT, REPLY_BYTES_MAX, ROOT_DIR, ReplyLine, Request, RequestLine, Turn, check_daemon,
     code_named, read_line, socket_dirs, socket_name, write_line,
 };
+use crate::door;
 use crate::error::{Code, Error, Result};
 use crate::mounts;
 
@@ -131,14 +132,15 @@ fn list_mounts_in(dir: &Path) -> Result<Vec<MountInfo>> {
 }
 
 /// Takes away a socket that nobody listens on, and what lies beside it. Another time, where somebody is making sockets just
-/// now: it may be this one.
+/// now.
 fn remove_dead(socket: &Path) {
     let Some(_turn) = Turn::take_free(socket.parent().expect("a socket path is a folder and a name")) else {
         return;
     };
-    if UnixStream::connect(socket).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused) {
-        drop(std::fs::remove_file(socket));
-        drop(std::fs::remove_file(socket.with_extension(HTTP_EXTENSION)));
+    for dead in [socket, &socket.with_extension(HTTP_EXTENSION)] {
+        if let Err(error) = door::remove_dead(dead) {
+            tracing::debug!("cannot remove the dead socket {}: {error}", dead.display());
+        }
     }
 }
 

@@ -250,8 +250,8 @@ fn own_dir(dir: &Path, passable: bool) -> Result<()> {
     Ok(())
 }
 
-/// The right to make a socket in a folder, or to take away one that nobody listens on: between bind and listen a socket looks
-/// like one whose owner is gone. It ends when dropped, or with the process.
+/// The right to make a socket in a folder, or to take away one that nobody listens on. Without it nothing is lost
+/// ([`crate::door::remove_dead`]), but a name may be missing for a moment. It ends when dropped, or with the process.
 struct Turn {
     _locked: File,
 }

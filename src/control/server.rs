@@ -5,7 +5,6 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -18,6 +17,7 @@ use super::{
     Turn, anyone_named, own_dir, read_line, write_line,
 };
 use crate::config::oversight::RolesPlan;
+use crate::door;
 use crate::error::{Code, Error, Result};
 use crate::telemetry::Telemetry;
 use crate::telemetry::events::{Event, Kind, Severity, Subject};
@@ -143,11 +143,12 @@ fn listen_at(path: &Path, mode: u32, mountpoint: &Path) -> Result<UnixListener> 
         let other = match UnixStream::connect(path) {
             Ok(other) => other,
             Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
-                remove(path);
-                let listener = UnixListener::bind(path).map_err(|e| fault("cannot listen on", e))?;
-                std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))
-                    .map_err(|e| fault("cannot protect", e))?;
-                return Ok(listener);
+                door::remove_dead(path).map_err(|e| fault("cannot remove the dead socket", e))?;
+                match door::place(path, mode) {
+                    // Another was faster, which had no turn either.
+                    Err(e) if e.kind() == io::ErrorKind::AlreadyExists => continue,
+                    placed => return placed.map_err(|e| fault("cannot listen on", e)),
+                }
             }
             Err(e) => return Err(fault("cannot tell whether somebody listens on", e)),
         };
@@ -462,6 +463,7 @@ mod tests {
         fn map(&self, asked: &MapRequest) -> Result<serde_json::Value> {
             Ok(serde_json::json!({ "asked": asked }))
         }
+    use std::os::unix::fs::PermissionsExt;
         fn reload(&self, model: Option<&str>) -> Result<serde_json::Value> {
             Ok(serde_json::json!({ "asked": model }))
         }

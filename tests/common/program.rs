@@ -1,6 +1,7 @@
 //! The program as a user runs it: its binary, in a folder of its own, with nothing of the user's read or changed.
 #![allow(dead_code)] // each test binary uses its own part
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -79,11 +80,13 @@ impl Program {
         let mut command = self.command(&["mount"]);
         command.arg(&self.store).arg(self.mountpoint()).args(["--key", &self.key(), "--trust"]).arg(self.trusted_key());
         command.args(more).stdout(Stdio::null()).stderr(log);
-        let mut child = command.spawn().expect("the binary runs");
         let place = self.root.canonicalize().expect("our folder").join("mnt");
         let socket = modelfs::control::socket_path(&place).expect("a place for sockets");
+        let before = named(&socket);
+        let mut child = command.spawn().expect("the binary runs");
         // It is in the tree a moment before it can be asked. One whose socket another has says so.
-        let can_be_asked = || listens(&socket) || self.log().contains("no control socket");
+        let is_new = || named(&socket).is_some_and(|now| Some(now) != before);
+        let can_be_asked = || is_new() || self.log().contains("no control socket");
         let deadline = Instant::now() + Duration::from_secs(120);
         while !is_mountpoint(self.mountpoint()) || !can_be_asked() {
             let ended = child.try_wait().expect("wait");
@@ -167,15 +170,11 @@ pub fn is_mountpoint(path: &Path) -> bool {
     table.lines().any(|line| line.split(' ').nth(1).is_some_and(|place| Path::new(place) == path))
 }
 
-/// From the kernel's table, which counts as no question to whoever listens.
-fn listens(socket: &Path) -> bool {
-    const ACCEPTS: &str = "00010000";
-    let table = std::fs::read("/proc/net/unix").expect("the table of sockets");
-    String::from_utf8_lossy(&table).lines().any(|line| {
-        // Flags are the fourth word, the path the eighth.
-        let mut words = line.split_whitespace();
-        words.nth(3) == Some(ACCEPTS) && words.nth(3).is_some_and(|path| Path::new(path) == socket)
-    })
+/// Which file it is that has the name of a socket. Looking is no question to whoever listens, and who has the name listens; one
+/// that is there before may be a dead one's.
+fn named(socket: &Path) -> Option<(u64, i64, i64)> {
+    let meta = std::fs::symlink_metadata(socket).ok()?;
+    Some((meta.ino(), meta.ctime(), meta.ctime_nsec()))
 }
 
 /// Runs to success or fails the test with what was said.
