@@ -1,7 +1,7 @@
 //! Just enough of an HTTP server for a container engine on a Unix socket.
 //!
 //! Promises: root alone is answered, as the kernel names the other end; head and body are bounded in length and in time;
-//! at most [`CONNECTIONS_MAX`] at once, one request each; a socket handed over by systemd is taken, one of a living plugin
+//! at most [`CONNECTIONS_MAX`] at once, one request each; a mount whose answer nobody got is taken back; a socket handed over by systemd is taken, one of a living plugin
 //! is never taken away.
 //! Held by: the tests below.
 
@@ -9,7 +9,7 @@ use std::future::Future;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -19,7 +19,7 @@ use hyper::body::Incoming;
 use tokio::sync::{Semaphore, oneshot};
 
 use super::Asker;
-use super::protocol::Plugin;
+use super::protocol::{Answer, Plugin};
 use super::volumes::SWEEP_PERIOD;
 use crate::door::{self, Listening, plain};
 use crate::error::{Code, Error, Result};
@@ -28,6 +28,8 @@ use crate::refuse;
 /// A volume with the longest options there may be is a tenth of this.
 const BODY_BYTES_MAX: usize = 64 << 10;
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a caller has to close the connection whose answer it has.
+const HEARD_TIMEOUT: Duration = Duration::from_secs(10);
 /// More wait in the kernel's queue.
 const CONNECTIONS_MAX: usize = 64;
 
@@ -97,8 +99,17 @@ pub async fn serve(listening: &Listening, plugin: Arc<Plugin>, stop: impl Future
         let Some(asker) = ours(&stream) else { continue };
         let plugin = plugin.clone();
         tokio::spawn(async move {
-            let _permit = permit;
-            door::converse(stream, move |request| handle(plugin.clone(), asker, request)).await;
+            let (_permit, mut stream, given) = (permit, stream, Given::default());
+            let answer = |request| handle(plugin.clone(), asker, request, given.clone());
+            let written = door::converse(&mut stream, answer).await;
+            let answered = given.lock().expect("a thread died holding an answer").take();
+            // From here on it counts as heard: what ends now is this process, and its mounts with it.
+            if let (true, Some(answered)) = (written, answered)
+                && let Some(answer) = answered.settle()
+                && !door::was_heard(&mut stream, HEARD_TIMEOUT).await
+            {
+                drop(Undone { plugin, answer: Some(answer) });
+            }
         });
     }
 }
@@ -120,7 +131,44 @@ fn ours(stream: &tokio::net::UnixStream) -> Option<Option<Asker>> {
     }
 }
 
-async fn handle(plugin: Arc<Plugin>, asker: Option<Asker>, request: Request<Incoming>) -> Response<Full<Bytes>> {
+/// An answer on its way. Dropped, it is taken back: whoever asked has given up, and will never let go of what it says.
+struct Undone {
+    plugin: Arc<Plugin>,
+    answer: Option<Answer>,
+}
+
+impl Undone {
+    /// Not taken back any more.
+    fn settle(mut self) -> Option<Answer> {
+        self.answer.take()
+    }
+}
+
+impl Drop for Undone {
+    fn drop(&mut self) {
+        let Some(answer) = self.answer.take().filter(Answer::gives) else { return };
+        let (plugin, answer) = (self.plugin.clone(), Arc::new(answer));
+        // Unmounting blocks, and this may be a thread that answers others.
+        let undo = {
+            let (plugin, answer) = (plugin.clone(), answer.clone());
+            move || plugin.take_back(&answer)
+        };
+        if let Err(error) = std::thread::Builder::new().name("take-back".into()).spawn(undo) {
+            tracing::warn!("cannot start a thread to take a mount back: {error}");
+            plugin.take_back(&answer);
+        }
+    }
+}
+
+/// The answer that a connection's caller is being given.
+type Given = Arc<Mutex<Option<Undone>>>;
+
+async fn handle(
+    plugin: Arc<Plugin>,
+    asker: Option<Asker>,
+    request: Request<Incoming>,
+    given: Given,
+) -> Response<Full<Bytes>> {
     if request.method() != Method::POST {
         return plain(StatusCode::METHOD_NOT_ALLOWED);
     }
@@ -133,17 +181,17 @@ async fn handle(plugin: Arc<Plugin>, asker: Option<Asker>, request: Request<Inco
     };
     let (tell, told) = oneshot::channel();
     tokio::task::spawn_blocking(move || {
-        let answer = plugin.answer(&path, &body, asker);
-        // The engine gives a mount two minutes, then closes the connection, which drops the other end.
-        if let Err(untold) = tell.send(answer) {
-            plugin.take_back(&untold);
-        }
+        let answer = Some(plugin.answer(&path, &body, asker));
+        // The engine gives a mount two minutes, then closes the connection, which drops the other end, or what it was sent.
+        drop(tell.send(Undone { plugin, answer }));
     });
-    let Ok(answer) = told.await else { return plain(StatusCode::INTERNAL_SERVER_ERROR) };
+    let Ok(answered) = told.await else { return plain(StatusCode::INTERNAL_SERVER_ERROR) };
+    let answer = answered.answer.as_ref().expect("nobody has settled it");
     let mut response = plain(StatusCode::from_u16(answer.status).expect("one of the protocol's"));
     *response.body_mut() = Full::new(answer.json.to_string().into());
     let json = header::HeaderValue::from_static("application/vnd.docker.plugins.v1.1+json");
     response.headers_mut().insert(header::CONTENT_TYPE, json);
+    *given.lock().expect("a thread died holding an answer") = Some(answered);
     response
 }
 
@@ -307,6 +355,62 @@ mod tests {
             std::thread::sleep(Duration::from_millis(10));
         }
         assert_eq!(served.plugin.volumes().look("v").unwrap().holders, 0);
+    }
+
+    impl Served {
+        fn create(&self) {
+            self.ask(&post("/VolumeDriver.Create", r#"{"Name":"v","Opts":{"store":"s3://models/prod"}}"#));
+        }
+
+        fn wait_until_nobody_has_it(&self) {
+            let until = Instant::now() + Duration::from_secs(120);
+            while self.fake.standing.load(Ordering::SeqCst) != 0 {
+                assert!(Instant::now() < until, "the mount stands, and nobody has it");
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            assert_eq!(self.plugin.volumes().look("v").unwrap().holders, 0);
+        }
+    }
+
+    #[test]
+    fn a_mount_whose_answer_was_sent_to_somebody_who_left_before_he_looked_is_taken_back() {
+        let served = Served::start();
+        served.create();
+        let answer = served.plugin.answer("/VolumeDriver.Mount", br#"{"Name":"v","ID":"c1"}"#, None);
+        assert_eq!(served.fake.standing.load(Ordering::SeqCst), 1);
+        let (tell, told) = oneshot::channel();
+        assert!(tell.send(Undone { plugin: served.plugin.clone(), answer: Some(answer) }).is_ok(), "it is still there");
+        drop(told);
+        served.wait_until_nobody_has_it();
+    }
+
+    #[test]
+    fn a_mount_whose_answer_was_written_and_never_read_is_taken_back() {
+        let served = Served::start();
+        served.create();
+        let mut caller = served.connect();
+        caller.write_all(post("/VolumeDriver.Mount", r#"{"Name":"v","ID":"c1"}"#).as_bytes()).unwrap();
+        let mut byte = [0u8];
+        // SAFETY: one byte of our own, which the kernel fills without taking it from the socket.
+        let seen = unsafe {
+            libc::recv(std::os::fd::AsRawFd::as_raw_fd(&caller), byte.as_mut_ptr().cast(), 1, libc::MSG_PEEK)
+        };
+        assert_eq!((seen, served.fake.standing.load(Ordering::SeqCst)), (1, 1), "the answer is there");
+        drop(caller);
+        served.wait_until_nobody_has_it();
+    }
+
+    #[test]
+    fn a_mount_whose_answer_was_read_stays() {
+        let served = Served::start();
+        served.create();
+        let answer = served.ask(&post("/VolumeDriver.Mount", r#"{"Name":"v","ID":"c1"}"#));
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        for _ in 0..20 {
+            served.ask(&post("/VolumeDriver.List", "{}"));
+        }
+        assert_eq!(served.fake.standing.load(Ordering::SeqCst), 1);
+        assert_eq!(served.plugin.volumes().look("v").unwrap().holders, 1);
     }
 
     #[test]

@@ -40,6 +40,11 @@ impl Answer {
         Answer { status: 200, json, mounted: None }
     }
 
+    /// Whether somebody has to let go of what it says.
+    pub fn gives(&self) -> bool {
+        self.mounted.is_some()
+    }
+
     fn refused(status: u16, error: &Error) -> Answer {
         let text = format!("{} [{}]", scrub(&error.chain()), error.code());
         Answer { status, json: json!({ "Err": text }), mounted: None }
