@@ -483,13 +483,10 @@ fn check_mountpoint(path: &Path) -> Result<PathBuf> {
         Ok(meta) if meta.is_dir() => Ok(canonical),
         Ok(_) => Err(Error::new(Code::MountPoint, format!("mountpoint {} is not a folder", path.display()))),
         // What a killed daemon of ours left; mounting clears it (`fuse::attach`).
-        Err(e)
-            if e.raw_os_error() == Some(libc::ENOTCONN)
-                && mounts::at(&canonical)?.is_some_and(|mount| mount.is_ours()) =>
-        {
+        Err(e) if mounts::is_of_dead(&e) && mounts::at(&canonical)?.is_some_and(|mount| mount.is_ours()) => {
             Ok(canonical)
         }
-        Err(e) if e.raw_os_error() == Some(libc::ENOTCONN) => Err(Error::new(
+        Err(e) if mounts::is_of_dead(&e) => Err(Error::new(
             Code::MountPoint,
             format!("a dead mount that is not ours lies on {0}; run `umount -l {0}` first", path.display()),
         )),

@@ -28,7 +28,7 @@ impl Mount {
 
 /// The one name of a mountpoint: absolute, no links, although the mount on it may be dead.
 ///
-/// A dead FUSE mount answers ENOTCONN to whoever looks at it, so then only its parent is resolved.
+/// A dead FUSE mount refuses whoever looks at it ([`is_of_dead`]), so then only its parent is resolved.
 pub fn canonical(mountpoint: &Path) -> Result<PathBuf> {
     let absolute = std::path::absolute(mountpoint)
         .map_err(|e| Error::new(Code::Usage, "the mountpoint is an empty path").with_source(e))?;
@@ -36,13 +36,20 @@ pub fn canonical(mountpoint: &Path) -> Result<PathBuf> {
         Ok(path) => Ok(path),
         Err(first) => {
             let parent = absolute.parent().and_then(|parent| std::fs::canonicalize(parent).ok());
-            match (parent, absolute.file_name(), first.raw_os_error()) {
-                (Some(parent), Some(name), Some(libc::ENOTCONN | libc::EIO | libc::EACCES)) => Ok(parent.join(name)),
+            let mounted = is_of_dead(&first) || matches!(first.raw_os_error(), Some(libc::EIO | libc::EACCES));
+            match (parent, absolute.file_name()) {
+                (Some(parent), Some(name)) if mounted => Ok(parent.join(name)),
                 _ => Err(Error::new(Code::MountPoint, format!("mountpoint {} cannot be used", mountpoint.display()))
                     .with_source(first)),
             }
         }
     }
+}
+
+/// The kernel's two words for a mount whose connection is closed: to whoever asks from then on, and to whoever had asked
+/// already and waited for the daemon.
+pub fn is_of_dead(error: &std::io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOTCONN | libc::ECONNABORTED))
 }
 
 /// Whether whoever serves `mountpoint` answers: a question to him, and no answer without him.

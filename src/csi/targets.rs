@@ -20,6 +20,8 @@ use crate::{fuse, mounts, refuse};
 const CARRIER: &str = "modelfs-volume";
 /// Mounts on one target: drivers that died one after the other.
 const LAYERS_MAX: usize = 64;
+/// As often it is asked whether a connection is closed; each time the kernel has a few seconds.
+const CLOSE_TRIES: usize = 12;
 const NOTHING_RUNS: libc::c_ulong = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
 /// What the kubelet writes beside a target as long as it means to publish or unpublish it.
 const VOLUME_DATA: &str = "vol_data.json";
@@ -113,13 +115,28 @@ fn leave_only_the_dead(folder: &Path) -> Result<()> {
 /// A dead mount on `folder`, as a driver that is gone leaves it, where nothing is mounted: a FUSE mount whose only descriptor is
 /// closed answers ENOTCONN to everyone.
 pub fn hold(folder: &Path) -> Result<()> {
+    hold_by(folder, |_| ())
+}
+
+/// `shared`: what others do with the descriptor.
+fn hold_by(folder: &Path, shared: impl FnOnce(&std::fs::File)) -> Result<()> {
     if mounts::at(folder)?.is_some() {
         return Ok(());
     }
     let fault = |e| Error::new(Code::Host, format!("cannot put a dead mount on {}", folder.display())).with_source(e);
     let device = std::fs::File::options().read(true).write(true).open("/dev/fuse").map_err(fault)?;
     let options = format!("fd={},rootmode=40000,user_id=0,group_id=0,allow_other", device.as_raw_fd());
-    mount(folder, c"fuse.modelfs", NOTHING_RUNS | libc::MS_RDONLY, &options).map_err(fault)
+    mount(folder, c"fuse.modelfs", NOTHING_RUNS | libc::MS_RDONLY, &options).map_err(fault)?;
+    shared(&device);
+    drop(device);
+    // A child of ours between fork and exec has the descriptor too, and until it has not, whoever comes here waits.
+    for _ in 0..CLOSE_TRIES {
+        if is_dead(folder) {
+            return Ok(());
+        }
+    }
+    tracing::warn!("the mount that holds {} is not dead yet: another process has its descriptor", folder.display());
+    Ok(())
 }
 
 /// Takes every modelfs mount and carrier off `target`, dead ones too. The folder stays.
@@ -267,6 +284,30 @@ mod tests {
         clear(&target).expect("cleared");
         assert_eq!(mounts::at(&target).expect("read"), None);
         remove(&target).expect("removed");
+    }
+
+    #[test]
+    fn what_is_held_is_dead_by_the_time_that_is_said_though_a_child_had_its_descriptor() {
+        if !crate::mem::has_cap_sys_admin() || !Path::new("/dev/fuse").exists() {
+            return;
+        }
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let target = folder.path().canonicalize().expect("real");
+        let (closing, closed) = std::sync::mpsc::channel();
+        hold_by(&target, |device| {
+            let child = device.try_clone().expect("a second descriptor");
+            std::thread::spawn(move || {
+                // Long enough to be asked meanwhile.
+                std::thread::sleep(std::time::Duration::from_millis(300));
+                closing.send(()).expect("the test waits");
+                drop(child);
+            });
+        })
+        .expect("held");
+        let was_closed = closed.try_recv().is_ok();
+        let dead = is_dead(&target);
+        clear(&target).expect("cleared");
+        assert!(was_closed && dead);
     }
 
     #[test]

@@ -188,7 +188,9 @@ fn open_mountpoint(mountpoint: &Path) -> Result<(OwnedFd, PathBuf)> {
         .open(&plain)
         .map_err(|e| match e.raw_os_error() {
             Some(libc::ENOENT) => refused("does not exist; make the directory first".into()),
-            Some(libc::ENOTCONN) => refused("holds a dead mount; clear it with `modelfs umount` or `umount -l`".into()),
+            _ if mounts::is_of_dead(&e) => {
+                refused("holds a dead mount; clear it with `modelfs umount` or `umount -l`".into())
+            }
             _ => refused("cannot be opened".into()).with_source(e),
         })?;
     let kind = place.metadata().map_err(|e| refused("cannot be looked at".into()).with_source(e))?.file_type();

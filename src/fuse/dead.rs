@@ -76,7 +76,7 @@ fn is_dead_root(root: &File, mountpoint: &Path) -> Result<bool> {
             let rc = unsafe { libc::fstatfs(root.as_raw_fd(), about.as_mut_ptr()) };
             let error = (rc != 0).then(io::Error::last_os_error);
             // Nobody listens any more only after the timeout.
-            let _ = tell.send(error.is_some_and(|error| error.raw_os_error() == Some(libc::ENOTCONN)));
+            let _ = tell.send(error.is_some_and(|error| mounts::is_of_dead(&error)));
         })
         .map_err(|e| cannot(mountpoint, "cannot be looked at", e))?;
     told.recv_timeout(ANSWER_TIMEOUT).map_err(|_| {
@@ -106,4 +106,61 @@ fn take_off(root: &File, mountpoint: &Path) -> Result<()> {
         return Ok(());
     }
     Err(cannot(mountpoint, "cannot be taken off", io::Error::last_os_error()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+
+    use super::*;
+
+    const STATFS: u32 = 17;
+    const INIT: u32 = 26;
+
+    /// A daemon that has taken the question and is killed over it.
+    #[test]
+    fn a_mount_whose_daemon_dies_while_it_is_asked_is_dead() {
+        if !mem::has_cap_sys_admin() || !Path::new("/dev/fuse").exists() {
+            assert!(std::env::var_os("CI").is_none(), "CI needs root and /dev/fuse");
+            return eprintln!("SKIPPED: needs root and /dev/fuse");
+        }
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let target = folder.path().canonicalize().expect("real");
+        let mut device = File::options().read(true).write(true).open("/dev/fuse").expect("opened");
+        let options = format!("fd={},rootmode=40000,user_id=0,group_id=0", device.as_raw_fd());
+        let words = |text: &str| CString::new(text).expect("no NUL");
+        let (path, kind, options) = (words(target.to_str().expect("text")), words("fuse.modelfs"), words(&options));
+        // SAFETY: NUL-terminated strings that live through the call.
+        let rc = unsafe { libc::mount(kind.as_ptr(), path.as_ptr(), kind.as_ptr(), 0, options.as_ptr().cast()) };
+        assert_eq!(rc, 0, "{}", io::Error::last_os_error());
+        let mut next = |wanted: u32| {
+            let mut request = vec![0; 1 << 20];
+            loop {
+                let got = device.read(&mut request).expect("a request");
+                let word = |at: usize| u32::from_ne_bytes(request[at..at + 4].try_into().expect("four bytes"));
+                assert!(got >= 40);
+                if word(4) == wanted {
+                    return (request[8..16].to_vec(), device.try_clone().expect("a second descriptor"));
+                }
+            }
+        };
+        let (unique, mut answering) = next(INIT);
+        // Header (length, no error, which request), then version 7.31 and no features.
+        let mut init = [80u32.to_ne_bytes(), [0; 4]].concat();
+        init.extend(unique);
+        init.extend([7u32, 31].map(u32::to_ne_bytes).concat());
+        init.resize(80, 0);
+        answering.write_all(&init).expect("answered");
+        drop(answering);
+        let asked = std::thread::spawn({
+            let target = target.clone();
+            move || is_dead(&target)
+        });
+        drop(next(STATFS));
+        drop(device);
+        let dead = asked.join().expect("asked");
+        // SAFETY: as above.
+        unsafe { libc::umount2(path.as_ptr(), libc::MNT_DETACH) };
+        assert!(dead.expect("told"), "it counts as alive, and whoever looks next finds it gone");
+    }
 }
