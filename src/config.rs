@@ -17,7 +17,6 @@ pub mod rules;
 mod vault;
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
 pub use layers::Layers;
@@ -36,7 +35,7 @@ use crate::processes::Pod;
 use crate::refuse;
 use crate::seal::CodecChoice;
 use crate::store::limit::{BYTES_PER_S_MIN, RequestRate};
-use crate::store::{Limiter, OriginLimits, StoreOptions, StoreUrl};
+use crate::store::{OriginLimits, StoreOptions, StoreUrl};
 use crate::units;
 use crate::vault::{Vault, VaultSettings};
 
@@ -537,10 +536,7 @@ fn store_options(layers: &Layers) -> Result<StoreOptions> {
     if let Some(region) = layers.parse("s3-region", |text| Ok(text.to_string()))? {
         options.aws.push(("AWS_REGION".into(), region));
     }
-    let limits = origin_limits(layers)?;
-    if !limits.none() {
-        options.limiter = Some(Arc::new(Limiter::new(limits)));
-    }
+    options.limits = origin_limits(layers)?;
     Ok(options)
 }
 

@@ -26,6 +26,7 @@ use modelfs::config::{self, MountPlan};
 use modelfs::control::{self, AccessRequest, ControlTarget};
 use modelfs::error::{Code, Result};
 use modelfs::host::{Host, HostPlan, Mounted};
+use modelfs::store::{Limiter, OriginLimits};
 use program::{Program, can_mount, is_mountpoint, run_ok};
 use serde_json::json;
 
@@ -205,6 +206,29 @@ fn two_mounts_of_one_version_share_its_memory_and_either_may_go_first() {
 
     two.unmount(GRACE).expect("unmounted");
     scene.wait_until("the wipe", || scene.host.cache().budget().in_use() == 0);
+    scene.host.stop().expect("stopped");
+}
+
+#[test]
+fn mounts_of_one_origin_share_its_limits_and_wait_for_them() {
+    let Some(scene) = scene("mounts_of_one_origin_share_its_limits_and_wait_for_them") else { return };
+    let free = scene.mount("mnt", "model.key", &[]).expect("mounted");
+    assert!(holds(&file(&free, "first.bin"), 1));
+    assert_eq!(scene.host.telemetry().limit_waits.get(), 0, "nothing is limited unless it is said");
+    free.unmount(GRACE).expect("unmounted");
+    scene.wait_until("the wipe", || scene.host.cache().budget().in_use() == 0);
+
+    let limits = OriginLimits { bytes_per_s: Some(4 << 20), ..OriginLimits::default() };
+    let turns = Limiter::of(&scene.store, &limits).expect("limited");
+    let nobody = Arc::strong_count(&turns);
+    let one = scene.mount("mnt", "model.key", &["origin-bytes=4MiB"]).expect("mounted");
+    let of_one = Arc::strong_count(&turns);
+    let two = scene.mount("other", "model.key", &["origin-bytes=4MiB"]).expect("mounted");
+    assert!(nobody < of_one && of_one < Arc::strong_count(&turns), "each waits for the same turns");
+    assert!(holds(&file(&one, "first.bin"), 1) && holds(&file(&two, "second.bin"), 2));
+    assert!(scene.host.telemetry().limit_waits.get() > 0, "18 MiB at once");
+    one.unmount(GRACE).expect("unmounted");
+    two.unmount(GRACE).expect("unmounted");
     scene.host.stop().expect("stopped");
 }
 

@@ -869,9 +869,8 @@ fn subject(plan: &MountPlan) -> Subject {
 
 /// The longest a read waits: what the store may take, and with limits on the origin its turn behind all that may be ahead.
 fn read_deadline(store: &StoreOptions, fetches_max: u64, chunk_bytes: u64) -> Duration {
-    let turn = store.limiter.as_ref().map_or(Duration::ZERO, |limiter| {
-        limiter.limits().longest_wait(fetches_max * PARTS_AHEAD_MAX, fetches_max * chunk_bytes)
-    });
+    // Of all mounts of this process together: what may be ahead is theirs together too.
+    let turn = store.limits.longest_wait(fetches_max * PARTS_AHEAD_MAX, fetches_max * chunk_bytes);
     store.patience.budget + READ_DEADLINE_SLACK + turn
 }
 

@@ -7,10 +7,11 @@
 //! Not here: which reads matter most (the callers of a store do not say), how long a reader waits at most (`read`).
 //! Held by: the tests below.
 
+use std::collections::HashMap;
 use std::future::Future;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -27,7 +28,7 @@ use crate::telemetry::Telemetry;
 pub const BYTES_PER_S_MIN: u64 = 1 << 20;
 
 /// What an origin is asked for at most. Nothing by default.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct OriginLimits {
     pub requests: Option<RequestRate>,
     pub bytes_per_s: Option<u64>,
@@ -36,7 +37,7 @@ pub struct OriginLimits {
 }
 
 /// So many a second, and so many at once after a pause.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct RequestRate {
     pub per_s: u32,
     pub burst: u32,
@@ -131,11 +132,16 @@ impl Clock {
     }
 }
 
+/// Every limiter of this process, by origin and limits.
+static ORIGINS: LazyLock<Mutex<HashMap<(String, OriginLimits), Arc<Limiter>>>> = LazyLock::new(Mutex::default);
+
+/// From so many on, those that nobody uses are forgotten.
+const ORIGINS_MAX: usize = 256;
+
 /// The turns of one origin, shared by every store that lies there.
 #[derive(Debug)]
 pub struct Limiter {
     clock: Clock,
-    limits: OriginLimits,
     requests: Option<Mutex<Bucket>>,
     bytes: Option<Mutex<Bucket>>,
     inflight: Option<Semaphore>,
@@ -144,7 +150,21 @@ pub struct Limiter {
 }
 
 impl Limiter {
-    pub fn new(limits: OriginLimits) -> Limiter {
+    /// The one of `origin` with these limits, made where there is none; `None`: nothing is limited. It outlives the stores that
+    /// use it: a volume that comes and goes has no fresh allowance each time.
+    pub fn of(origin: &str, limits: &OriginLimits) -> Option<Arc<Limiter>> {
+        if limits.none() {
+            return None;
+        }
+        let mut known = ORIGINS.lock().expect("a thread died holding the limiters");
+        if known.len() >= ORIGINS_MAX {
+            known.retain(|_, limiter| Arc::strong_count(limiter) > 1);
+        }
+        let limiter = known.entry((origin.to_owned(), *limits)).or_insert_with(|| Arc::new(Limiter::new(*limits)));
+        Some(limiter.clone())
+    }
+
+    fn new(limits: OriginLimits) -> Limiter {
         Self::by_clock(limits, Clock::Real)
     }
 
@@ -153,11 +173,7 @@ impl Limiter {
         let requests = limits.requests.map(|rate| full(rate.per_s.into(), rate.burst.into()));
         let bytes = limits.bytes_per_s.map(|rate| full(rate as f64, rate as f64));
         let inflight = limits.inflight.map(|count| Semaphore::new(count as usize));
-        Limiter { clock, limits, requests, bytes, inflight, queue: Queue::default() }
-    }
-
-    pub fn limits(&self) -> &OriginLimits {
-        &self.limits
+        Limiter { clock, requests, bytes, inflight, queue: Queue::default() }
     }
 
     fn bucket(bucket: &Option<Mutex<Bucket>>) -> Option<MutexGuard<'_, Bucket>> {
@@ -371,7 +387,7 @@ impl ObjectWriter for LimitedWriter {
 mod tests {
     use super::super::fault::{Call, Fault, Faulty, When};
     use super::super::memory::MemoryStore;
-    use super::super::{Patience, Patient};
+    use super::super::{Patience, Patient, StoreOptions, StoreUrl, open};
     use super::*;
 
     /// Over a store whose object m/x is 10 MiB, by a clock that moves by the sleeps alone: times are exact.
@@ -475,6 +491,40 @@ mod tests {
         let from = Instant::now();
         futures::future::try_join_all((0..5).map(|_| limited.size("m/x"))).await.expect("every one is served");
         assert!(from.elapsed() >= Duration::from_secs(1), "the last one waited far longer than the budget");
+    }
+
+    #[tokio::test]
+    async fn stores_of_one_origin_and_the_same_limits_share_them_whoever_opens_them() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let url: StoreUrl = folder.path().to_str().expect("text").parse().expect("a store");
+        let opened = |limits: OriginLimits| {
+            // As each volume has options of its own.
+            let store = open(&url, &StoreOptions { limits, ..StoreOptions::default() }).expect("opened");
+            async move { tokio::time::timeout(Duration::from_millis(50), store.size("m/x")).await.is_ok() }
+        };
+        let limits = requests(1, 1);
+        let limiter = Limiter::of(&folder.path().display().to_string(), &limits).expect("limited");
+        limiter.owe(100_000.0, 0.0);
+        assert!(!opened(limits).await && !opened(limits).await, "what one has used the other has not");
+        let other = Limiter::of(&folder.path().display().to_string(), &requests(1, 2)).expect("limited");
+        assert!(!Arc::ptr_eq(&limiter, &other), "other limits");
+        let other = Limiter::of("elsewhere", &limits).expect("limited");
+        assert!(!Arc::ptr_eq(&limiter, &other), "another origin");
+        assert!(Limiter::of("elsewhere", &OriginLimits::default()).is_none());
+    }
+
+    #[test]
+    fn buckets_of_one_service_are_one_origin_and_another_endpoint_is_another() {
+        let at = |endpoint: &str, bucket: &str| {
+            let aws = vec![("AWS_ENDPOINT_URL".into(), endpoint.to_owned()), ("AWS_REGION".into(), "x".into())];
+            let opts =
+                StoreOptions { aws, ignore_environment: true, limits: requests(7, 7), ..StoreOptions::default() };
+            drop(super::super::s3::S3Store::open(bucket, "", &opts).expect("settings"));
+            Limiter::of(&super::super::s3::origin(&opts), &opts.limits).expect("limited")
+        };
+        let one = at("http://127.0.0.1:9", "one");
+        assert!(Arc::ptr_eq(&one, &at("http://127.0.0.1:9", "two")));
+        assert!(!Arc::ptr_eq(&one, &at("http://127.0.0.1:10", "one")));
     }
 
     #[tokio::test]

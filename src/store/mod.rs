@@ -328,8 +328,8 @@ pub struct StoreOptions {
     pub telemetry: Arc<Telemetry>,
     /// Sign with these; they win over all else that says who we are.
     pub credentials: Option<Arc<LeasedCredentials>>,
-    /// What the origin is asked for at most, shared by all stores of these options.
-    pub limiter: Option<Arc<Limiter>>,
+    /// What an origin is asked for at most, by all stores of this process that lie there and have the same limits.
+    pub limits: OriginLimits,
 }
 
 impl fmt::Debug for StoreOptions {
@@ -341,7 +341,7 @@ impl fmt::Debug for StoreOptions {
             .field("aws", &names)
             .field("ignore_environment", &self.ignore_environment)
             .field("credentials", &self.credentials)
-            .field("limits", &self.limiter.as_ref().map(|limiter| limiter.limits()))
+            .field("limits", &self.limits)
             .finish_non_exhaustive()
     }
 }
@@ -354,10 +354,13 @@ impl fmt::Debug for StoreOptions {
 pub fn open(url: &StoreUrl, opts: &StoreOptions) -> Result<Arc<dyn ChunkSink>> {
     let patience = opts.patience.clone();
     Ok(match url {
-        StoreUrl::Local(path) => limited(Patient::new(local::LocalStore::open(path)?, patience), false, opts),
+        StoreUrl::Local(path) => {
+            let limiter = limiter(&path.display().to_string(), opts);
+            limited(Patient::new(local::LocalStore::open(path)?, patience), limiter, false, opts)
+        }
         StoreUrl::S3 { bucket, prefix } => {
-            let store = s3::S3Store::open(bucket, prefix, opts)?;
-            limited(Patient::new(Hedged::new(store, opts.telemetry.clone()), patience), true, opts)
+            let (store, limiter) = (s3::S3Store::open(bucket, prefix, opts)?, limiter(&s3::origin(opts), opts));
+            limited(Patient::new(Hedged::new(store, opts.telemetry.clone()), patience), limiter, true, opts)
         }
         StoreUrl::VaultKv { .. } => refuse!(
             Usage,
@@ -366,10 +369,19 @@ pub fn open(url: &StoreUrl, opts: &StoreOptions) -> Result<Arc<dyn ChunkSink>> {
     })
 }
 
+fn limiter(origin: &str, opts: &StoreOptions) -> Option<Arc<Limiter>> {
+    Limiter::of(origin, &opts.limits)
+}
+
 /// `metered`: the wire below says what was really sent.
-fn limited(store: impl ChunkSink + 'static, metered: bool, opts: &StoreOptions) -> Arc<dyn ChunkSink> {
-    match &opts.limiter {
-        Some(limiter) => Arc::new(limit::Limited::new(store, limiter.clone(), metered, opts.telemetry.clone())),
+fn limited(
+    store: impl ChunkSink + 'static,
+    limiter: Option<Arc<Limiter>>,
+    metered: bool,
+    opts: &StoreOptions,
+) -> Arc<dyn ChunkSink> {
+    match limiter {
+        Some(limiter) => Arc::new(limit::Limited::new(store, limiter, metered, opts.telemetry.clone())),
         None => Arc::new(store),
     }
 }

@@ -102,7 +102,7 @@ impl S3Store {
                 store_hosts,
                 stall: opts.patience.stall,
                 credentials: opts.credentials.clone(),
-                limiter: opts.limiter.clone(),
+                limiter: super::limiter(&origin(opts), opts),
             })
             .build()
             .map_err(|e| Error::new(Code::Usage, format!("store s3://{bucket} cannot be set up: {e}")))?;
@@ -191,6 +191,13 @@ fn settings(opts: &StoreOptions) -> Result<AmazonS3Builder> {
         builder = builder.with_config(key, value);
     }
     Ok(builder)
+}
+
+/// The service, whichever its buckets.
+pub(super) fn origin(opts: &StoreOptions) -> String {
+    const WHERE: [&str; 3] = ["AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AWS_REGION"];
+    let said = opts.aws.iter().filter(|(name, _)| WHERE.iter().any(|it| it.eq_ignore_ascii_case(name)));
+    said.fold("s3".to_owned(), |origin, (name, value)| format!("{origin} {name}={value}"))
 }
 
 /// Where the store answers, as a URL without anything secret in it; what [`S3Store::open`] refuses is `None`.
