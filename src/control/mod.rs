@@ -23,7 +23,7 @@ pub use holders::{Holder, holders, tell_holders};
 pub use map::{FileMap, FileRow, MapRequest, map};
 pub use rate::{PEERS_MAX, Rates};
 pub use roles::{Peer, Role, anyone_named};
-pub use server::{ControlServer, ControlTarget, Rules, serve};
+pub use server::{ControlServer, ControlTarget, Listening, Rules, listen};
 pub use sessions::{SessionFile, SessionInfo, Taken, sessions};
 
 use std::fs::File;

@@ -169,34 +169,44 @@ fn listen_at(path: &Path, mode: u32, mountpoint: &Path) -> Result<UnixListener> 
     Err(Error::new(Code::MountPoint, format!("others listen on {} again and again", path.display())))
 }
 
+/// A socket that has its name: whoever comes waits until [`Listening::answer`].
+pub struct Listening {
+    listener: UnixListener,
+    name: Arc<Name>,
+    mountpoint: PathBuf,
+    rules: Rules,
+}
+
 /// Listens for `mountpoint` (canonical).
 ///
 /// # Errors
 /// `MountPoint` if a mount that is there already answers for it; `State` if the folder is not ours alone.
-pub fn serve(mountpoint: &Path, target: Arc<dyn ControlTarget>, rules: Rules) -> Result<ControlServer> {
-    serve_at(super::socket_path(mountpoint)?, mountpoint, target, rules)
+pub fn listen(mountpoint: &Path, rules: Rules) -> Result<Listening> {
+    listen_in(super::socket_path(mountpoint)?, mountpoint, rules)
 }
 
-pub(super) fn serve_at(
-    path: PathBuf,
-    mountpoint: &Path,
-    target: Arc<dyn ControlTarget>,
-    rules: Rules,
-) -> Result<ControlServer> {
-    serve_paced(path, mountpoint, target, rules, Pace::default())
-}
-
-fn serve_paced(
-    path: PathBuf,
-    mountpoint: &Path,
-    target: Arc<dyn ControlTarget>,
-    rules: Rules,
-    pace: Pace,
-) -> Result<ControlServer> {
+fn listen_in(path: PathBuf, mountpoint: &Path, rules: Rules) -> Result<Listening> {
     let open = anyone_named(&rules.roles);
     own_dir(path.parent().expect("a socket path is a folder and a name"), open)?;
     let listener = listen_at(&path, if open { 0o666 } else { 0o600 }, mountpoint)?;
     let name = Arc::new(Name { path, retired: AtomicBool::new(false) });
+    Ok(Listening { listener, name, mountpoint: mountpoint.to_owned(), rules })
+}
+
+impl Listening {
+    pub fn path(&self) -> &Path {
+        &self.name.path
+    }
+
+    /// # Errors
+    /// `Host` and `State` for what the machine does not give; then the name is gone.
+    pub fn answer(self, target: Arc<dyn ControlTarget>) -> Result<ControlServer> {
+        serve(self, target, Pace::default())
+    }
+}
+
+fn serve(listening: Listening, target: Arc<dyn ControlTarget>, pace: Pace) -> Result<ControlServer> {
+    let Listening { listener, name, mountpoint, rules } = listening;
     let fault =
         |what: &str, e: io::Error| Error::new(Code::State, format!("{what} {}", name.path.display())).with_source(e);
     listener.set_nonblocking(true).map_err(|e| fault("cannot listen on", e))?;
@@ -211,7 +221,7 @@ fn serve_paced(
     let wake_seen = wake.try_clone().map_err(|e| fault("cannot listen on", e))?;
     let door = Door {
         name: name.clone(),
-        mountpoint: mountpoint.to_owned(),
+        mountpoint,
         target,
         rules,
         pace,
@@ -220,7 +230,7 @@ fn serve_paced(
     };
     let thread = std::thread::Builder::new()
         .name("control".into())
-        .spawn(move || listen(&listener, &wake_seen, &Arc::new(door)))
+        .spawn(move || accept(&listener, &wake_seen, &Arc::new(door)))
         .map_err(|e| fault("cannot start a thread for", e))?;
     Ok(ControlServer { name, wake, thread: Some(thread) })
 }
@@ -258,7 +268,7 @@ fn remove(path: &Path) {
     }
 }
 
-fn listen(listener: &UnixListener, wake: &OwnedFd, door: &Arc<Door>) {
+fn accept(listener: &UnixListener, wake: &OwnedFd, door: &Arc<Door>) {
     loop {
         let mut fds = [
             libc::pollfd { fd: listener.as_raw_fd(), events: libc::POLLIN, revents: 0 },
@@ -443,6 +453,7 @@ fn answer(stream: &UnixStream, admitted: &Admitted) {
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Write};
+    use std::os::unix::fs::PermissionsExt;
     use std::time::Duration;
 
     use super::super::ask_at;
@@ -463,7 +474,6 @@ mod tests {
         fn map(&self, asked: &MapRequest) -> Result<serde_json::Value> {
             Ok(serde_json::json!({ "asked": asked }))
         }
-    use std::os::unix::fs::PermissionsExt;
         fn reload(&self, model: Option<&str>) -> Result<serde_json::Value> {
             Ok(serde_json::json!({ "asked": model }))
         }
@@ -479,7 +489,7 @@ mod tests {
     }
 
     fn at(path: PathBuf, rules: Rules) -> Result<ControlServer> {
-        serve_at(path, Path::new("/mnt/x"), Arc::new(Fake::default()), rules)
+        listen_in(path, Path::new("/mnt/x"), rules)?.answer(Arc::new(Fake::default()))
     }
 
     fn served() -> (tempfile::TempDir, ControlServer) {
@@ -498,6 +508,24 @@ mod tests {
 
         assert_eq!(err.code(), Code::Held);
         assert!(err.chain().contains("pid 12"), "{err:?}");
+    }
+
+    /// What a mount says of itself is complete by then.
+    #[test]
+    fn whoever_comes_before_there_are_answers_waits_for_one() {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let listening =
+            listen_in(dir.path().join("run/a.sock"), Path::new("/mnt/x"), Rules::default()).expect("listens");
+        let path = listening.path().to_owned();
+        let early = UnixStream::connect(&path).expect("connects");
+        std::thread::scope(|scope| {
+            let asked = scope.spawn(|| ask_over(&early, &path, Request::Status, WAIT));
+            let _server = listening.answer(Arc::new(Fake::default())).expect("served");
+            assert_eq!(asked.join().expect("asked").expect("an answer")["pid"], 7);
+        });
+        let unheard = listen_in(path.clone(), Path::new("/mnt/x"), Rules::default()).expect("listens");
+        drop(unheard);
+        assert!(!path.exists(), "the name goes with it");
     }
 
     #[test]
@@ -605,7 +633,8 @@ mod tests {
         let (telemetry, done) = (Arc::new(Telemetry::default()), Arc::new(Done(std::sync::Mutex::default())));
         telemetry.events.add(Arc::new(Full));
         let rules = Rules { telemetry, ..Rules::default() };
-        let server = serve_at(dir.path().join("run/a.sock"), Path::new("/mnt/x"), done.clone(), rules).expect("served");
+        let listening = listen_in(dir.path().join("run/a.sock"), Path::new("/mnt/x"), rules).expect("listens");
+        let server = listening.answer(done.clone()).expect("served");
         let ask = |request| ask_at(server.path(), request, WAIT);
         let session = || "uid=1".to_owned();
         for gives in [
@@ -654,7 +683,8 @@ mod tests {
         };
         let pace = Pace { own: at_once(5), others: at_once(3) };
         let path = dir.path().join("run/a.sock");
-        let server = serve_paced(path, Path::new("/mnt/x"), Arc::new(Fake::default()), rules, pace).expect("served");
+        let listening = listen_in(path, Path::new("/mnt/x"), rules).expect("listens");
+        let server = serve(listening, Arc::new(Fake::default()), pace).expect("served");
         let too_often = |answer: Result<serde_json::Value>| {
             let error = answer.expect_err("too often");
             assert_eq!(error.code(), Code::StoreDenied, "{error:?}");
@@ -719,7 +749,8 @@ mod tests {
         let dir = tempfile::tempdir().expect("a temporary folder");
         let path = dir.path().join("run/a.sock");
         let gone = Arc::new(Fake { gone: true });
-        let old = serve_at(path.clone(), Path::new("/mnt/x"), gone, Rules::default()).expect("served");
+        let old = listen_in(path.clone(), Path::new("/mnt/x"), Rules::default()).expect("listens");
+        let old = old.answer(gone).expect("served");
         let new = at(path.clone(), Rules::default()).expect("the old one gives way");
         drop(old);
         assert!(ask_at(&path, Request::Status, WAIT).is_ok());

@@ -241,12 +241,16 @@ impl Mounted {
     /// Everything that goes on beside the kernel's requests.
     fn look_after(self: &Arc<Self>) {
         let rules = control::Rules { roles: self.host.oversight.roles.clone(), telemetry: self.host.telemetry.clone() };
-        match control::serve(self.mountpoint(), self.clone(), rules) {
+        let control = control::listen(self.mountpoint(), rules).and_then(|listening| {
+            // Before anybody is answered: the first status tells of it.
+            self.answer_beside(listening.path());
+            listening.answer(self.clone())
+        });
+        match control {
             Ok(control) => *self.control.lock().expect("a thread died holding the control socket") = Some(control),
             // The mount is there and useful; only `modelfs status` and `modelfs umount` will not find it.
             Err(error) => tracing::warn!("no control socket: {}", error.chain()),
         }
-        self.answer_beside();
         self.tell_what_costs_speed();
         let mut tasks = Vec::new();
         if let Some(limit) = self.plan.lock_when_idle {
@@ -299,16 +303,11 @@ impl Mounted {
     }
 
     /// Metrics and health of a process that is one mount, where no other place was asked for: beside the control socket.
-    fn answer_beside(&self) {
+    fn answer_beside(&self, control: &Path) {
         if !self.host.alone || self.host.oversight.http.is_some() {
             return;
         }
-        let control = self.control.lock().expect("a thread died holding the control socket");
-        let Some(beside) = control.as_ref().map(|control| control.path().with_extension(control::HTTP_EXTENSION))
-        else {
-            return;
-        };
-        drop(control);
+        let beside = control.with_extension(control::HTTP_EXTENSION);
         if let Err(error) = self.host.open_server(&HttpPlan::Unix(beside)) {
             tracing::warn!("no socket for metrics: {}", error.chain());
         }
