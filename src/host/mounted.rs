@@ -45,8 +45,13 @@ pub const HOLD_GRACE: Duration = Duration::from_secs(10);
 /// How often it looks meanwhile.
 const HOLD_POLL: Duration = Duration::from_millis(50);
 
-/// How long the kernel has to end a session whose mount is gone. Longer: another mount namespace still has it.
+/// How long the kernel has to end a session whose mount is gone, before readers are refused: another mount namespace may still
+/// have it.
 const SESSION_GRACE: Duration = Duration::from_secs(1);
+
+/// How much longer it is waited for then: a machine that stands still gives our thread no time to see the end, and what was
+/// unmounted is not to be called held for that.
+const SESSION_PATIENCE: Duration = Duration::from_secs(9);
 
 /// How much later than the store's own budget a read gives up: the refetch after a wrong hash has its own.
 const READ_DEADLINE_SLACK: Duration = Duration::from_secs(2);
@@ -64,6 +69,33 @@ pub struct Ready {
     pub models: Vec<String>,
     /// Whole files are served without the daemon.
     pub passthrough: bool,
+}
+
+/// Whether the kernel has closed the connection.
+#[derive(Default)]
+struct SessionEnd {
+    over: Mutex<bool>,
+    told: Condvar,
+}
+
+impl SessionEnd {
+    fn end(&self) {
+        *self.over.lock().expect("a thread died ending the session") = true;
+        self.told.notify_all();
+    }
+
+    fn within(&self, time: Duration) -> bool {
+        let over = self.over.lock().expect("a thread died ending the session");
+        *self.told.wait_timeout_while(over, time, |over| !*over).expect("a thread died ending the session").0
+    }
+
+    /// Whether it is over within `grace`, or after `refuse` within `patience`.
+    fn wait(&self, grace: Duration, patience: Duration, refuse: impl FnOnce()) -> bool {
+        self.within(grace) || {
+            refuse();
+            self.within(patience)
+        }
+    }
 }
 
 /// Why all readers of a mount are refused. Who has refused them alone lets them in again.
@@ -95,7 +127,7 @@ pub struct Mounted {
     ready: Ready,
     pub(super) started: Instant,
     /// The kernel has closed the connection.
-    session_over: (Mutex<bool>, Condvar),
+    session: SessionEnd,
     refusals: Mutex<Refusals>,
     /// It ends: nothing lets anybody in again. Not among the refusals, of which a change may wait for Vault or a wipe.
     closed: AtomicBool,
@@ -222,7 +254,7 @@ impl Mounted {
             attachment,
             ready,
             started: Instant::now(),
-            session_over: (Mutex::new(false), Condvar::new()),
+            session: SessionEnd::default(),
             refusals: Mutex::default(),
             closed: AtomicBool::new(false),
             profiling: Mutex::default(),
@@ -665,7 +697,7 @@ impl Mounted {
         for task in self.tasks.lock().expect("a thread died holding the tasks").drain(..) {
             task.abort();
         }
-        let over = unmounted && self.wait_session_over();
+        let over = unmounted && self.session.wait(SESSION_GRACE, SESSION_PATIENCE, || self.refuse_for_good());
         if !over {
             self.refuse_for_good();
         }
@@ -702,19 +734,11 @@ impl Mounted {
         drop(control.take());
     }
 
-    fn wait_session_over(&self) -> bool {
-        let (over, told) = &self.session_over;
-        let over = over.lock().expect("a thread died ending the session");
-        *told.wait_timeout_while(over, SESSION_GRACE, |over| !*over).expect("a thread died ending the session").0
-    }
-
     /// The kernel has closed the connection: we unmounted, or somebody else did, or the last holder of a detached mount let
     /// go. Or it broke while it was mounted (somebody aborted it, a request could not be read): then whoever runs us is to
     /// start us again, and is not told that it ended because it should.
     fn session_ended(&self) {
-        let (over, told) = &self.session_over;
-        *over.lock().expect("a thread died ending the session") = true;
-        told.notify_all();
+        self.session.end();
         // `umount -f` cuts the connection before it takes the mount out of the tree: asked again, it is gone.
         let broken = !self.attachment.is_given() && self.attachment.is_there() && {
             std::thread::sleep(HOLD_POLL);
@@ -879,4 +903,23 @@ fn ownership(plan: &MountPlan) -> Ownership {
     // With other users about, files are for the owner and the group; alone, the bits change nothing.
     let umask = plan.umask.map_or(if plan.allow_other { 0o227 } else { 0o222 }, |umask| (umask & 0o777) as u16);
     Ownership { uid: plan.uid.unwrap_or(own_uid), gid: plan.gid.unwrap_or(own_gid), umask }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_session_whose_end_is_seen_late_is_over_and_its_readers_were_refused_meanwhile() {
+        let (never, long) = (Duration::ZERO, Duration::from_secs(600));
+        let late = SessionEnd::default();
+        let mut refused = false;
+        assert!(late.wait(never, long, || {
+            refused = true;
+            late.end();
+        }));
+        assert!(refused);
+        assert!(late.wait(never, never, || panic!("it is over, and nobody is refused for it")));
+        assert!(!SessionEnd::default().wait(never, never, || ()), "another mount namespace has it");
+    }
 }
