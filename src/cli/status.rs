@@ -13,8 +13,8 @@ use crate::error::Result;
 use crate::refuse;
 use crate::units::show_size;
 
-/// A daemon answers from memory: longer means that it hangs.
-const WAIT: Duration = Duration::from_secs(5);
+/// A daemon answers from memory: longer means that it hangs, or that the machine does.
+const WAIT: Duration = Duration::from_secs(15);
 
 /// Show a mount: its models, its memory, how opens are served; without MOUNTPOINT all mounts of this user.
 #[derive(Debug, Args)]
@@ -58,12 +58,14 @@ fn serves(mountpoint: &Path, status: &Value) -> Result<()> {
 }
 
 fn show_all(out: &Out) -> Result<()> {
-    let mounts = control::list_mounts()?;
+    let mounts = control::list_mounts(WAIT)?;
     let values: Vec<Value> = mounts
         .iter()
         .map(|mount| match &mount.status {
             Ok(status) => status.clone(),
-            Err(e) => json!({"socket": mount.socket, "error": control::error_json(e)}),
+            Err(e) => {
+                json!({"socket": mount.socket, "mountpoint": mount.mountpoint, "error": control::error_json(e)})
+            }
         })
         .collect();
     out.result(&json!({"mounts": values}), || {
@@ -73,7 +75,8 @@ fn show_all(out: &Out) -> Result<()> {
         let rows: Vec<Vec<String>> = values
             .iter()
             .map(|value| {
-                let text = |name: &str| value.get(name).map_or_else(|| "-".to_string(), show_value);
+                let text =
+                    |name: &str| value.get(name).filter(|it| !it.is_null()).map_or_else(|| "-".into(), show_value);
                 let cache = value.pointer("/cache/bytes").and_then(Value::as_u64).map_or("-".into(), show_size);
                 let models_of = value.get("models").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
                 let locked = models_of.iter().filter(|model| model["locked"] == true).count();

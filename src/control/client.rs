@@ -13,10 +13,15 @@ use crate::door;
 use crate::error::{Code, Error, Result};
 use crate::mounts;
 
+/// Mounts that are asked for their status at once.
+const ASKED_AT_ONCE: usize = 32;
+
 /// A mount that answered, or that is too busy to.
 #[derive(Debug)]
 pub struct MountInfo {
     pub socket: PathBuf,
+    /// By the mount table, where it does not say itself.
+    pub mountpoint: Option<PathBuf>,
     pub status: Result<serde_json::Value>,
 }
 
@@ -80,36 +85,65 @@ pub(super) fn ask_over(
 }
 
 /// Every mount of this user that has a socket, for root also those of services, for others also those of root that give
-/// them a role; asked for its status. Sockets whose owner is gone are removed.
-pub fn list_mounts() -> Result<Vec<MountInfo>> {
+/// them a role; asked for its status, for which each has `wait`. Sockets whose owner is gone are removed.
+pub fn list_mounts(wait: Duration) -> Result<Vec<MountInfo>> {
     let mut listed = Vec::new();
     for dir in socket_dirs()? {
         if dir == Path::new(ROOT_DIR) && !crate::config::env_dirs().root {
-            listed.extend(list_roots_mounts()?);
+            listed.extend(list_roots_mounts(wait)?);
         } else {
-            listed.extend(list_mounts_in(&dir)?);
+            listed.extend(list_mounts_in(&dir, wait)?);
         }
     }
+    name_the_silent(&mut listed, || mounts::below(Path::new("/")).unwrap_or_default());
     Ok(listed)
 }
 
+/// Which mounts those are that do not answer.
+fn name_the_silent(listed: &mut [MountInfo], table: impl FnOnce() -> Vec<(PathBuf, mounts::Mount)>) {
+    if listed.iter().all(|one| one.status.is_ok()) {
+        return;
+    }
+    let ours = table().into_iter().filter(|(_, mount)| mount.is_ours());
+    let places: Vec<(String, PathBuf)> = ours.map(|(place, _)| (socket_name(&place), place)).collect();
+    for one in listed.iter_mut().filter(|one| one.status.is_err()) {
+        let of = |(name, _): &&(String, PathBuf)| one.socket.file_name().is_some_and(|file| file == name.as_str());
+        one.mountpoint = places.iter().find(of).map(|(_, place)| place.clone());
+    }
+}
+
+/// All at once, [`ASKED_AT_ONCE`] at a time: on a machine that stands still each takes as long as it may.
+fn ask_all(sockets: &[PathBuf], wait: Duration) -> Vec<MountInfo> {
+    let ask = |socket: &PathBuf| MountInfo {
+        status: ask_at(socket, Request::Status, wait),
+        socket: socket.clone(),
+        mountpoint: None,
+    };
+    let mut answered = Vec::with_capacity(sockets.len());
+    for some in sockets.chunks(ASKED_AT_ONCE) {
+        answered.extend(std::thread::scope(|scope| {
+            let asked: Vec<_> = some.iter().map(|socket| scope.spawn(move || ask(socket))).collect();
+            asked.into_iter().map(|asked| asked.join().expect("asking does not panic")).collect::<Vec<_>>()
+        }));
+    }
+    answered
+}
+
 /// Their folder can be passed through and not listed: the mount table says which sockets there may be.
-fn list_roots_mounts() -> Result<Vec<MountInfo>> {
+fn list_roots_mounts(wait: Duration) -> Result<Vec<MountInfo>> {
     let ours = mounts::below(Path::new("/"))?.into_iter().filter(|(_, mount)| mount.is_ours());
     let mut sockets: Vec<PathBuf> = ours.map(|(place, _)| Path::new(ROOT_DIR).join(socket_name(&place))).collect();
     sockets.sort();
     sockets.dedup();
-    let asked =
-        sockets.into_iter().map(|socket| MountInfo { status: ask_at(&socket, Request::Status, LINE_TIMEOUT), socket });
     // A mount that does not know us is none of ours to tell of.
     let known = |one: &MountInfo| match &one.status {
         Err(e) => e.code() != Code::NotMounted && e.code() != Code::StoreDenied && !is_closed(e),
         Ok(_) => true,
     };
-    Ok(asked.filter(known).collect())
+    Ok(ask_all(&sockets, wait).into_iter().filter(known).collect())
 }
 
-fn list_mounts_in(dir: &Path) -> Result<Vec<MountInfo>> {
+fn list_mounts_in(dir: &Path, wait: Duration) -> Result<Vec<MountInfo>> {
     let entries = match std::fs::read_dir(dir) {
         Ok(entries) => entries,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -120,14 +154,15 @@ fn list_mounts_in(dir: &Path) -> Result<Vec<MountInfo>> {
         .filter(|path| path.extension().is_some_and(|ext| ext == "sock"))
         .collect();
     sockets.sort();
-    let mut mounts = Vec::new();
-    for socket in sockets {
-        match ask_at(&socket, Request::Status, LINE_TIMEOUT) {
-            // Only a refused connection says that nobody listens any more.
-            Err(e) if e.code() == Code::NotMounted => remove_dead(&socket),
-            status => mounts.push(MountInfo { socket, status }),
+    let mut mounts = ask_all(&sockets, wait);
+    mounts.retain(|one| match &one.status {
+        // Only a refused connection says that nobody listens any more.
+        Err(e) if e.code() == Code::NotMounted => {
+            remove_dead(&one.socket);
+            false
         }
-    }
+        Ok(_) | Err(_) => true,
+    });
     Ok(mounts)
 }
 
@@ -155,7 +190,7 @@ mod tests {
         let stale = dir.path().join("0123.sock");
         dead_socket(&stale);
 
-        let mounts = list_mounts_in(dir.path()).expect("listed");
+        let mounts = list_mounts_in(dir.path(), LINE_TIMEOUT).expect("listed");
 
         assert!(mounts.is_empty(), "{mounts:?}");
         assert!(!stale.exists());
@@ -168,14 +203,28 @@ mod tests {
         // Bound by then, and not listening yet.
         let turn = Turn::take(dir.path()).expect("free");
         dead_socket(&young);
-        assert!(list_mounts_in(dir.path()).expect("listed").is_empty() && young.exists());
+        assert!(list_mounts_in(dir.path(), LINE_TIMEOUT).expect("listed").is_empty() && young.exists());
         drop(turn);
         // A program that another test starts just now has inherited the turn, until it runs.
         let until = std::time::Instant::now() + Duration::from_secs(120);
         while young.exists() {
-            assert!(list_mounts_in(dir.path()).expect("listed").is_empty());
+            assert!(list_mounts_in(dir.path(), LINE_TIMEOUT).expect("listed").is_empty());
             assert!(std::time::Instant::now() < until, "it stays");
         }
+    }
+
+    #[test]
+    fn a_mount_that_does_not_answer_is_listed_by_the_place_it_has_in_the_mount_table() {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let silent = dir.path().join(socket_name(Path::new("/mnt/m")));
+        // Connections wait in its queue.
+        let _listener = std::os::unix::net::UnixListener::bind(&silent).expect("bound");
+        let mut listed = list_mounts_in(dir.path(), Duration::ZERO).expect("listed");
+        assert_eq!(listed[0].status.as_ref().expect_err("silent").code(), Code::Deadline);
+        let mount = |kind: &str| mounts::Mount { device: "0:1".into(), kind: kind.into(), source: "x".into() };
+        let table = vec![("/".into(), mount("ext4")), ("/mnt/m".into(), mount("fuse.modelfs"))];
+        name_the_silent(&mut listed, || table);
+        assert_eq!(listed[0].mountpoint.as_deref(), Some(Path::new("/mnt/m")));
     }
 
     #[test]

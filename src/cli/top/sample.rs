@@ -50,7 +50,7 @@ pub fn mounts(mountpoint: Option<&Path>) -> Result<Vec<Mount>> {
     if let Some(mountpoint) = mountpoint {
         return Ok(vec![Mount { mountpoint: mountpoint.to_owned(), socket: None }]);
     }
-    let answering = control::list_mounts()?.into_iter().filter(|mount| mount.status.is_ok());
+    let answering = control::list_mounts(WAIT)?.into_iter().filter(|mount| mount.status.is_ok());
     let mounts: Vec<Mount> =
         answering.map(|mount| Mount { mountpoint: PathBuf::new(), socket: Some(mount.socket) }).collect();
     if mounts.is_empty() {
