@@ -64,17 +64,23 @@ impl Patience {
         };
         let budget = self.budget + sending;
         let mut lengths = 0;
+        let mut before: Option<Error> = None;
         let mut tries = 0;
         loop {
             tries += 1;
             let left = budget.saturating_sub(start.elapsed());
-            let limit = match span {
-                Attempt::Single | Attempt::Sending(_) => (self.attempt + sending).min(left),
-                Attempt::WholeBudget => left,
+            let whole = match span {
+                Attempt::Single | Attempt::Sending(_) => self.attempt + sending,
+                Attempt::WholeBudget => budget,
             };
+            let limit = whole.min(left);
             let error = match tokio::time::timeout(limit, attempt()).await {
                 Ok(Ok(answer)) => return Ok(answer),
                 Ok(Err(error)) => error,
+                // Cut short by the budget, it says less of the store than the answer before it.
+                Err(_) if limit < whole && before.as_ref().is_some_and(|error| error.class() == Class::Unreachable) => {
+                    before.take().expect("just seen")
+                }
                 Err(_) => Error::new(Code::Deadline, format!("no answer within {:.1} s", limit.as_secs_f64())),
             };
             lengths += u32::from(error.code() == Code::Length);
@@ -93,6 +99,7 @@ impl Patience {
                 return Err(error.context(format!("cannot {what}: gave up after {times} in {took:.1} s")));
             }
             tracing::debug!(what, tries, %error, pause_ms = pause.as_millis() as u64, "store asked again");
+            before = Some(error);
             tokio::time::sleep(pause).await;
         }
     }
@@ -256,6 +263,32 @@ impl ObjectWriter for PatientWriter {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn an_attempt_that_the_budget_cuts_short_does_not_hide_what_the_store_said_before() {
+        let quick = Duration::from_millis(1);
+        let budget = Duration::from_millis(200);
+        let patience = Patience { budget, pause_first: quick, pause_max: quick, ..Patience::default() };
+        let mut tries = 0;
+        let attempt = || {
+            tries += 1;
+            let first = tries == 1;
+            async move {
+                if !first {
+                    std::future::pending::<()>().await;
+                }
+                Err::<(), _>(Error::new(Code::Unreachable, "the store says 503 Slow Down"))
+            }
+        };
+        let error = patience.run("read x", Attempt::Single, attempt).await.expect_err("in vain");
+        assert_eq!(error.code(), Code::Unreachable, "{}", error.chain());
+        assert!(error.chain().contains("503") && !error.chain().contains("no answer within"), "{}", error.chain());
+        // One that had all the time an attempt has says that there was no answer.
+        let patience = Patience { attempt: quick, attempts_max: 2, ..patience };
+        let silent = || async { std::future::pending::<Result<()>>().await };
+        let error = patience.run("read x", Attempt::Single, silent).await.expect_err("silent");
+        assert_eq!(error.code(), Code::Deadline);
+    }
 
     #[test]
     fn pauses_double_up_to_their_bound_with_a_random_half() {
