@@ -611,6 +611,40 @@ fn an_unlock_whose_keys_were_read_before_a_lock_serves_nothing() {
     assert!(!model.is_locked() && model.admit().is_ok());
 }
 
+/// The wipe of a lock lasts, and an unlock may begin while it does.
+#[test]
+fn an_unlock_that_began_after_a_lock_is_not_refused_by_the_rest_of_it() {
+    let fixture = sample();
+    let model = fixture.model(fixture.store.clone(), Verify::Strict);
+    let (fs, _cache, runtime) = mounted::filesystem(How::default(), model.clone());
+    model.lock();
+    let seen = model.locks();
+
+    fs.lock(&fs.vfs().models());
+
+    assert!(model.unlock(fixture.keys(), seen), "nobody has locked it again");
+    let seen = model.locks();
+    fs.lock(&fs.vfs().models());
+    assert!(model.is_locked() && !model.unlock(fixture.keys(), seen), "of one that is served it is a lock");
+    runtime.shutdown_timeout(Duration::from_millis(200));
+}
+
+/// Else a mount that was idle for long is locked again before the operator's program comes.
+#[test]
+fn an_unlock_counts_as_use() {
+    let fixture = sample();
+    let model = fixture.model(fixture.store.clone(), Verify::Strict);
+    let (fs, _cache, runtime) = mounted::filesystem(How::default(), model);
+    let access = modelfs::config::Access::from_layers(&modelfs::config::Layers::default()).expect("no options");
+    let revoker = Revoker::new(fs.clone(), "/nowhere".parse().expect("a path"), access, runtime.handle().clone());
+    let before = fs.last_used();
+    // Longer than the clock of use is fine.
+    std::thread::sleep(Duration::from_millis(5));
+    revoker.answer(AccessRequest::Unlock { model: None }, Path::new("/mnt")).expect("nothing is locked");
+    assert!(fs.last_used() > before);
+    runtime.shutdown_timeout(Duration::from_millis(200));
+}
+
 #[test]
 fn thousands_of_locks_under_readers_hang_neither_the_readers_nor_the_locks() {
     if !can_mount() {

@@ -166,9 +166,10 @@ impl ModelFs {
     /// counted as not. Call it from a thread that holds nothing and answers no requests.
     pub fn lock(&self, models: &[Arc<Model>]) -> LockReport {
         let inner = &self.inner;
-        // Refused first, so that whatever is taken away now cannot come back.
+        // Refused first, so that whatever is taken away now cannot come back. Once: an unlock that began since is not refused
+        // as if somebody had locked it again.
         for model in models {
-            model.lock();
+            model.lock_if_served();
         }
         inner.reader.cache().revoke(models)
     }

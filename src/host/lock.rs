@@ -220,6 +220,8 @@ impl Revoker {
             recorded.map_err(|error| error.context(format!("model {} stays locked", model.name)))?;
         }
         let _change = self.change.lock().expect("a thread died holding the change of locks");
+        // Before anything is served: for the watcher of idleness the time of whoever is to come begins now.
+        self.fs.note_use();
         let mut unlocked: Vec<Arc<Model>> = Vec::with_capacity(opened.len());
         for (model, keys, locks) in opened {
             if !model.unlock(keys, locks) {
@@ -362,13 +364,17 @@ impl Revoker {
                 let in_use = tokio::task::spawn_blocking(move || fs.is_in_use()).await.unwrap_or(true);
                 if in_use {
                     revoker.fs.note_use();
-                } else if revoker.fs.last_used().elapsed() >= limit
-                    && revoker.fs.vfs().models().iter().any(|model| !model.is_locked())
-                {
+                } else if revoker.is_idle(limit) {
                     revoker.lock_in_background(format!("nobody read for {} s", limit.as_secs())).await;
                 }
             }
         })
+    }
+
+    /// Whether it was left alone for `limit` and has anything to lock.
+    fn is_idle(&self, limit: Duration) -> bool {
+        // In this order: an unlock counts as use before it serves.
+        self.fs.vfs().models().iter().any(|model| !model.is_locked()) && self.fs.last_used().elapsed() >= limit
     }
 
     async fn lock_in_background(self: &Arc<Self>, why: String) {
