@@ -21,7 +21,7 @@ use fixture::Random;
 use modelfs::audit::index::Index;
 use modelfs::audit::record::{Link, hash_of, stamp};
 use modelfs::audit::show::{Query, files_of, find};
-use modelfs::audit::verify::{Fault, Report, verify, verify_part};
+use modelfs::audit::verify::{Fault, Report, settled, verify, verify_part};
 use modelfs::audit::{self, Audit};
 use modelfs::config::oversight::{AuditMode, AuditPlan};
 use modelfs::crypto::PublicKey;
@@ -555,6 +555,43 @@ fn a_tail_that_was_cut_is_told_when_the_log_is_opened_again() {
     assert_eq!(text(&told, "severity"), "critical");
     assert!(text(&told, "detail").contains("its end was cut"), "{told}");
     found(&scene.verify(), Fault::Rewritten, lines.len());
+}
+
+/// Its files are listed, then it goes on into new ones, and checkpoints of those are there by the time they are read.
+#[test]
+fn a_log_that_begins_a_new_file_while_it_is_verified_is_not_called_cut() {
+    let mut scene = Scene::new();
+    scene.plan.file_bytes_max = 4000;
+    scene.write(20);
+    let before = files_of(scene.path()).expect("files");
+    let look = |files: &[PathBuf]| verify(files, &[scene.key], Some(scene.checkpoints()));
+    let mut listed = 0;
+    let list = |goes_on: &dyn Fn(u32) -> bool, listed: &mut u32| {
+        let files = files_of(scene.path());
+        *listed += 1;
+        if goes_on(*listed) {
+            scene.write(40);
+        }
+        files
+    };
+    let report = settled(|| list(&|times| times == 1, &mut listed), look).expect("read");
+    assert!(files_of(scene.path()).expect("files").len() > before.len(), "it went on into new files");
+    genuine(&report);
+    assert_eq!(listed, 2);
+    // The list alone was what it called cut.
+    assert!(look(&before).expect("read").bad.is_some());
+    // One that never stands still is judged in the end, and one that does at once.
+    let (mut listed, mut looks) = (0, 0);
+    let cut = |files: &[PathBuf], looks: &mut u32| {
+        *looks += 1;
+        verify(&files[..files.len() - 1], &[scene.key], Some(scene.checkpoints()))
+    };
+    let report = settled(|| list(&|_| true, &mut listed), |files| cut(files, &mut looks)).expect("read");
+    assert!(report.bad.is_some() && looks == 5, "{looks}");
+    (listed, looks) = (0, 0);
+    let report = settled(|| list(&|_| false, &mut listed), |files| cut(files, &mut looks)).expect("read");
+    assert_eq!(report.bad.expect("cut").fault, Fault::Truncated);
+    assert_eq!((listed, looks), (2, 1));
 }
 
 #[test]

@@ -9,8 +9,9 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Seek};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::Serialize;
 
@@ -21,6 +22,9 @@ use crate::refuse;
 
 /// How far a torn piece may reach.
 const TORN_BYTES_MAX: usize = 8 << 20;
+
+/// As often a log that begins new files meanwhile is looked at.
+const LOOKS_MAX: usize = 5;
 
 /// What was done to a log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -111,20 +115,27 @@ struct Lines<'f> {
     next: usize,
     number: u64,
     reader: Option<BufReader<File>>,
+    /// The last file, open already.
+    last: Option<File>,
     /// Lines that were looked at before their turn.
     ahead: std::collections::VecDeque<Line>,
 }
 
 impl<'f> Lines<'f> {
-    fn new(files: &'f [PathBuf]) -> Lines<'f> {
-        Lines { files, next: 0, number: 0, reader: None, ahead: Default::default() }
+    fn new(files: &'f [PathBuf], last: Option<File>) -> Lines<'f> {
+        Lines { files, next: 0, number: 0, reader: None, last, ahead: Default::default() }
     }
 
     fn read(&mut self) -> Result<Option<Line>> {
         loop {
             if self.reader.is_none() {
                 let Some(path) = self.files.get(self.next) else { return Ok(None) };
-                self.reader = Some(BufReader::with_capacity(1 << 20, open(path)?));
+                let is_last = self.next + 1 == self.files.len();
+                let file = match self.last.take_if(|_| is_last) {
+                    Some(last) => last,
+                    None => open(path)?,
+                };
+                self.reader = Some(BufReader::with_capacity(1 << 20, file));
                 (self.next, self.number) = (self.next + 1, 0);
             }
             let reader = self.reader.as_mut().expect("opened above");
@@ -221,8 +232,33 @@ pub fn verify_part(files: &[PathBuf], trust: &[PublicKey], elsewhere: Option<&Pa
     verified(files, trust, elsewhere, true)
 }
 
+/// A log that is being written may begin a new file after its files were listed, of which checkpoints kept elsewhere tell by
+/// then: what looks like a fault is one only if the files are still the same. `list` says which they are, `look` verifies
+/// them.
+///
+/// # Errors
+/// Those of both.
+pub fn settled(
+    mut list: impl FnMut() -> Result<Vec<PathBuf>>,
+    mut look: impl FnMut(&[PathBuf]) -> Result<Report>,
+) -> Result<Report> {
+    let mut files = list()?;
+    for _ in 1..LOOKS_MAX {
+        let looked = look(&files);
+        if looked.as_ref().is_ok_and(|report| report.bad.is_none()) {
+            return looked;
+        }
+        let now = list()?;
+        if now == files {
+            return looked;
+        }
+        files = now;
+    }
+    look(&files)
+}
+
 fn verified(files: &[PathBuf], trust: &[PublicKey], elsewhere: Option<&Path>, part: bool) -> Result<Report> {
-    let files = in_order(files)?;
+    let (files, last) = in_order(files)?;
     let mut verifier = Verifier {
         files: &files,
         trust,
@@ -234,31 +270,46 @@ fn verified(files: &[PathBuf], trust: &[PublicKey], elsewhere: Option<&Path>, pa
         due: None,
         removed: Vec::new(),
     };
-    let bad = verifier.run(elsewhere)?;
+    let bad = verifier.run(last, elsewhere)?;
     verifier.report.bad = bad;
     verifier.report.signers.sort_unstable();
     Ok(verifier.report)
 }
 
-/// By the numbers in their heads; files without one stay where they were given.
-fn in_order(files: &[PathBuf]) -> Result<Vec<PathBuf>> {
+/// By the numbers in their heads; files without one stay where they were given. The last one is open: its name may be the next
+/// file's by the time the others are read.
+fn in_order(files: &[PathBuf]) -> Result<(Vec<PathBuf>, File)> {
     if files.is_empty() {
         refuse!(Usage, "no audit log was named");
     }
     let mut numbered = Vec::with_capacity(files.len());
+    // The one with the highest number, and the last one given: each other is closed again, they may be many.
+    type Open<'f> = Option<(Option<u64>, &'f Path, Arc<File>)>;
+    let (mut highest, mut given): (Open<'_>, Open<'_>) = (None, None);
     for path in files {
         let mut head = Vec::new();
-        let file = open(path)?;
-        let read = std::io::Read::take(BufReader::new(file), LINE_BYTES_MAX as u64).read_until(b'\n', &mut head);
+        let file = Arc::new(open(path)?);
+        let read = std::io::Read::take(BufReader::new(&*file), LINE_BYTES_MAX as u64).read_until(b'\n', &mut head);
         read.map_err(|error| unreadable(path, error))?;
         let number = Link::of(&head).and_then(|link| link.number);
         numbered.push((number, path.clone()));
+        if highest.as_ref().is_none_or(|(before, ..)| *before < number) {
+            highest = Some((number, path.as_path(), file.clone()));
+        }
+        given = Some((number, path.as_path(), file));
     }
     if numbered.iter().all(|(number, _)| number.is_some()) {
         numbered.sort_by_key(|(number, _)| *number);
     }
     numbered.dedup();
-    Ok(numbered.into_iter().map(|(_, path)| path).collect())
+    let last = numbered.last().map(|(_, path)| path).expect("one was named");
+    let kept = [highest, given].into_iter().flatten().find(|(_, path, _)| *path == last);
+    let mut file = match kept.map(|(.., file)| file.try_clone()) {
+        Some(file) => file.map_err(|error| unreadable(last, error))?,
+        None => open(last)?,
+    };
+    file.rewind().map_err(|error| unreadable(last, error))?;
+    Ok((numbered.into_iter().map(|(_, path)| path).collect(), file))
 }
 
 impl Verifier<'_> {
@@ -270,9 +321,9 @@ impl Verifier<'_> {
         Some(Bad { fault, file: self.files[file].clone(), line, why: why.into() })
     }
 
-    fn run(&mut self, elsewhere: Option<&Path>) -> Result<Option<Bad>> {
+    fn run(&mut self, last: File, elsewhere: Option<&Path>) -> Result<Option<Bad>> {
         let files = self.files;
-        let mut lines = Lines::new(files);
+        let mut lines = Lines::new(files, Some(last));
         let Some(first) = lines.peek(0)? else {
             let bad = Bad { fault: Fault::Truncated, file: files[0].clone(), line: 1, why: "it is empty".into() };
             return Ok(Some(bad));
@@ -611,7 +662,7 @@ impl Verifier<'_> {
 
     /// The same bytes before this line.
     fn earlier(&self, line: &Line, hash: [u8; 32]) -> Result<Option<(usize, u64)>> {
-        let mut lines = Lines::new(self.files);
+        let mut lines = Lines::new(self.files, None);
         while let Some(other) = lines.next()? {
             if (other.file, other.number) == (line.file, line.number) {
                 break;
@@ -626,7 +677,7 @@ impl Verifier<'_> {
     /// Takes the checkpoints of this log, each signed.
     fn read_elsewhere(&mut self, path: &Path) -> Result<Option<Bad>> {
         let paths = [path.to_owned()];
-        let mut lines = Lines::new(&paths);
+        let mut lines = Lines::new(&paths, None);
         let (mut others, mut any) = (None, false);
         while let Some(line) = lines.next()? {
             let bad = |fault, why: String| Some(Bad { fault, file: path.to_owned(), line: line.number, why });

@@ -9,7 +9,7 @@ use serde_json::json;
 use super::Out;
 use crate::audit::record::{Record, now, parse_stamp};
 use crate::audit::show::{Query, files_of, find, sentence};
-use crate::audit::verify::{Report, verify, verify_part};
+use crate::audit::verify::{Report, settled, verify, verify_part};
 use crate::config::Layers;
 use crate::error::{Code, Error, Result};
 use crate::keys::load_public_key;
@@ -141,7 +141,7 @@ fn prove(args: &VerifyArgs, out: &Out) -> Result<()> {
     let trust = args.trust.iter().map(|text| load_public_key(text).map_err(|e| e.context("--trust")));
     let trust = trust.collect::<Result<Vec<_>>>()?;
     let verify = if args.part { verify_part } else { verify };
-    let report = verify(&all_files(&args.files)?, &trust, args.checkpoints.as_deref())?;
+    let report = settled(|| all_files(&args.files), |files| verify(files, &trust, args.checkpoints.as_deref()))?;
     let mut value = json!(report);
     value["ok"] = json!(report.bad.is_none());
     out.result(&value, || if out.quiet { String::new() } else { told(&report, args) })?;
