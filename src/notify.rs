@@ -99,7 +99,7 @@ impl Service {
                         "the mount does not answer itself; the service manager hears nothing until it does"
                     );
                 }
-                next += limit / 2;
+                next = tick_after(next, limit / 2, Instant::now());
                 std::thread::sleep(next.saturating_duration_since(Instant::now()));
             }
         });
@@ -118,6 +118,12 @@ impl Service {
             );
         }
     }
+}
+
+/// The tick after the one at `tick`. Those that were missed are left out: one word says as much as ten in a row.
+fn tick_after(tick: Instant, period: Duration, now: Instant) -> Instant {
+    let next = tick + period;
+    if next < now { now + period } else { next }
 }
 
 /// Whether the runtime gets to a new task within `limit`.
@@ -236,6 +242,14 @@ mod tests {
         let (dir, manager, service) = pair(None);
         drop((dir, manager));
         service.ready("nobody hears it");
+    }
+
+    #[test]
+    fn ticks_that_were_missed_are_not_made_up_for() {
+        let (period, tick) = (Duration::from_secs(1), Instant::now());
+        assert_eq!(tick_after(tick, period, tick + period / 10), tick + period, "on time");
+        let late = tick + 10 * period + period / 2;
+        assert_eq!(tick_after(tick, period, late), late + period, "after a stall one, and a whole period to the next");
     }
 
     /// The detector first: it is fed while all is well.
