@@ -816,6 +816,7 @@ mod tests {
         std::fs::write(&file, "").expect("written");
         let mut layers = Layers::default();
         layers.flag("key", vec!["file:/k".into()]);
+            ("key=file:/k,key_loss_check=5s".into(), "add on-key-loss=lock"),
         for path in [file, dir.path().join("none")] {
             let err = MountPlan::from_layers(&layers, "/srv", &path, false).expect_err("refused");
             assert_eq!(err.code(), Code::MountPoint, "{err:?}");

@@ -305,6 +305,7 @@ const BREAKS: &[(&str, &[&str], &str)] = &[
     ("model-twice", &["--model", "a@1", "--model", "a@2"], "selected twice"),
     ("required-and-not-mounted", &["--model", "a", "--require", "b"], "add --model b"),
     ("lock-on-nothing", &["--on-key-loss", "lock"], "nothing to watch"),
+    ("loss-that-locks-nothing", &["--key-loss-check", "5s"], "add on-key-loss=lock"),
     ("owner-shut-out", &["--uid", "4000000"], "add --allow-other"),
     ("aead-where-others-write", &["--verify", "aead"], "chmod go-w"),
     ("store-and-mountpoint", &[], "mount beside the store"),

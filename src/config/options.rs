@@ -438,6 +438,13 @@ pub const OPTIONS: &[OptionSpec] = &[
         .value("keep|lock", Form::Read(|text| super::parse_on_key_loss(text).map(drop)), "keep")
         .default("keep")
         .means("When Vault takes token or lease back for good: keep serving what is open, or lock"),
+    one("key-loss-check", "MODELFS_KEY_LOSS_CHECK", HOSTS, Section::Mount)
+        .value("TIME", Form::Read(|text| super::vault::parse_check(text).map(drop)), "5s")
+        .default("500ms")
+        .means(
+            "With on-key-loss=lock: how often Vault is asked whether the token still holds, 100ms to 60s; each time is one \
+             request, and one line of Vault's audit log",
+        ),
     switch("allow-other", "MODELFS_ALLOW_OTHER", MOUNT, Section::Mount)
         .means("Let users other than the mounting one in, as file modes allow"),
     one("policy", "MODELFS_POLICY", HOSTS, Section::Mount)

@@ -282,6 +282,17 @@ pub const RULES: &[Rule] = &[
         },
     },
     Rule {
+        id: "loss-that-locks-nothing",
+        level: Level::Refused,
+        together: "`key-loss-check` without `on-key-loss` lock",
+        why: "A loss that is seen sooner changes nothing.",
+        of: takes::MOUNT,
+        broken: |said| {
+            (said.is_set("key-loss-check") && said.one("on-key-loss") != "lock")
+                .then(|| "key-loss-check is for mounts that lock; add on-key-loss=lock, or drop it".into())
+        },
+    },
+    Rule {
         id: "owner-shut-out",
         level: Level::Refused,
         together: "`uid` of another user without `allow-other`",

@@ -13,8 +13,9 @@ use crate::vault::{AuthMethod, SERVICE_ACCOUNT_TOKEN, VaultSettings};
 const TIMEOUT_DEFAULT: Duration = Duration::from_secs(15);
 /// How often the token is looked at while nothing else is asked.
 const CHECK_DEFAULT: Duration = Duration::from_secs(60);
-/// The same where a lost token locks the mount.
+/// The same where a lost token locks the mount, and between what and what it may be said.
 const CHECK_LOCKING: Duration = Duration::from_millis(500);
+const CHECK_RANGE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(60));
 
 /// `None`: no Vault was named.
 ///
@@ -79,7 +80,10 @@ pub fn vault_settings(layers: &Layers) -> Result<Option<VaultSettings>> {
         refuse!(Usage, "vault-timeout is zero; give a second or more");
     }
     let lock_on_loss = layers.parse("on-key-loss", super::parse_on_key_loss)? == Some(super::OnKeyLoss::Lock);
-    let check = if lock_on_loss { CHECK_LOCKING } else { CHECK_DEFAULT };
+    let check = match layers.parse("key-loss-check", parse_check)? {
+        said if lock_on_loss => said.unwrap_or(CHECK_LOCKING),
+        _ => CHECK_DEFAULT,
+    };
     Ok(Some(VaultSettings {
         address,
         namespace: layers.parse("vault-namespace", check_namespace)?,
@@ -91,6 +95,14 @@ pub fn vault_settings(layers: &Layers) -> Result<Option<VaultSettings>> {
         check,
         lock_on_loss,
     }))
+}
+
+pub(super) fn parse_check(text: &str) -> Result<Duration> {
+    let (check, (least, most)) = (units::parse_duration(text)?, CHECK_RANGE);
+    if check < least || check > most {
+        refuse!(Usage, "key-loss-check {check:?} is not from {least:?} to {most:?}");
+    }
+    Ok(check)
 }
 
 const METHODS: [&str; 7] = ["token", "approle", "kubernetes", "jwt", "cert", "aws", "userpass"];
@@ -148,6 +160,14 @@ pub(super) fn check_server_id(text: &str) -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_token_is_asked_about_within_bounds() {
+        for bad in ["10ms", "2m", "0s", "often"] {
+            assert_eq!(parse_check(bad).expect_err(bad).code(), Code::Usage);
+        }
+        assert_eq!(parse_check("5s").expect("within"), Duration::from_secs(5));
+    }
 
     fn settings(words: &str) -> Result<Option<VaultSettings>> {
         let mut layers = Layers::default();

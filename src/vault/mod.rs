@@ -60,6 +60,8 @@ const RETRY_FIRST: Duration = Duration::from_millis(100);
 /// Waits between attempts of the background, doubled up to the second.
 const AWAY_FIRST: Duration = Duration::from_secs(1);
 const AWAY_LAST: Duration = Duration::from_secs(60);
+/// The second, of a mount that looks at its token more often than that.
+const AWAY_CHECKED: Duration = Duration::from_secs(15);
 /// The shortest time between two looks at a token: the last renewals before its longest life ends give less and less.
 const LOOK_FIRST: Duration = Duration::from_millis(500);
 /// The longest time between two looks at a token that never expires.
@@ -974,11 +976,17 @@ async fn tend(inner: Weak<Inner>) {
             }
             Err(error) => {
                 tracing::warn!("Vault: {}", error.chain());
-                pause = away.min(check.max(AWAY_FIRST)).mul_f64(0.9 + 0.2 * dice());
-                away = (away * 2).min(AWAY_LAST);
+                (pause, away) = away_pause(away, check, dice());
             }
         }
     }
+}
+
+/// How long to leave a Vault alone that does not answer or is sealed, and the longest time after that. Away it takes nothing
+/// from anybody, so a fleet need not ask it as often as one that is there. `dice` is between 0 and 1.
+fn away_pause(away: Duration, check: Duration, dice: f64) -> (Duration, Duration) {
+    let longest = check.clamp(AWAY_CHECKED, AWAY_LAST);
+    (away.min(longest).mul_f64(0.9 + 0.2 * dice), (away * 2).min(longest))
 }
 
 /// Between 0 and 1; where there are no random bytes, the middle.
@@ -1132,5 +1140,24 @@ mod tests {
         let outcome = vault.run(async move { inner.patiently(|_| std::future::pending::<Result<()>>()).await });
         let chain = outcome.expect_err("nobody answers").chain();
         assert!(chain.contains("did not answer within") && chain.contains("raise vault-timeout"), "{chain}");
+    }
+
+    #[test]
+    fn a_vault_that_stays_away_is_asked_less_and_less_often_and_never_given_up() {
+        let pauses = |check: Duration, dice: f64| {
+            let mut away = AWAY_FIRST;
+            let mut next = || {
+                let pause;
+                (pause, away) = away_pause(away, check, dice);
+                pause.as_secs_f64()
+            };
+            (0..12).map(|_| next()).collect::<Vec<_>>()
+        };
+        let calm = pauses(Duration::from_millis(500), 0.5);
+        assert_eq!(calm[..5], [1.0, 2.0, 4.0, 8.0, 15.0]);
+        assert_eq!(calm[11], 15.0, "it is bounded, and does not end");
+        assert_eq!(pauses(Duration::from_secs(60), 0.5)[11], 60.0);
+        let (early, late) = (pauses(Duration::from_millis(500), 0.0), pauses(Duration::from_millis(500), 1.0));
+        assert!(early[11] < 14.0 && late[11] > 16.0, "a fleet does not come at once");
     }
 }
