@@ -43,6 +43,8 @@ use crate::vault::{Vault, VaultSettings};
 pub(crate) const CACHE_BYTES_MIN: u64 = 64 << 20;
 /// The shortest idle limit.
 const IDLE_MIN: Duration = Duration::from_secs(1);
+/// The longest time that an open of a locked model may wait: whoever waits cannot be killed.
+const LOCKED_OPENS_MAX: Duration = Duration::from_secs(600);
 /// `--require all`.
 const REQUIRE_ALL: &str = "all";
 /// Longer than a loader takes from one file to the next.
@@ -250,6 +252,8 @@ pub struct MountPlan {
     pub log_file: Option<PathBuf>,
     /// What becomes of the mount when whoever lends the keys takes them back.
     pub on_key_loss: OnKeyLoss,
+    /// How long an open of a locked model waits for it to be unlocked; `None`: not at all.
+    pub locked_opens: Option<Duration>,
     /// Lock everything once no file was open or read for so long.
     pub lock_when_idle: Option<Duration>,
     /// Of a pod's mount: `NAMESPACE/NAME`. Said by the driver, by no option.
@@ -303,6 +307,22 @@ fn parse_on_key_loss(text: &str) -> Result<OnKeyLoss> {
     }
 }
 
+/// `None`: an open of a locked model fails at once.
+fn parse_locked_opens(text: &str) -> Result<Option<Duration>> {
+    if text == "fail" {
+        return Ok(None);
+    }
+    let wait = units::parse_duration(text)?;
+    if wait.is_zero() || wait > LOCKED_OPENS_MAX {
+        refuse!(
+            Usage,
+            "locked-opens is fail, or a time of at most {} s: whoever waits cannot be killed",
+            LOCKED_OPENS_MAX.as_secs()
+        );
+    }
+    Ok(Some(wait))
+}
+
 fn parse_idle(text: &str) -> Result<Duration> {
     let limit = units::parse_duration(text)?;
     if limit < IDLE_MIN {
@@ -342,6 +362,7 @@ impl MountPlan {
             log_file: layers.parse("log-file", |text| Ok(PathBuf::from(text)))?,
             on_key_loss: layers.parse("on-key-loss", parse_on_key_loss)?.unwrap_or_default(),
             lock_when_idle: layers.parse("lock-when-idle", parse_idle)?,
+            locked_opens: layers.parse("locked-opens", parse_locked_opens)?.flatten(),
             service_account: None,
             pod: None,
             doubts: Vec::new(),
@@ -795,6 +816,9 @@ mod tests {
             ("key=file:/k,on_key_loss=panic".into(), "neither keep nor lock"),
             ("key=file:/k,on_key_loss=lock".into(), "no key comes from Vault"),
             ("key=file:/k,lock_when_idle=10ms".into(), "at least 1 s"),
+            ("key=file:/k,key_loss_check=5s".into(), "add on-key-loss=lock"),
+            ("key=file:/k,locked_opens=0s".into(), "at most 600 s"),
+            ("key=file:/k,locked_opens=1h".into(), "at most 600 s"),
         ];
         for (words, fix) in cases {
             let err = plan(&words).expect_err(&words);
@@ -816,7 +840,6 @@ mod tests {
         std::fs::write(&file, "").expect("written");
         let mut layers = Layers::default();
         layers.flag("key", vec!["file:/k".into()]);
-            ("key=file:/k,key_loss_check=5s".into(), "add on-key-loss=lock"),
         for path in [file, dir.path().join("none")] {
             let err = MountPlan::from_layers(&layers, "/srv", &path, false).expect_err("refused");
             assert_eq!(err.code(), Code::MountPoint, "{err:?}");

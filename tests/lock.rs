@@ -629,6 +629,51 @@ fn an_unlock_that_began_after_a_lock_is_not_refused_by_the_rest_of_it() {
     runtime.shutdown_timeout(Duration::from_millis(200));
 }
 
+/// `locked-opens`: what was locked is waited for as long as was said, and by nobody who is refused for another reason.
+#[test]
+fn an_open_of_a_locked_model_waits_for_the_unlock_or_fails_as_it_was_configured() {
+    if !can_mount() {
+        return;
+    }
+    let fixture = sample();
+    let waits = |time: Duration| {
+        let behaviour = Behaviour { locked_opens: Some(time), ..Behaviour::default() };
+        Mounted::new(How { behaviour, ..How::default() }, || fixture.model(fixture.store.clone(), Verify::Strict))
+    };
+    let long = Duration::from_secs(600);
+    let held = |mount: &Mounted, end: &dyn Fn()| {
+        let path = mount.path("config.json");
+        std::thread::scope(|scope| {
+            let reader = scope.spawn(|| std::fs::read(&path));
+            std::thread::sleep(Duration::from_millis(500));
+            assert!(!reader.is_finished(), "it did not wait: {:?}", reader.join());
+            // Others are answered meanwhile.
+            assert!(std::fs::metadata(&path).is_ok());
+            end();
+            reader.join().expect("read")
+        })
+    };
+
+    let mount_waiting = waits(long);
+    lock(&mount_waiting);
+    let model = mount_waiting.fs.vfs().models()[0].clone();
+    let read = held(&mount_waiting, &|| unlock(&model, &fixture)).expect("served once it is unlocked");
+    assert_eq!(read.len(), 700);
+    lock(&mount_waiting);
+    let refused = held(&mount_waiting, &|| mount_waiting.fs.refuse_all(true));
+    assert_eq!(errno(refused), Some(libc::EACCES), "whoever is refused anyway does not wait");
+    drop(mount_waiting);
+
+    let short = waits(Duration::from_millis(20));
+    lock(&short);
+    assert!(is_refused(&short.path("config.json")), "when the time is up the lock has the last word");
+    drop(short);
+
+    let usual = mount(&fixture, OpenPolicy::Lazy, None);
+    lock(&usual);
+    assert!(is_refused(&usual.path("config.json")));
+}
+
 /// Else a mount that was idle for long is locked again before the operator's program comes.
 #[test]
 fn an_unlock_counts_as_use() {

@@ -148,6 +148,12 @@ impl Model {
         let _ = self.locked.subscribe().wait_for(|locked| *locked).await;
     }
 
+    /// Returns when the model is served.
+    pub async fn until_served(&self) {
+        // The sender lives as long as `self`.
+        let _ = self.locked.subscribe().wait_for(|locked| !*locked).await;
+    }
+
     pub fn locked_error(&self) -> Error {
         Error::new(Code::Locked, format!("model {} is locked; `modelfs unlock` serves it again", self.name))
     }

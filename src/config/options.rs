@@ -445,6 +445,13 @@ pub const OPTIONS: &[OptionSpec] = &[
             "With on-key-loss=lock: how often Vault is asked whether the token still holds, 100ms to 60s; each time is one \
              request, and one line of Vault's audit log",
         ),
+    one("locked-opens", "MODELFS_LOCKED_OPENS", HOSTS, Section::Mount)
+        .value("fail|TIME", Form::Read(|text| super::parse_locked_opens(text).map(drop)), "30s")
+        .default("fail")
+        .means(
+            "What an open of a locked model does: fail at once, or wait so long, 10m at most, for it to be unlocked; whoever \
+             waits cannot be killed",
+        ),
     switch("allow-other", "MODELFS_ALLOW_OTHER", MOUNT, Section::Mount)
         .means("Let users other than the mounting one in, as file modes allow"),
     one("policy", "MODELFS_POLICY", HOSTS, Section::Mount)

@@ -36,7 +36,7 @@ use lru::LruCache;
 
 use access::Access;
 
-use crate::cache::{CachedObject, GENERATIONS, HotGate, ObjectKey};
+use crate::cache::{CachedObject, GENERATIONS, HotGate, Model, ObjectKey};
 use crate::error::Error;
 use crate::policy::Buckets;
 use crate::read::habits::{Habits, Walk, Who};
@@ -67,6 +67,9 @@ const STALE_ANSWERS_MAX: NonZeroUsize = NonZeroUsize::new(16_384).expect("not ze
 /// Reads under way at which the kernel stops asking for more than readers wait for.
 const READ_AHEAD_REQUESTS_MAX: u16 = 48;
 
+/// How often an open that waits for an unlock looks whether it is refused anyway.
+const LOCKED_OPENS_LOOK: Duration = Duration::from_millis(250);
+
 /// How the kernel is answered.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Behaviour {
@@ -76,6 +79,8 @@ pub struct Behaviour {
     /// Every read is the daemon's to answer, and a name is one node for life: for an overlay above the mount, which keeps
     /// the node that it has once looked up, and for those who want every read asked for.
     pub no_passthrough: bool,
+    /// How long an open of a locked model waits for it to be unlocked; `None`: not at all.
+    pub locked_opens: Option<Duration>,
 }
 
 struct Handle {
@@ -287,6 +292,28 @@ impl Inner {
     fn stale(&self, reply: ReplyOpen) {
         self.reader.cache().telemetry().estale_answers.inc();
         reply.error(Errno::ESTALE);
+    }
+
+    /// The model of a file that is locked, where opens of it are to wait, and how long.
+    fn waits_for_unlock(&self, ino: INodeNo) -> Option<(Arc<Model>, Duration)> {
+        let time = self.behaviour.locked_opens?;
+        let (model, ..) = self.vfs.file(node_of(ino))?;
+        model.is_locked().then(|| (model.clone(), time))
+    }
+
+    /// Until it is served again, whoever asks is refused anyway, or the time is up. What is said to the open is then decided as
+    /// without a wait. No thread waits with it, and the mount's end is seen too.
+    async fn wait_for_unlock(&self, model: &Model, time: Duration, opener: &Opener) {
+        let served = model.until_served();
+        tokio::pin!(served);
+        let until = tokio::time::Instant::now() + time;
+        while tokio::time::Instant::now() < until && !self.refuses(opener.thread, opener.uid) {
+            tokio::select! {
+                biased;
+                () = &mut served => return,
+                () = tokio::time::sleep(LOCKED_OPENS_LOOK.min(until - tokio::time::Instant::now())) => {}
+            }
+        }
     }
 
     /// Answers an open that nothing stands against any more but a lock.
@@ -622,11 +649,15 @@ impl Filesystem for ModelFs {
         }
         let is_hot = generation_of(ino).is_some();
         let turn_comes = opener.buckets().is_none_or(|buckets| buckets.may_open(is_hot).is_ok());
-        if turn_comes && !inner.must_look_inside(node) {
+        let locked = inner.waits_for_unlock(ino);
+        if turn_comes && locked.is_none() && !inner.must_look_inside(node) {
             return inner.open_now(ino, opener, reply);
         }
         let inner = inner.clone();
         inner.runtime.clone().spawn(async move {
+            if let Some((model, time)) = locked {
+                inner.wait_for_unlock(&model, time, &opener).await;
+            }
             if let Some(buckets) = opener.buckets()
                 && let Err(error) =
                     inner.turn(&opener, node, &buckets, buckets.wait(), |buckets| buckets.may_open(is_hot)).await

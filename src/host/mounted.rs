@@ -190,8 +190,12 @@ impl Mounted {
         let vfs = Vfs::with_layout(layout, shown, ownership(&plan), host.cache.clone())?;
         let policy = plan.policy.as_deref().map(|path| read_policy(host, &plan, path)).transpose()?;
         let in_force = policy.as_ref().map(|(_, event)| event.clone());
-        let behaviour =
-            Behaviour { open: plan.open, no_page_cache: plan.no_page_cache, no_passthrough: plan.no_passthrough };
+        let behaviour = Behaviour {
+            open: plan.open,
+            no_page_cache: plan.no_page_cache,
+            no_passthrough: plan.no_passthrough,
+            locked_opens: plan.locked_opens,
+        };
         let fs = ModelFs::new(vfs, reader, behaviour, host.handle.clone());
 
         fs.set_place(Place {

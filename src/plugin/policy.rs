@@ -50,7 +50,7 @@ fn rule(name: &str) -> Rule {
         | "vault-timeout"
         | "vault-token-file"
         | "vault-username" => Rule::Volume,
-        "fetch-budget" | "fetch-timeout" | "floor" | "key-loss-check" | "min-ref-seq"
+        "fetch-budget" | "fetch-timeout" | "floor" | "key-loss-check" | "locked-opens" | "min-ref-seq"
         | "no-page-cache" | "no-passthrough" | "on-key-loss" | "origin-bytes" | "origin-inflight"
         | "origin-requests" | "require-floor" | "s3-credentials" | "s3-endpoint" | "s3-region" | "slot-label"
         | "trust" | "trust-file" | "trust-on-first-use" => Rule::Kept,
