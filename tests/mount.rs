@@ -85,7 +85,10 @@ fn every_file_reads_as_sealed_under_every_policy() {
     for (open, no_passthrough) in ways.into_iter().chain([(OpenPolicy::Auto, true)]) {
         for no_page_cache in [false, true] {
             let fixture = sample();
-            let how = How { behaviour: Behaviour { open, no_page_cache, no_passthrough }, ..How::default() };
+            let how = How {
+                behaviour: Behaviour { open, no_page_cache, no_passthrough, ..Behaviour::default() },
+                ..How::default()
+            };
             let mount = Mounted::new(how, || fixture.model(fixture.store.clone(), Verify::Strict));
             compare(&fixture, &mount.root());
             compare(&fixture, &mount.root());

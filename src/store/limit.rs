@@ -132,8 +132,10 @@ impl Clock {
     }
 }
 
+type Limiters = HashMap<(String, OriginLimits), Arc<Limiter>>;
+
 /// Every limiter of this process, by origin and limits.
-static ORIGINS: LazyLock<Mutex<HashMap<(String, OriginLimits), Arc<Limiter>>>> = LazyLock::new(Mutex::default);
+static ORIGINS: LazyLock<Mutex<Limiters>> = LazyLock::new(Mutex::default);
 
 /// From so many on, those that nobody uses are forgotten.
 const ORIGINS_MAX: usize = 256;
