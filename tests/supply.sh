@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
-# What leaves this repository, and what is let into it: a release is made, signed, and refused after every kind of change; the
-# bills of materials are valid and whole; the checks for vulnerabilities, and those before a commit, are shown to fail.
+# What leaves this repository, and what is let into it: a release with its image is made, looked at, signed, and refused after
+# every kind of change; the bills of materials are valid and whole; the checks for vulnerabilities, of each week, of two
+# builds, and those before a commit are shown to fail.
 #
 #   tests/supply.sh      needs tests/parts/install.sh cargo-deny cargo-auditable cargo-cyclonedx cargo-deb supply actionlint
-#                        osv-scanner
+#                        osv-scanner docker, and root for the image
 #
-# The release is a trial one (release.sh --trial): the same scripts around a program that is compiled faster.
+# The release is a trial one (release.sh --trial): the same scripts around a program that is compiled faster. What takes two
+# whole builds (reproducible.sh) is run on a small program: whether two builds of modelfs are equal is seen each week, by
+# .github/workflows/weekly.yaml.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tests/steps.sh
@@ -15,18 +18,138 @@ for part in cargo-auditable cargo-cyclonedx cargo-deb; do
   [[ -x $(compgen -G "$cache/$part-*/bin/$part" | head -1) ]] || { skip "supply chain" "$part is not installed"; finish; exit; }
 done
 work=$(mktemp -d "${TMPDIR:-/tmp}/modelfs-supply.XXXXXX")
-trap 'rm -rf "$work"' EXIT
+engine_pid=""
+cleanup() {
+  stop_engine || true
+  rm -rf --one-file-system "$work"
+}
+trap cleanup EXIT
 trap 'exit 130' INT TERM
 release=$work/release
 verify() { bash .github/scripts/verify-release.sh "$@"; }
 key() { openssl genpkey -algorithm "$2" -out "$1" "${@:3}" 2>/dev/null && openssl pkey -in "$1" -pubout -out "$1.pub"; }
 
+# ---- What the checks are to find, since a check that never fails shows nothing.
+database() { # FOLDER ECOSYSTEM PACKAGE SCORE-OR-EMPTY: one advisory about every version of it
+  python3 - "$@" <<'PYTHON'
+import json, sys, zipfile
+from pathlib import Path
+folder, ecosystem, package, vector = sys.argv[1:]
+advisory = {
+    "schema_version": "1.6.0", "id": "RUSTSEC-2099-0001", "modified": "2099-01-01T00:00:00Z", "published": "2099-01-01T00:00:00Z",
+    "summary": "made by a test", "details": "made by a test",
+    "affected": [{"package": {"ecosystem": ecosystem, "name": package},
+                  "ranges": [{"type": "SEMVER" if ecosystem == "crates.io" else "ECOSYSTEM", "events": [{"introduced": "0"}]}]}],
+}
+if vector:
+    advisory["severity"] = [{"type": "CVSS_V3", "score": vector}]
+# Both are asked, so both must be there; what is about the other one is about nothing we have.
+for name in ("crates.io", "Debian"):
+    about = advisory if ecosystem.split(":")[0] == name else advisory | {"id": "RUSTSEC-2099-0002", "affected": [
+        {"package": {"ecosystem": name if name != "Debian" else "Debian:12", "name": "no-such-package"}, "versions": ["1"]}]}
+    path = Path(folder) / "osv-scalibr" / name / "all.zip"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(about["id"] + ".json", json.dumps(about))
+PYTHON
+}
+critical=CVSS:3.1/AV:N/AC:L/PR:N/UI:N/S:U/C:H/I:H/A:H low=CVSS:3.1/AV:L/AC:H/PR:H/UI:R/S:U/C:L/I:N/A:N
+weights() { # a safetensors file, by its structure and not by its name
+  python3 -c '
+import json, struct, sys
+header = json.dumps({"w": {"dtype": "F32", "shape": [64, 64], "data_offsets": [0, 16384]}}).encode()
+sys.stdout.buffer.write(struct.pack("<Q", len(header)) + header + bytes(range(256)) * 64)'
+}
+has() { [[ -x $(compgen -G "$cache/$1-*/bin/$1" | head -1) ]]; } # TOOL
+# ended EXIT WORDS COMMAND...: COMMAND ends with EXIT, and says WORDS.
+ended() {
+  local wanted=$1 words=$2 out rc=0
+  shift 2
+  out=$("$@" 2>&1) || rc=$?
+  [[ $rc == "$wanted" && $out == *"$words"* ]] || { echo "exit $rc, wanted $wanted and '$words': $out"; return 1; }
+}
+
+# ---- A Docker engine of this test's own for the image; it has its own /run, and reaches no network.
+start_engine() {
+  mkdir -p "$work/docker-home"
+  echo '{}' >"$work/docker-home/config.json"
+  # shellcheck disable=SC2016
+  unshare --mount --net --propagation private bash -c 'mount -t tmpfs tmpfs /run && exec "$@"' _ dockerd \
+    --data-root "$work/docker" --exec-root "$work/exec" --pidfile "$work/docker.pid" -H "unix://$work/docker.sock" \
+    --bridge=none --iptables=false --ip6tables=false --ip-forward=false --ip-masq=false >>"$work/engine.log" 2>&1 &
+  engine_pid=$!
+  export DOCKER_HOST=unix://$work/docker.sock DOCKER_CONFIG=$work/docker-home
+  local end=$((SECONDS + 180))
+  until docker version >/dev/null 2>&1; do
+    { ((SECONDS < end)) && kill -0 "$engine_pid"; } || { tail -20 "$work/engine.log"; return 1; }
+    sleep 0.3
+  done
+}
+stop_engine() {
+  [[ -n $engine_pid ]] || return 0
+  local pid=$engine_pid end=$((SECONDS + 120))
+  engine_pid=""
+  kill "$pid" 2>/dev/null || return 0
+  while kill -0 "$pid" 2>/dev/null; do ((SECONDS < end)) || { kill -9 "$pid"; return 1; }; sleep 0.2; done
+}
+image=()
+if [[ $EUID == 0 ]] && command -v dockerd >/dev/null && command -v docker >/dev/null; then
+  step "start a Docker engine for the image" start_engine
+  if docker version >/dev/null 2>&1; then image=(--image); fi
+else
+  skip "the image of a release" "it needs root and a Docker engine"
+fi
+
 # ---- A release.
 key "$work/key" ed25519
 key "$work/other" ed25519
 key "$work/rsa" rsa -pkeyopt rsa_keygen_bits:2048
-make_release() { bash .github/scripts/release.sh --trial "$release" && cp -r "$release" "$work/unsigned"; }
+make_release() { bash .github/scripts/release.sh --trial "${image[@]}" "$release" && cp -r "$release" "$work/unsigned"; }
 step "a release is made by one command" make_release
+
+# ---- It is looked at before it is signed: models in the image, crates that no bill names, known vulnerabilities.
+inspected() { # EXIT WORDS DATABASE CHANGE...: what the look at a copy ends with, after CHANGE in it
+  local exit=$1 words=$2 known=$3
+  shift 3
+  rm -rf "$work/looked-at"
+  cp -r "$release" "$work/looked-at"
+  (cd "$work/looked-at" && "$@")
+  MODELFS_TEST_OSV_DATABASE=$known ended "$exit" "$words" bash .github/scripts/inspect-release.sh "$work/looked-at"
+}
+# The image as it would be if somebody's build had left a model in it, under a name that tells nothing.
+model_in_image() {
+  local tag
+  tag=$(basename modelfs-image-*.tar .tar) && tag=modelfs:${tag#modelfs-image-}
+  mkdir -p "$work/planted" && weights >"$work/planted/notes.txt"
+  printf 'FROM %s\nCOPY notes.txt /usr/share/notes.txt\n' "$tag" >"$work/planted/Dockerfile"
+  docker build --quiet -t modelfs:planted "$work/planted"
+  docker save -o "modelfs-image-${tag#*:}.tar" modelfs:planted
+}
+crate_left_out() {
+  local bill
+  bill=$(compgen -G 'modelfs-[0-9]*.cdx.json')
+  jq 'del(.components[] | select(.name == "fuser"))' "$bill" >less && mv less "$bill"
+}
+nothing_known=$work/database-nothing crate_known=$work/database-crate package_known=$work/database-package
+if has osv-scanner && [[ -f $release/statement.json ]]; then
+  database "$nothing_known" crates.io no-such-crate $critical
+  database "$crate_known" crates.io fuser $critical
+  database "$package_known" Debian:12 glibc $critical
+  step "a release in which nothing is wrong is let through" inspected 0 "nothing high or critical" "$nothing_known" true
+  step "one with a crate that is known to be vulnerable is stopped" inspected 1 "FAILS  9.8  fuser" "$crate_known" true
+  step "one with a crate that no bill names is stopped" inspected 1 "fuser 0" "$nothing_known" crate_left_out
+  if [[ ${#image[@]} -gt 0 ]]; then
+    step "one with a vulnerable package in its image is stopped" inspected 1 "FAILS  9.8  glibc" "$package_known" true
+    step "one with a model in its image is stopped" inspected 26 "usr/share/notes.txt" "$nothing_known" model_in_image
+  fi
+  # What is known may change between two weeks, and what the image is made of.
+  weekly() { MODELFS_TEST_OSV_DATABASE=$1 bash .github/scripts/weekly.sh; } # DATABASE
+  step "the look of each week ends well where nothing is known" ended 0 "nothing high or critical" weekly "$nothing_known"
+  step "the look of each week fails once something is known" ended 1 "FAILS  9.8  fuser" weekly "$crate_known"
+else
+  skip "the look at a release, and that of each week" "osv-scanner is not installed, or there is no release"
+fi
+step "the Docker engine ends" stop_engine
 step "and signed by another" bash .github/scripts/sign-release.sh --key "$work/key" "$release"
 [[ -f $release/MANIFEST ]] || { finish; exit; }
 version=$(sed -n 's/^version //p' "$release/MANIFEST")
@@ -161,6 +284,54 @@ floor() {
 }
 step "with a floor an older release is refused, and another one of the same version" floor
 
+# ---- Two builds of one commit, of a small program with C in it: the same steps as for modelfs, in seconds.
+small_program() { # MAIN: a repository with it
+  local folder=$work/small
+  rm -rf "$folder"
+  mkdir -p "$folder/src" "$folder/.github" "$folder/.cargo"
+  cp -r .github/scripts "$folder/.github/"
+  printf '%s\n' '[package]' 'name = "modelfs"' 'version = "0.1.0"' 'edition = "2021"' '[build-dependencies]' 'cc = "1"' \
+    >"$folder/Cargo.toml"
+  printf '%s\n' '[source.crates-io]' 'replace-with = "vendored"' '[source.vendored]' 'directory = "vendor"' >"$folder/vendor.toml"
+  # Where its C file lies is in the program, if nothing takes it out.
+  cat >"$folder/build.rs" <<'RUST'
+fn main() {
+    let file = std::path::Path::new(&std::env::var_os("OUT_DIR").unwrap()).join("place.c");
+    std::fs::write(&file, "const char *place(void) { return __FILE__; }").unwrap();
+    cc::Build::new().file(file).compile("place");
+}
+RUST
+  echo "$1" >"$folder/src/main.rs"
+  # The crate cc from what was fetched for modelfs: no registry is asked.
+  (cd "$folder" && cargo vendor --quiet --offline vendor && mv vendor.toml .cargo/config.toml &&
+    git init -q -b main && git add --all --force &&
+    git -c user.name=t -c user.email=t@t.example -c commit.gpgsign=false commit -q -m start)
+}
+# With an empty folder for Cargo, so that nobody's whole registry is copied for it.
+built_twice() { CARGO_HOME=$work/no-cargo bash "$work/small/.github/scripts/reproducible.sh"; }
+place='std::ffi::CStr::from_ptr(place()).to_str().unwrap()'
+place="extern \"C\" { fn place() -> *const std::ffi::c_char; } fn main() { let place = unsafe { $place };"
+equal_builds() { small_program "$place println!(\"{place} {}\", file!()); }" && ended 0 "the same program, twice" built_twice; }
+other_builds() {
+  small_program "$place println!(\"{place} {}\", env!(\"CARGO_MANIFEST_DIR\")); }" && ended 1 "differ" built_twice
+}
+build_of_changes() { echo >>"$work/small/src/main.rs" && ended 1 "this checkout has changes" built_twice; }
+step "two builds of one commit, in other folders, are found to be the same" equal_builds
+step "two builds that differ by the folder they were made in are found to differ" other_builds
+step "two builds of a checkout with changes are not compared" build_of_changes
+
+# ---- Nothing that a workflow calls is run there for the first time.
+workflow_scripts_are_run() {
+  local script missing=0
+  grep -ohE '\.github/scripts/[a-z-]+\.sh' .github/workflows/*.yaml | sort -u >"$work/called"
+  [[ $(wc -l <"$work/called") -ge 6 ]] || { cat "$work/called"; return 1; }
+  while read -r script; do
+    grep -E "^[^#]*bash [^ ]*$script" tests/*.sh >/dev/null || { echo "no test runs $script"; missing=1; }
+  done <"$work/called"
+  return $missing
+}
+step "every script that a workflow calls is run by a test" workflow_scripts_are_run
+
 # ---- Provenance, by other eyes than those that wrote it.
 provenance() {
   local file=$release/modelfs-$version.intoto.jsonl
@@ -238,31 +409,7 @@ if command -v dpkg-query >/dev/null; then
   step "a file of the image that no package owns is refused" foreign_file
 fi
 
-# ---- Known vulnerabilities: databases made here, since a check that never fails shows nothing.
-database() { # FOLDER ECOSYSTEM PACKAGE SCORE-OR-EMPTY: one advisory about every version of it
-  python3 - "$@" <<'PYTHON'
-import json, sys, zipfile
-from pathlib import Path
-folder, ecosystem, package, vector = sys.argv[1:]
-advisory = {
-    "schema_version": "1.6.0", "id": "RUSTSEC-2099-0001", "modified": "2099-01-01T00:00:00Z", "published": "2099-01-01T00:00:00Z",
-    "summary": "made by a test", "details": "made by a test",
-    "affected": [{"package": {"ecosystem": ecosystem, "name": package},
-                  "ranges": [{"type": "SEMVER" if ecosystem == "crates.io" else "ECOSYSTEM", "events": [{"introduced": "0"}]}]}],
-}
-if vector:
-    advisory["severity"] = [{"type": "CVSS_V3", "score": vector}]
-# Both are asked, so both must be there; what is about the other one is about nothing we have.
-for name in ("crates.io", "Debian"):
-    about = advisory if ecosystem.split(":")[0] == name else advisory | {"id": "RUSTSEC-2099-0002", "affected": [
-        {"package": {"ecosystem": name if name != "Debian" else "Debian:12", "name": "no-such-package"}, "versions": ["1"]}]}
-    path = Path(folder) / "osv-scalibr" / name / "all.zip"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(about["id"] + ".json", json.dumps(about))
-PYTHON
-}
-critical=CVSS:3.1/AV:N/AC:L/PR:N/UI:N/S:U/C:H/I:H/A:H low=CVSS:3.1/AV:L/AC:H/PR:H/UI:R/S:U/C:L/I:N/A:N
+# ---- Known vulnerabilities, in databases of this test.
 vulnerable() { # EXIT WORDS ECOSYSTEM PACKAGE VECTOR
   local out rc=0
   rm -rf "$work/database"
@@ -281,7 +428,7 @@ no_database() {
   out=$(MODELFS_TEST_OSV_DATABASE=$work/nowhere bash .github/scripts/vulnerabilities.sh "$bill" 2>&1) || rc=$?
   [[ $rc == 1 ]] || { echo "exit $rc: $out"; return 1; }
 }
-if [[ -x $(compgen -G "$cache/osv-scanner-*/bin/osv-scanner" | head -1) ]]; then
+if has osv-scanner; then
   step "a critical advisory about a crate fails" vulnerable 1 "FAILS  9.8  fuser" crates.io fuser $critical
   step "one about a Debian package of the image fails" vulnerable 1 "FAILS  9.8  glibc" Debian:12 glibc $critical
   step "a low one is noted" vulnerable 0 "noted  1.8  fuser" crates.io fuser $low
@@ -319,7 +466,7 @@ END
   [[ $rc == "$1" ]] || { cat "$folder/log"; echo "exit $rc, wanted $1"; return 1; }
   [[ $1 == 0 ]] || grep RUSTSEC-2099-0003 "$folder/log" >/dev/null
 }
-if [[ -x $(compgen -G "$cache/cargo-deny-*/bin/cargo-deny" | head -1) ]]; then
+if has cargo-deny; then
   step "an advisory about a crate of ours fails the check of advisories" advisories 1 fuser
   step "one about another crate does not" advisories 0 no-such-crate
 else
@@ -344,12 +491,6 @@ stopped() { # HOOK FILE: by this hook and no other, after FILE was written from 
   out=$(hooks --files "$2" 2>&1) || rc=$?
   (cd "$clone" && git reset --quiet --hard && git clean -fdq)
   [[ $rc == 1 && $(grep -c 'Failed$' <<<"$out") == 1 && $(grep 'Failed$' <<<"$out") == "$1"* ]] || { echo "exit $rc: $out"; return 1; }
-}
-weights() { # a safetensors file, by its structure and not by its name
-  python3 -c '
-import json, struct, sys
-header = json.dumps({"w": {"dtype": "F32", "shape": [64, 64], "data_offsets": [0, 16384]}}).encode()
-sys.stdout.buffer.write(struct.pack("<Q", len(header)) + header + bytes(range(256)) * 64)'
 }
 unpinned() { sed 's/@[0-9a-f]\{40\} # v\([0-9]*\).*/@v\1/' .github/workflows/ci.yaml; }
 if [[ -f $cache/supply/complete && -x $modelfs ]]; then

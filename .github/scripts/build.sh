@@ -35,15 +35,17 @@ else
   CARGO_ENCODED_RUSTFLAGS=$(printf '%s\x1f' "--remap-path-prefix=$target=/build" "--remap-path-prefix=$PWD=/modelfs" \
     "--remap-path-prefix=$cargo_home=/cargo" "--remap-path-prefix=$sysroot=/rustc" | sed 's/\x1f$//')
   export CARGO_ENCODED_RUSTFLAGS
-  # The same for what the crates' C compilers write.
-  export CFLAGS="-ffile-prefix-map=$target=/build -ffile-prefix-map=$cargo_home=/cargo ${CFLAGS:-}" CARGO_INCREMENTAL=0
+  # The same for what the crates' C compilers write. Quoted as a shell has it, which the crate cc must be told.
+  CFLAGS="$(printf '%q ' "-ffile-prefix-map=$target=/build" "-ffile-prefix-map=$cargo_home=/cargo")${CFLAGS:-}"
+  export CFLAGS CC_SHELL_ESCAPED_FLAGS=1 CARGO_INCREMENTAL=0
 fi
 # A trial leaves the program of target/release what it was: tests run it.
 kept=""
 if [[ -n $trial && -f $target/release/modelfs ]]; then
   kept=$target/release/.modelfs-kept-$$
   ln "$target/release/modelfs" "$kept"
-  trap 'mv -f "$kept" "$target/release/modelfs"' EXIT
+  # Where this was a trial before, both are one file, which mv would not take.
+  trap 'if [[ $kept -ef $target/release/modelfs ]]; then rm -f "$kept"; else mv -f "$kept" "$target/release/modelfs"; fi' EXIT
 fi
 CARGO_TARGET_DIR=$target "$auditable" auditable "${arguments[@]}"
 mkdir -p "$out"
