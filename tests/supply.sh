@@ -12,6 +12,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tests/steps.sh
+source tests/page.sh
 source .github/scripts/lib.sh
 
 for part in cargo-auditable cargo-cyclonedx cargo-deb; do
@@ -157,6 +158,14 @@ program=$release/modelfs-$version-$(sed -n 's/^target //p' "$release/MANIFEST")
 bill=$release/modelfs-$version.cdx.json
 
 step "it is verified by its public key" verify "$release" "$work/key.pub" --trial
+# As somebody who has never verified one.
+verified_as_the_page_says() {
+  local page=$work/page/SECURITY.md
+  mkdir -p "$work/page" "$work/nobody"
+  sed "s|FOLDER release.pub |'$release' '$work/key.pub' --trial |" SECURITY.md >"$page"
+  HOME=$work/nobody run_page_block "$page" verify-release && grep "^$version " "$work/nobody/.config/modelfs/release-floor"
+}
+step "it is verified as SECURITY.md says" verified_as_the_page_says
 key_from_the_environment() {
   RELEASE_SIGNING_KEY=$(cat "$work/key") bash -c '
     set -euo pipefail

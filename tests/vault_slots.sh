@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # Key slots with a live HashiCorp Vault: which key opens a model when Vault serves, refuses, is sealed or gone, and what
-# Vault was asked for.
+# Vault was asked for. Before that the commands of docs/KEYS.md that no other script runs, taken out of that page as they stand.
 #
 #   tests/vault_slots.sh      needs the release build (MODELFS names another binary) and tests/parts/install.sh vault
+#                             versitygw
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tests/steps.sh
+source tests/page.sh
 
 modelfs=${MODELFS:-${CARGO_TARGET_DIR:-$PWD/target}/release/modelfs}
 vault=$(bash tests/parts/vault.sh path vault)
@@ -14,16 +16,20 @@ if [[ ! -x $modelfs ]]; then
   finish
   exit
 fi
-[[ -x $vault ]] || { skip "vault slots" "$vault is not installed"; finish; exit; }
+versitygw=$(bash tests/parts/versitygw.sh path)
+for part in "$vault" "$versitygw"; do
+  [[ -x $part ]] || { skip "vault slots" "$part is not installed"; finish; exit; }
+done
 
 work=$(mktemp -d "${TMPDIR:-/tmp}/modelfs-slots.XXXXXX")
-vault_pid=""
+vault_pid="" bucket_pid=""
 cleanup() {
-  if [[ -n $vault_pid ]]; then kill "$vault_pid" 2>/dev/null || true; fi
+  local pid
+  for pid in $vault_pid $bucket_pid; do kill "$pid" 2>/dev/null || true; done
   rm -rf --one-file-system "$work"
 }
 trap cleanup EXIT
-for name in $(compgen -e | grep -E '^(MODELFS|MODEL|VAULT)_' | grep -vE '^MODELFS_TEST_[A-Z_]+$'); do unset "$name"; done
+for name in $(compgen -e | grep -E '^(MODELFS|MODEL|VAULT|AWS)_' | grep -vE '^MODELFS_TEST_[A-Z_]+$'); do unset "$name"; done
 export HOME=$work XDG_CONFIG_HOME=$work/config MODELFS_STATE_DIR=$work/state
 
 # ---- Vault, with a transit key, another one, and a record in KV.
@@ -59,6 +65,110 @@ done
 until_true 120 "$vault" read secret/config || { step "vault slots: the KV engine is ready" false; finish; exit; }
 "$vault" kv put secret/m kek="$(openssl rand -hex 32)" short=abcd >/dev/null
 "$vault" audit enable file file_path="$work/audit" >/dev/null
+
+# ---- The page, with a folder in place of the bucket: each of its stores has a memory of its own.
+
+mkdir -p "$work/bin" "$work/page/llama"
+ln -s "$(realpath "$modelfs")" "$work/bin/modelfs"
+export PATH=$work/bin:$PATH
+echo '{}' >"$work/page/llama/config.json"
+head -c 300000 /dev/urandom >"$work/page/llama/model.bin"
+here() { (cd "$work/page" && MODELFS_STATE_DIR=$work/page/$1.state "${@:2}"); } # STORE COMMAND...
+block() { # STORE NAME
+  mkdir -p "$work/page/of-$1"
+  sed "s|s3://models/prod|./$1|" docs/KEYS.md >"$work/page/of-$1/KEYS.md"
+  here "$1" run_page_block "$work/page/of-$1/KEYS.md" "$2"
+}
+reads() { # STORE OPTION...
+  [[ $(here "$1" modelfs cat "./$1" acme/llama config.json "${@:2}") == '{}' ]]
+}
+refuses() { # WORDS COMMAND...
+  local words=$1 said
+  shift
+  if said=$("$@" 2>&1); then echo "was not refused: $said"; return 1; fi
+  [[ $said == *"$words"* ]] || { echo "wanted $words: $said"; return 1; }
+}
+own_keys() {
+  block own own-keys
+  here own modelfs seal ./llama ./own acme/llama --key file:llama.key --key recipient:server.key.pub
+  cp "$XDG_CONFIG_HOME/modelfs/signing.key.pub" "$work/page/signing.pub"
+  reads own --trust signing.pub --key x25519:server.key
+  reads own --trust signing.pub --key file:llama.key
+}
+# A record names a bucket, so this block has one. It also names the transit version under which it was wrapped.
+record_is_brought_along() {
+  local port newest key=vault-transit:transit/models
+  port=$(free_port)
+  mkdir -p "$work/bucket/models"
+  ROOT_ACCESS_KEY=storage ROOT_SECRET_KEY=storage-password "$versitygw" --port "127.0.0.1:$port" --quiet posix "$work/bucket" \
+    >"$work/bucket.log" 2>&1 &
+  bucket_pid=$!
+  until_true 120 bash -c "</dev/tcp/127.0.0.1/$port"
+  local -x AWS_ACCESS_KEY_ID=storage AWS_SECRET_ACCESS_KEY=storage-password MODELFS_TRUST=$work/page/signing.pub
+  local -x MODELFS_S3_ENDPOINT=http://127.0.0.1:$port MODELFS_S3_REGION=us-east-1 MODELFS_STATE_DIR=$work/page/record.state
+  modelfs seal "$work/page/llama" s3://models/prod acme/llama --key $key --register vault-kv://secret/models/acme/llama
+  "$vault" write -f transit/keys/models/rotate >/dev/null
+  newest=$("$vault" read -format=json transit/keys/models | jq .data.latest_version)
+  "$vault" kv get -format=json secret/models/acme/llama >"$work/before"
+  run_page_block docs/KEYS.md record
+  "$vault" kv get -format=json secret/models/acme/llama >"$work/after"
+  ! grep "vault:v$newest:" "$work/before" || return 1
+  grep "vault:v$newest:" "$work/after"
+  modelfs cat s3://models/prod acme/llama config.json --key $key | grep -xF '{}'
+  kill "$bucket_pid"
+}
+two_publishers() {
+  local name keys=()
+  for name in ann ben cleo ci; do
+    here two modelfs keygen --signing $name.key
+    keys+=("$(grep -oE '[0-9a-f]{64}' "$work/page/$name.key.pub")")
+  done
+  page_block docs/KEYS.md text trust.conf |
+    awk -v keys="${keys[*]}" 'BEGIN {split(keys, key, " ")} /<64 hex digits>/ {sub("<64 hex digits>", key[++n])} 1' >"$work/page/trust.conf"
+  block two ann-seals
+  refuses MAN_SIG reads two --trust-file trust.conf --key file:llama.key
+  block two ben-signs
+  reads two --trust-file trust.conf --key file:llama.key
+}
+# What a vendor's model_signing writes, as tests/oms.rs has it from the reference.
+vendor_signs() {
+  openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out "$work/page/vendor.key" 2>/dev/null
+  openssl pkey -in "$work/page/vendor.key" -pubout -out "$work/page/vendor.pem"
+  python3 - "$work/page/llama" "$work/page/vendor.key" <<'PYTHON'
+import base64, hashlib, json, subprocess, sys
+from pathlib import Path
+folder, key = Path(sys.argv[1]), sys.argv[2]
+digests = {path.name: hashlib.sha256(path.read_bytes()) for path in sorted(folder.iterdir())}
+root = hashlib.sha256(b"".join(digest.digest() for digest in digests.values())).hexdigest()
+statement = {
+    "_type": "https://in-toto.io/Statement/v1", "predicateType": "https://model_signing/signature/v1.0",
+    "subject": [{"name": "llama", "digest": {"sha256": root}}],
+    "predicate": {
+        "serialization": {"method": "files", "hash_type": "sha256", "allow_symlinks": False, "ignore_paths": ["model.sig"]},
+        "resources": [{"name": name, "algorithm": "sha256", "digest": digest.hexdigest()} for name, digest in digests.items()],
+    },
+}
+payload, kind = json.dumps(statement).encode(), "application/vnd.in-toto+json"
+message = f"DSSEv1 {len(kind)} {kind} {len(payload)} ".encode() + payload
+signature = subprocess.run(["openssl", "dgst", "-sha256", "-sign", key], input=message, capture_output=True, check=True).stdout
+(folder / "model.sig").write_text(json.dumps({
+    "mediaType": "application/vnd.dev.sigstore.bundle.v0.3+json",
+    "verificationMaterial": {"publicKey": {"hint": ""}, "tlogEntries": []},
+    "dsseEnvelope": {"payload": base64.b64encode(payload).decode(), "payloadType": kind,
+                     "signatures": [{"sig": base64.b64encode(signature).decode(), "keyid": ""}]},
+}))
+PYTHON
+}
+model_signing() {
+  vendor_signs
+  block signed model-signing
+  echo '{"more": 1}' >"$work/page/llama/config.json"
+  refuses OMS block changed model-signing
+}
+step "docs/KEYS.md: keys of its own, without Vault" own_keys
+step "docs/KEYS.md: a rotation brings the record of a catalog along" record_is_brought_along
+step "docs/KEYS.md: two publishers, one after the other" two_publishers
+step "docs/KEYS.md: a vendor's signature is checked, and one that does not fit is refused" model_signing
 
 # ---- A model with three slots.
 

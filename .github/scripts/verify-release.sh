@@ -84,6 +84,7 @@ if [[ -n $floor ]]; then
     [[ $version == "$highest" ]] || refuse "version $version is older than $seen, which was verified before: a release was put back"
     [[ $version != "$seen" || $manifest == "$seen_manifest" ]] || refuse "version $version was signed twice, with other files"
   fi
+  mkdir -p "$(dirname "$floor")"
   # Written beside it and moved, so that a run cut short leaves the floor as it was.
   printf '%s %s\n' "$version" "$manifest" >"$floor.new"
   mv "$floor.new" "$floor"
