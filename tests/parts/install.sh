@@ -31,13 +31,16 @@
 #                  on request only (10 CPU-minutes, 1 GB)
 #
 # The folder is $MODELFS_TEST_CACHE, default ~/.cache/modelfs-tests. A part that is there in that very version is left
-# alone, so a second run takes a second. A part that cannot be installed is named with the reason and what to do; the
-# exit status is then 0, and the steps that need it say SKIPPED, unless CI=true: there it is a failure.
+# alone, so a second run takes a second. What pip fetches comes in beside what is compiled. A part that cannot be installed
+# is named with the reason and what to do; the exit status is then 0, and the steps that need it say SKIPPED, unless CI=true:
+# there it is a failure.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=tests/parts/again.sh
 source "$here/again.sh"
+# shellcheck source=tests/parts/lanes.sh
+source "$here/lanes.sh"
 clients=$(cd "$here/../clients" && pwd)
 cache=${MODELFS_TEST_CACHE:-$HOME/.cache/modelfs-tests}
 mkdir -p "$cache"
@@ -340,11 +343,8 @@ install_bench_peers() {
   bench_venv
 }
 
-parts=("$@")
-[[ ${#parts[@]} -gt 0 ]] ||
-  parts=(apt rust cargo-deny cargo-auditable cargo-cyclonedx cargo-deb pjdfstest supply actionlint osv-scanner clients-lite oms models-small versitygw vault kubernetes docker podman compose prometheus panels rootfs clients-torch models)
-for part in "${parts[@]}"; do
-  case $part in
+install_part() { # PART
+  case $1 in
     apt) install_apt ;;
     rust) install_rust ;;
     cargo-deny) cargo_tool cargo-deny $CARGO_DENY_VERSION ;;
@@ -370,11 +370,32 @@ for part in "${parts[@]}"; do
     prometheus) install_prometheus ;;
     kubernetes) install_kubernetes ;;
     bench-peers) install_bench_peers ;;
+  esac
+}
+
+parts=("$@")
+[[ ${#parts[@]} -gt 0 ]] ||
+  parts=(apt rust cargo-deny cargo-auditable cargo-cyclonedx cargo-deb pjdfstest supply actionlint osv-scanner clients-lite oms models-small versitygw vault kubernetes docker podman compose prometheus panels rootfs clients-torch models)
+# The first lane compiles, and is the only one that asks apt, whose lock is one. The second is what pip fetches, and the models
+# that are made with it. Each is in the order above.
+first=() second=() last=()
+for part in "${parts[@]}"; do
+  case $part in
+    # What both lanes need.
+    apt) install_part apt ;;
+    rust | cargo-deny | cargo-auditable | cargo-cyclonedx | cargo-deb | pjdfstest | actionlint | osv-scanner | versitygw | vault | \
+      kubernetes | docker | podman | compose | prometheus | rootfs) first+=("$part") ;;
+    supply | clients-lite | clients-torch | oms | panels | models-small | models) second+=("$part") ;;
+    # Loaders laid over clients-torch, and programs that are compiled.
+    bench-peers) last+=("$part") ;;
     *) echo "install.sh: no part called '$part'" >&2; exit 2 ;;
   esac
 done
+run_lanes "${first[*]}" "${second[*]}"
+for part in "${last[@]}"; do install_part "$part"; done
 
 if [[ ${#missing[@]} -gt 0 ]]; then
   say "not installed: ${missing[*]}"
   [[ ${CI:-} != true ]] || exit 1
 fi
+exit "$lanes_failed"
