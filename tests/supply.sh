@@ -186,9 +186,28 @@ release_wants_a_clean_tagged_commit() {
   echo change >>"$clone/README.md"
   out=$(bash "$clone/.github/scripts/release.sh" --tag "v$version" "$work/never" 2>&1) && return 1
   [[ $out == *"this checkout has changes"* && ! -e $work/never ]] || { echo "$out"; return 1; }
-  rm -rf "$clone"
 }
 step "a release is not made of changes, nor under another tag" release_wants_a_clean_tagged_commit
+# As for whoever downloads it, there must be somebody to write to, and a key that they had before.
+release_wants_maintainers() {
+  local clone=$work/clone-of-a-commit
+  no_release() { # WORDS: of what the clone holds now, committed
+    git -C "$clone" add --all
+    git -C "$clone" -c user.name=t -c user.email=t@t.example -c commit.gpgsign=false commit --quiet --allow-empty --message=x
+    ended 1 "$1" bash "$clone/.github/scripts/release.sh" --tag "v$version" "$work/never"
+    [[ ! -e $work/never ]]
+  }
+  # Once they are set here, the first of these has them again.
+  sed -i 's/[a-z]*@[a-z0-9.-]*\.[a-z]*/maintainers@modelfs.example/' "$clone/SECURITY.md"
+  no_release "address is still a placeholder"
+  sed -i 's/@modelfs\.example/@modelfs.test/' "$clone"/{SECURITY.md,Cargo.toml,systemd/debian/changelog}
+  rm -f "$clone/.github/release.pub"
+  no_release "release.pub is no Ed25519 public key"
+  cp "$work/rsa.pub" "$clone/.github/release.pub"
+  no_release "release.pub is no Ed25519 public key"
+  rm -rf "$clone"
+}
+step "a release is not made without an address of maintainers and a release key" release_wants_maintainers
 signs_nothing_else() {
   local out
   out=$(bash .github/scripts/sign-release.sh --key "$work/rsa" "$work/unsigned" 2>&1) && return 1

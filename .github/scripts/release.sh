@@ -11,8 +11,9 @@
 #   modelfs-image-VERSION.cdx.json  and its bill of materials
 #   statement.json                provenance, not yet signed: SLSA 1.0 in an in-toto statement, with the hash of each file above
 #
-# A release is of a commit, whole and without changes, under a tag that is its version. --trial asks for neither, and the
-# manifest says so; verify-release.sh refuses a trial unless it is asked for one.
+# A release is of a commit, whole and without changes, under a tag that is its version; and of one whose maintainers can be
+# reached and have a release key (SECURITY.md, "Before the first release"). --trial asks for none of it, and the manifest says
+# so; verify-release.sh refuses a trial unless it is asked for one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source .github/scripts/lib.sh
@@ -39,6 +40,12 @@ umask 022
 if [[ $kind == release ]]; then
   [[ -z $(git status --porcelain) ]] || die "this checkout has changes; a release is of a commit (--trial tries the script)"
   [[ $tag == "v$version" ]] || die "the tag is '$tag', and Cargo.toml says version $version: --tag v$version"
+  # .example is nobody's (RFC 2606).
+  if grep -HnE '@[a-z0-9.-]*\.example\b' SECURITY.md Cargo.toml systemd/debian/changelog >&2; then
+    die "the maintainers' address is still a placeholder (SECURITY.md, \"Before the first release\")"
+  fi
+  openssl pkey -pubin -in .github/release.pub -noout -text 2>/dev/null | grep '^ED25519 Public-Key' >/dev/null ||
+    die ".github/release.pub is no Ed25519 public key (SECURITY.md, \"Before the first release\")"
 fi
 
 work=$(mktemp -d)
