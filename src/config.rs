@@ -78,7 +78,7 @@ impl TrustPlan {
 /// # Errors
 /// `USAGE` if neither the layers nor the environment names a place.
 pub fn state_dir(layers: &Layers) -> Result<PathBuf> {
-    layers.parse("state-dir", parse_path)?.map_or_else(usual_state_dir, Ok)
+    layers.parse("state-dir", parse_state_dir)?.map_or_else(usual_state_dir, Ok)
 }
 
 /// `vault-kv:MOUNT/PATH`: floors are entries below PATH of a KV v2 engine.
@@ -139,7 +139,7 @@ impl Access {
             require_floor: layers.switch("require-floor")?,
             min_ref_seq: layers.parse("min-ref-seq", parse_ref_seq)?.unwrap_or(0),
             floor: layers.parse("floor", str::parse)?,
-            state_dir: layers.parse("state-dir", parse_path)?,
+            state_dir: layers.parse("state-dir", parse_state_dir)?,
         };
         layers::refuse_all(layers.wrong())?;
         rules::refuse(&Said::of_process(layers), options::takes::READS)?;
@@ -431,6 +431,14 @@ pub fn parse_store(text: &str) -> Result<StoreUrl> {
     match text.parse()? {
         StoreUrl::Local(path) => Ok(StoreUrl::Local(absolute(&path)?)),
         other @ (StoreUrl::S3 { .. } | StoreUrl::VaultKv { .. }) => Ok(other),
+    }
+}
+
+/// From one folder to the next a relative one would be another, in which nothing is remembered.
+fn parse_state_dir(text: &str) -> Result<PathBuf> {
+    match Path::new(text).is_absolute() {
+        true => Ok(text.into()),
+        false => refuse!(Usage, "`{text}` is not an absolute path"),
     }
 }
 

@@ -351,7 +351,7 @@ fn a_rotation_that_dies_around_the_write_of_its_record_leaves_one_that_opens_and
         let mut dying = rotate();
         dying.env("VAULT_ADDR", between.server.endpoint());
         if rule == RecordWrite::Refused {
-            dying.args(["--vault-timeout", "3s"]);
+            dying.args(["--vault-timeout", "5m"]);
             let output = end_of(&mut dying);
             let text = String::from_utf8_lossy(&output.stderr).into_owned();
             assert!(!output.status.success(), "{name}: the record was not written");

@@ -863,7 +863,7 @@ fn a_replacement_in_two_halves_ends_with_the_labels_of_one_at_once() {
     for (to, label) in [(&[2][..], None), (&[2], Some("key-file")), (&[2], Some("own")), (&[2, 4], None)] {
         let at_once = bench.sealed(&[1, 3], false);
         let (prepare, replace) = halves(to, label);
-        bench.edit(at_once.clone(), &replace).unwrap();
+        let wanted = bench.edit(at_once.clone(), &replace).unwrap();
         let store = bench.sealed(&[1, 3], false);
         let prepared = bench.edit(store.clone(), &prepare).unwrap();
         assert_eq!((prepared.added.len(), &prepared.removed[..]), (to.len(), &[] as &[String]));
@@ -874,7 +874,8 @@ fn a_replacement_in_two_halves_ends_with_the_labels_of_one_at_once() {
         assert!(!again.written && !again.finished, "{again:?}");
         let done = prepared.followed_by(bench.edit(store.clone(), &replace).unwrap());
         assert_eq!(labels(&store), labels(&at_once), "{to:?}, {label:?}");
-        assert_eq!((done.removed, done.written, done.finished), (vec!["key-file".to_owned()], true, false));
+        assert_eq!((&done.added, &done.removed), (&wanted.added, &vec!["key-file".to_owned()]), "{to:?}, {label:?}");
+        assert_eq!((done.written, done.finished), (true, false));
         assert_eq!(bench.read(&store, MODEL, &[1]).unwrap_err().code(), Code::NoKey);
         for key in [&[3], to].concat() {
             assert_eq!(bench.read(&store, MODEL, &[key]).unwrap().1, files(), "key {key} of {to:?}");
@@ -1755,7 +1756,7 @@ fn a_new_passphrase_is_typed_twice_and_what_is_typed_is_not_shown() {
         let mut terminal = Terminal::start(&mut model.key("rotate", &words));
         for (prompt, line) in ["passphrase: ", "new passphrase: ", "new passphrase, again: "].iter().zip(typed) {
             terminal.expect(prompt);
-            terminal.type_line(line);
+            terminal.type_secret(line);
         }
         terminal.ended()
     };
@@ -1769,11 +1770,11 @@ fn a_new_passphrase_is_typed_twice_and_what_is_typed_is_not_shown() {
     // A wrong old one changes nothing.
     let mut terminal = Terminal::start(&mut model.key("rotate", &words));
     terminal.expect("passphrase: ");
-    terminal.type_line("old words");
+    terminal.type_secret("old words");
     terminal.expect("new passphrase: ");
-    terminal.type_line("x");
+    terminal.type_secret("x");
     terminal.expect("new passphrase, again: ");
-    terminal.type_line("x");
+    terminal.type_secret("x");
     let (code, shown) = terminal.ended();
     assert_eq!(code, Some(25), "{shown}");
     assert_eq!(model.read_with(&["new words", "x"]), [0, 25]);
@@ -1809,7 +1810,7 @@ fn the_passphrase_of_the_environment_is_never_taken_for_a_new_one() {
     let mut terminal = Terminal::start(command.env("MODELFS_PASSPHRASE", "old words"));
     for prompt in ["new passphrase: ", "new passphrase, again: "] {
         terminal.expect(prompt);
-        terminal.type_line("new words");
+        terminal.type_secret("new words");
     }
     let (code, shown) = terminal.ended();
     assert!(code == Some(0) && shown.matches("passphrase: ").count() == 1, "the old one is not asked for: {shown}");

@@ -141,7 +141,9 @@ step "the page's look at it works" block systemd-look
 no_secret_told() {
   in_it 'key=$(cat /root/llama.key); [[ ${#key} -gt 20 ]]
     { systemctl show modelfs@llama; systemctl cat modelfs@llama; journalctl -u modelfs@llama; tr "\0" "\n" </proc/$1/cmdline; tr "\0" "\n" </proc/$1/environ; } >/run/told
-    ! grep -qF "$key" /run/told; rm /run/told
+    grep -qF modelfs /run/told || { echo "the detector finds nothing"; exit 1; }
+    if grep -F "$key" /run/told; then echo "the key is told"; exit 1; fi
+    rm /run/told
     [[ $(stat -c "%a %U" /run/credentials/modelfs@llama.service/key) == "400 root" ]]
     ! setpriv --reuid 1000 --regid 1000 --clear-groups cat /run/credentials/modelfs@llama.service/key 2>/dev/null' "$(pid_of llama)"
 }
@@ -154,7 +156,8 @@ governed() { # as example.env shows it: one user is refused by the policy, and t
   shows_version 1 || return 1
   in_it 'as_4711() { setpriv --reuid 4711 --regid 4711 --clear-groups "$@"; }
     as_4711 ls /srv/llama/acme/llama/current/config.json
-    ! as_4711 cat /srv/llama/acme/llama/current/config.json 2>/run/said; grep "Permission denied" /run/said
+    if as_4711 cat /srv/llama/acme/llama/current/config.json 2>/run/said; then echo "it is read"; exit 1; fi
+    grep "Permission denied" /run/said
     modelfs audit show /var/log/modelfs/llama.jsonl --outcome denied --json >/run/denied; cat /run/denied
     grep "\"uid\":4711" /run/denied | grep "\"model\":\"acme/llama\"" >/dev/null
     modelfs status /srv/llama --json | grep "unix:/run/modelfs/llama.http"
@@ -167,7 +170,7 @@ newer() { seal_2 >/dev/null && shows_version 1 && block systemd-reload && shows_
 step "a version sealed meanwhile is taken in by a reload" newer
 refused_reload() {
   # The service has no right to pass over modes, root or not.
-  in_it 'chmod 0 /srv/store; ! systemctl reload modelfs@llama 2>/dev/null; chmod 755 /srv/store' || return 1
+  in_it 'chmod 0 /srv/store; rc=0; systemctl reload modelfs@llama 2>/dev/null || rc=$?; chmod 755 /srv/store; [[ $rc != 0 ]]' || return 1
   says llama "not reloaded" && nspawn_in systemctl is-active --quiet modelfs@llama && shows_version 2
 }
 step "a reload that fails says so and changes nothing" refused_reload
@@ -235,7 +238,7 @@ bound() {
     mkdir -p /srv/plain; systemd-creds encrypt --name=key /root/llama.key /etc/credstore.encrypted/modelfs-plain.key 2>/dev/null; systemctl start modelfs@plain
     systemctl kill --signal HUP --kill-whom main modelfs@plain' || return 1
   journal_says plain "bound to the versions it began with" || return 1
-  in_it '! systemctl reload modelfs@plain 2>/dev/null; systemctl is-active --quiet modelfs@plain; cmp /root/v2/config.json /srv/plain/acme/llama/config.json
+  in_it 'if systemctl reload modelfs@plain 2>/dev/null; then echo "reloaded"; exit 1; fi; systemctl is-active --quiet modelfs@plain; cmp /root/v2/config.json /srv/plain/acme/llama/config.json
     systemctl stop modelfs@plain'
 }
 step "a mount without versions answers SIGHUP by saying that it is bound" bound
@@ -268,11 +271,13 @@ dead_but_for_whole_files() { # PID: what is left of the mount when its daemon is
     kill -KILL $1
     while [[ -e /proc/$1 ]]; do sleep 0.05; done
     head -c 30000000 <&7 >>/run/part; cmp /run/part /root/v2/model.safetensors; rm /run/part; echo "an open whole file is read to its end"
-    ! ls /srv/llama 2>/run/said; grep "endpoint is not connected" /run/said' "$1"
+    if ls /srv/llama 2>/run/said; then echo "it is no dead mount"; exit 1; fi
+    grep "endpoint is not connected" /run/said' "$1"
 }
 step "killed, it is started again, and the dead mount is cleared" killed
 foreign() { # A mount of another kind is left alone, and said.
-  in_it 'systemctl stop modelfs@llama; mount -t tmpfs other /srv/llama; touch /srv/llama/mine; ! systemctl start modelfs@llama 2>/dev/null
+  in_it 'systemctl stop modelfs@llama; mount -t tmpfs other /srv/llama; touch /srv/llama/mine
+    if systemctl start modelfs@llama 2>/dev/null; then echo "it starts over a mount of somebody else"; exit 1; fi
     [[ -e /srv/llama/mine ]]; systemctl stop modelfs@llama; umount /srv/llama; systemctl start modelfs@llama' && shows_version 2
 }
 step "a mount of somebody else is not cleared" foreign
@@ -294,7 +299,7 @@ step "a daemon that hangs is killed by the watchdog and started again" hung
 
 left_behind() { # fails if anything is
   in_it '! mountpoint -q /srv/llama && [[ -z $(ls -A /srv/llama) ]] && ! pgrep -x modelfs && ! ls /run/credentials/modelfs@llama.service 2>/dev/null
-    ! ls /run/modelfs/*.sock 2>/dev/null
+    if ls /run/modelfs/*.sock 2>/dev/null; then exit 1; fi
     ! grep -rlF --exclude-dir=seen "$1" /tmp /run /var /etc /srv /dev/shm 2>/dev/null' "$needle"
 }
 detector() {

@@ -17,8 +17,9 @@ use crate::mem::Grant;
 /// How many of the least recently used units one search for room looks at.
 const EVICT_SCAN_MAX: usize = 512;
 
-/// Who waits for room looks for it again after so long, then after twice as long each time.
+/// Who waits for room looks for it again after so long, then after twice as long each time, and at the deadline.
 const LOOK_AGAIN_FIRST: Duration = Duration::from_millis(50);
+const LOOK_AGAIN_MAX: Duration = Duration::from_secs(1);
 
 /// How long the end waits for fills and wipes under way: opening one chunk takes milliseconds.
 const SETTLE_DEADLINE: Duration = Duration::from_secs(2);
@@ -50,7 +51,7 @@ impl Shared {
         let deadline = tokio::time::Instant::now() + self.limits.room_deadline;
         let mut stop = self.stop.subscribe();
         let mut urgency = urgency;
-        let mut pause = LOOK_AGAIN_FIRST;
+        let (mut pause, mut over) = (LOOK_AGAIN_FIRST, false);
         loop {
             // Registered before looking, so that nothing that becomes free in between is missed.
             let mut idle = std::pin::pin!(self.idle.notified());
@@ -88,16 +89,17 @@ impl Shared {
                     Err(_) => return Err(no_room()),
                 }
             }
+            if over {
+                return Err(no_room());
+            }
             // Nobody tells of the end of a promise, nor of the kernel's letting go of a file after its last close.
             let look_again = deadline.min(tokio::time::Instant::now() + pause);
             tokio::select! {
                 () = &mut idle => {}
                 () = &mut released => {}
                 () = tokio::time::sleep_until(look_again) => {
-                    if look_again == deadline {
-                        return Err(no_room());
-                    }
-                    pause *= 2;
+                    over = look_again == deadline;
+                    pause = (pause * 2).min(LOOK_AGAIN_MAX);
                 }
                 _ = stop.wait_for(|stopped| *stopped) => return Err(stopping()),
             }

@@ -511,9 +511,13 @@ fn rewrapped<'a>(slots: &'a Slots, label: Option<&str>) -> Result<&'a str> {
     }
 }
 
-/// The transit slot that this ring opens, as a record holds it.
+/// The transit slot that this ring opens, as a record holds it: of several the newest. Beside one of the same transit key that is
+/// about to go, the new one has its newer version, or stands after it.
 fn transit_for_record(ring: &Keys, version: &Resolved) -> Result<Zeroizing<String>> {
-    for slot in version.slots.slots.iter().filter(|slot| transit_version(slot).is_some()) {
+    let mut slots: Vec<_> =
+        version.slots.slots.iter().filter_map(|slot| Some((transit_version(slot)?, slot))).collect();
+    slots.sort_by_key(|(version, _)| *version);
+    for (_, slot) in slots.into_iter().rev() {
         if opens(ring, &version.slots, &version.header, slot)? {
             let text = std::str::from_utf8(&slot.body).expect("its version was read as text");
             return Ok(Zeroizing::new(text.to_owned()));

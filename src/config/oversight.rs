@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::layers::{Layers, refuse_all};
-use super::parse_path;
+use super::{parse_path, parse_state_dir};
 use crate::error::{Code, Error, Result};
 use crate::refuse;
 use crate::telemetry::events::Severity;
@@ -163,7 +163,7 @@ impl Oversight {
                 operators: layers.parse_all("control-operator", str::parse)?,
                 admins: layers.parse_all("control-admin", str::parse)?,
             },
-            state_dir: layers.parse("state-dir", parse_path)?,
+            state_dir: layers.parse("state-dir", parse_state_dir)?,
         })
     }
 }

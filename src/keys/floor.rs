@@ -307,7 +307,7 @@ pub struct FloorStore {
 }
 
 impl FloorStore {
-    /// Below `state` (see [`state::state_dir`]); nothing is made until something is remembered.
+    /// Below `state` (see [`state::usual_state_dir`]); nothing is made until something is remembered.
     pub fn new(state: &Path) -> FloorStore {
         FloorStore { dir: state.join("floor"), pin: None, pin_required: false }
     }

@@ -320,10 +320,12 @@ impl Edited {
         refs.retain(|(channel, _)| !last.refs.iter().any(|(again, _)| again == channel));
         refs.extend(last.refs);
         let written = self.written || last.written;
+        let kept =
+            self.added.iter().filter(|label| !last.removed.contains(label) && !last.added.contains(label)).cloned();
         Edited {
             written,
             finished: !written && (self.finished || last.finished),
-            added: if last.added.is_empty() { self.added.clone() } else { last.added },
+            added: last.added.iter().cloned().chain(kept).collect(),
             // What was only there between the two nobody has seen before.
             removed: last.removed.into_iter().filter(|label| !self.added.contains(label)).collect(),
             refs,

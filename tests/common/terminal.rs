@@ -72,9 +72,24 @@ impl Terminal {
         }
     }
 
-    /// A line with its end. Once the prompt is shown the terminal shows nothing of it.
-    pub fn type_line(&mut self, line: &str) {
+    /// A line with its end. The prompt is shown a moment before the terminal stops to show what is typed: that is waited for.
+    pub fn type_secret(&mut self, line: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        while self.echoes() {
+            assert!(Instant::now() < deadline, "the terminal still shows what is typed: {}", self.shown());
+            std::thread::sleep(Duration::from_millis(10));
+        }
         self.screen.write_all(format!("{line}\n").as_bytes()).expect("the terminal takes keys");
+    }
+
+    fn echoes(&self) -> bool {
+        let mut modes = std::mem::MaybeUninit::uninit();
+        // SAFETY: a terminal of ours, and room for what is told of it, which is there if the call says so.
+        let modes = unsafe {
+            assert_eq!(libc::tcgetattr(self.screen.as_raw_fd(), modes.as_mut_ptr()), 0);
+            libc::termios { ..modes.assume_init() }
+        };
+        modes.c_lflag & libc::ECHO != 0
     }
 
     /// Waits for the end; the exit code, and all that was shown.
