@@ -138,15 +138,12 @@ impl Shared {
         self.objects.lock().expect("a thread died holding the object table").get(&key).cloned()
     }
 
-    /// `None` if the chunk is pinned, or its object is about to be whole.
+    /// `None` if the chunk is pinned (or part of an object that became whole meanwhile).
     fn evict_chunk(self: &Arc<Self>, object: &Arc<CachedObject>, index: ChunkIndex) -> Option<u64> {
         let (grant, file) = {
             let mut state = object.state();
-            match state.phase {
-                Phase::Partial => {}
-                // It may stay as it was.
-                Phase::Freezing => return None,
-                Phase::Whole | Phase::Retiring | Phase::Cutting => return Some(0),
+            if state.phase != Phase::Partial {
+                return Some(0);
             }
             match &state.chunks[index.0 as usize] {
                 Chunk::Resident { pins: 0, .. } => {}

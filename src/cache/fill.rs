@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, SemaphorePermit, oneshot};
 
 use super::residency::NEVER;
-use super::{CachedObject, Chunk, Model, Phase, Pin, Shared, Unit, Urgency, Waiter, stopping};
+use super::{CachedObject, Chunk, Model, Phase, Pin, Shared, State, Unit, Urgency, Waiter, stopping};
 use crate::crypto;
 use crate::error::{Class, Code, Error, Result};
 use crate::format::{ChunkIndex, FileEntry};
@@ -101,8 +101,7 @@ impl Shared {
         let (shared, object) = (self.clone(), object.clone());
         self.runtime.spawn(async move {
             let outcome = shared.fill(&object, index, urgency, &hurry).await;
-            let made = if matches!(outcome, Ok(Some(_))) { shared.freeze_if_last(&object).await } else { None };
-            shared.finish(&object, index, urgency, outcome, made);
+            shared.finish(&object, index, urgency, outcome);
         });
     }
 
@@ -269,42 +268,13 @@ impl Shared {
         Ok(file)
     }
 
-    /// A chunk has come, and [`Shared::finish`] will say so. If it was the last one, the file is frozen before: then nobody
-    /// meets an object whose chunks are all there and that is not whole. Not under the object's lock, since pinning takes
-    /// 0.1 s a GiB where pages are small. What the object is with the chunk; `None`: it was not the last one.
-    async fn freeze_if_last(&self, object: &Arc<CachedObject>) -> Option<Phase> {
-        let file = {
-            let mut state = object.state();
-            state.landing += 1;
-            let is_last = state.resident + state.landing == state.chunks.len() as u64;
-            if !object.hot_capable || state.phase != Phase::Partial || !is_last {
-                return None;
-            }
-            state.phase = Phase::Freezing;
-            state.file.clone().expect("a filled chunk has a file")
-        };
-        let (model, stop) = (object.model.clone(), self.stop.subscribe());
-        let is_over = move || model.is_locked() || *stop.borrow();
-        let frozen = tokio::task::spawn_blocking(move || file.freeze_unless(&is_over)).await;
-        let frozen = frozen.unwrap_or_else(|_| Err(stopping()));
-        if let Err(error) = &frozen
-            && !matches!(error.code(), Code::Stale | Code::Stopping)
-        {
-            // Still correct, only slower: the object stays served through the daemon.
-            tracing::warn!(model = %object.model.name, "{}", error.chain());
-        }
-        Some(if frozen.is_ok() { Phase::Whole } else { Phase::Partial })
-    }
-
-    /// Publishes a filled chunk, or remembers its refusal, and answers everyone who waits. `made`: what the object is by
-    /// this chunk.
+    /// Publishes a filled chunk, or remembers its refusal, and answers everyone who waits.
     fn finish(
         self: &Arc<Self>,
         object: &Arc<CachedObject>,
         index: ChunkIndex,
         urgency: Urgency,
         outcome: Result<Option<Grant>>,
-        made: Option<Phase>,
     ) {
         let mut state = object.state();
         let chunk = std::mem::replace(&mut state.chunks[index.0 as usize], Chunk::Empty);
@@ -329,7 +299,6 @@ impl Shared {
                 let read = if waiters.is_empty() { NEVER } else { self.rounds.now() };
                 state.chunks[index.0 as usize] = Chunk::Resident { grant, pins: waiters.len() as u32, read };
                 state.resident += 1;
-                state.landing -= 1;
                 state.pinned += waiters.len() as u64;
                 Ok(state.file.clone().expect("a filled chunk has a file"))
             }
@@ -341,12 +310,10 @@ impl Shared {
                 Err(error)
             }
         };
-        if let Some(phase) = made {
-            state.phase = phase;
-        }
+        let whole = answer.is_ok() && self.freeze_if_whole(object, &mut state);
         drop(state);
         match &answer {
-            Ok(_) if made == Some(Phase::Whole) => self.publish_whole(object),
+            Ok(_) if whole => self.publish_whole(object),
             Ok(_) => {
                 self.remember(Unit::Chunk(object.key, index));
                 self.idle.notify_waiters();
@@ -401,6 +368,24 @@ impl Shared {
         }
     }
 
+    fn freeze_if_whole(&self, object: &CachedObject, state: &mut State) -> bool {
+        if !object.hot_capable || state.phase != Phase::Partial || state.resident != state.chunks.len() as u64 {
+            return false;
+        }
+        let file = state.file.as_ref().expect("a whole object has a file");
+        match file.freeze() {
+            Ok(()) => {
+                state.phase = Phase::Whole;
+                true
+            }
+            Err(error) => {
+                // Still correct, only slower: the object stays served through the daemon.
+                tracing::warn!(model = %object.model.name, "{}", error.chain());
+                false
+            }
+        }
+    }
+
     fn publish_whole(&self, object: &Arc<CachedObject>) {
         let mut recency = self.recency();
         for index in 0..object.layout.chunk_count() {
@@ -408,8 +393,6 @@ impl Shared {
         }
         recency.put(Unit::Object(object.key), ());
         drop(recency);
-        // Nothing of it could leave while it was being frozen.
-        self.idle.notify_waiters();
         let waiters = std::mem::take(&mut object.state().whole_waiters);
         let (gates, key) = (self.gates(), object.key);
         self.runtime.spawn_blocking(move || gates.iter().for_each(|gate| gate.published(key)));

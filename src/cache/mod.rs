@@ -29,7 +29,7 @@ use tokio::sync::{Notify, Semaphore, oneshot, watch};
 
 use chunks::Chunks;
 use fill::{Joined, Openers};
-pub use lock::{Cuts, LockReport, side_by_side};
+pub use lock::{Cuts, LockReport};
 pub use model::{Admission, Model};
 use residency::Rounds;
 pub use residency::{Part, Residency};
@@ -82,9 +82,6 @@ pub struct CacheLimits {
     pub refusal_memory: Duration,
     /// The same for a store that did not answer.
     pub outage_memory: Duration,
-    /// How long a lock waits for fills, evictions and answers of our own that are under way: opening one chunk takes
-    /// milliseconds, and fetches stop when told to.
-    pub quiet_deadline: Duration,
 }
 
 impl CacheLimits {
@@ -104,7 +101,6 @@ impl Default for CacheLimits {
             room_deadline: Duration::from_secs(10),
             refusal_memory: Duration::from_secs(10),
             outage_memory: Duration::from_secs(1),
-            quiet_deadline: Duration::from_secs(5),
         }
     }
 }
@@ -164,8 +160,6 @@ impl Chunk {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
     Partial,
-    /// The last chunk has come and is not resident yet: the file is being frozen, and nothing of it leaves.
-    Freezing,
     /// Every chunk resident, the file frozen, opens may bypass the daemon.
     Whole,
     /// On its way out: hot opens are refused, but nothing is wiped yet.
@@ -178,8 +172,6 @@ struct State {
     file: Option<Arc<LockedFile>>,
     chunks: Chunks,
     resident: u64,
-    /// Chunks that have come and are about to be resident.
-    landing: u64,
     pinned: u64,
     phase: Phase,
     /// Opens answered with passthrough and not yet released.
@@ -228,11 +220,8 @@ impl CachedObject {
 
     /// Plain bytes resident now, counted in whole chunks but never more than the object.
     pub fn resident_bytes(&self) -> u64 {
-        self.bytes_of(&self.state())
-    }
-
-    fn bytes_of(&self, state: &State) -> u64 {
-        (state.resident * self.layout.chunk_len()).min(self.layout.plain_len())
+        let resident = self.state().resident;
+        (resident * self.layout.chunk_len()).min(self.layout.plain_len())
     }
 
     /// Locked memory that chunk `index` costs: its range rounded out to the pages it lives in.
@@ -271,7 +260,7 @@ impl CachedObject {
     /// Whether a program has the whole object open or mapped past the daemon.
     fn is_held(&self) -> bool {
         let state = self.state();
-        let lent = !matches!(state.phase, Phase::Partial | Phase::Freezing);
+        let lent = state.phase != Phase::Partial;
         let file = state.file.as_ref().filter(|_| lent);
         file.is_some_and(|file| state.hot_opens > 0 || file.others_hold().unwrap_or(true))
     }
@@ -466,7 +455,6 @@ impl Cache {
                         file: None,
                         chunks,
                         resident: 0,
-                        landing: 0,
                         pinned: 0,
                         phase: Phase::Partial,
                         hot_opens: 0,

@@ -62,11 +62,10 @@ pub fn lock(args: &LockArgs, out: &Out) -> Result<()> {
         }
         let bytes = |name: &str| show_size(done[name].as_u64().unwrap_or(0));
         let mut text = format!(
-            "locked {}: refused after {:.2} s, {} wiped after {:.2} s",
+            "locked {} in {:.2} s; {} wiped",
             names(&done["locked"]),
-            done["refused_seconds"].as_f64().unwrap_or(0.0),
-            bytes("wiped_bytes"),
-            done["seconds"].as_f64().unwrap_or(0.0)
+            done["seconds"].as_f64().unwrap_or(0.0),
+            bytes("wiped_bytes")
         );
         if done["unwiped_bytes"].as_u64() > Some(0) {
             text.push_str(&format!(", {} cut off but NOT wiped (see the log)", bytes("unwiped_bytes")));

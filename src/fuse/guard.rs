@@ -12,24 +12,21 @@
 use std::collections::HashSet;
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use fuser::INodeNo;
 
 use super::access::Judged;
 use super::{Handle, Inner, ModelFs, Way};
-use crate::cache::{CachedObject, LockReport, Model, side_by_side};
+use crate::cache::{CachedObject, LockReport, Model};
 use crate::error::{Code, Error, Result};
 use crate::processes::{self, Name, Process};
 use crate::vfs::NodeId;
 
 /// Rules at once; more than this is not a list that anyone keeps in mind.
 const RULES_MAX: usize = 256;
-
-/// Files whose pages the kernel drops side by side.
-const DROPPERS_MAX: usize = 8;
 
 /// The shortest part of a container's id that names it, as `docker ps` prints it.
 const CONTAINER_PREFIX_MIN: usize = 12;
@@ -171,7 +168,9 @@ impl ModelFs {
         for model in models {
             model.lock_if_served();
         }
-        inner.reader.cache().revoke(models)
+        let cache = inner.reader.cache();
+        cache.drop_pages(models);
+        cache.cut(models).wipe(cache)
     }
 
     /// Refuses every open of a file and every read through the daemon from now on, on this mount alone, or lets all in
@@ -344,17 +343,12 @@ impl Inner {
             let paged = self.paged.lock().expect("a thread died holding the nodes with pages");
             paged.iter().copied().filter(|node| wanted(*node)).collect()
         };
-        // The kernel takes the pages out of each one by one.
-        let (threads, nodes) = (nodes.len().min(DROPPERS_MAX), Mutex::new(nodes));
-        side_by_side(threads, || {
-            loop {
-                let Some(node) = nodes.lock().expect("a thread died dropping pages").pop() else { return };
-                // An error means that the kernel is gone.
-                if let Err(error) = notifier.inval_inode(INodeNo(node.0), 0, 0) {
-                    tracing::debug!("invalidating the pages of a file: {error}");
-                }
+        for node in nodes {
+            // An error means that the kernel is gone.
+            if let Err(error) = notifier.inval_inode(INodeNo(node.0), 0, 0) {
+                tracing::debug!("invalidating the pages of a file: {error}");
             }
-        });
+        }
     }
 }
 

@@ -108,15 +108,12 @@ impl Revoker {
                 models.push(model);
             }
         }
-        let waited = started.elapsed();
         let report = self.fs.lock(&models);
-        let refused_seconds = (waited + report.refused_after).as_secs_f64();
         let names: Vec<&str> = models.iter().map(|model| model.name.as_str()).collect();
         let seconds = started.elapsed().as_secs_f64();
         tracing::warn!(
             wiped_bytes = report.wiped_bytes,
             unwiped_bytes = report.unwiped_bytes,
-            refused_seconds,
             seconds,
             "locked {}: {why}",
             names.join(", ")
@@ -137,7 +134,6 @@ impl Revoker {
             "locked": names,
             "wiped_bytes": report.wiped_bytes,
             "unwiped_bytes": report.unwiped_bytes,
-            "refused_seconds": refused_seconds,
             "seconds": seconds,
         }))
     }

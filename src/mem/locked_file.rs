@@ -7,8 +7,8 @@
 //! Not here: which ranges are filled or pinned (`cache` knows and answers for it).
 //! Spec: docs/THREAT_MODEL.md, memory rules. Held by: tests/memory.rs.
 //!
-//! Life of a file: *filling* (read-write mapping, nobody else has it) -> *frozen* (pinned, read-only, may be open and mapped
-//! by readers through passthrough) -> *gone*. The mapping's address stays the same; only what is behind it changes.
+//! Life of a file: *filling* (read-write mapping, nobody else has it) -> *frozen* (read-only, may be open and mapped by
+//! readers through passthrough) -> *gone*. The mapping's address stays the same; only what is behind it changes.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -56,39 +56,24 @@ pub enum Wiped {
 /// tells no one who holds a page.
 pub const IN_FLIGHT_GRACE: Duration = Duration::from_millis(250);
 
-/// A file that is cut off: nobody else reaches its pages any more, and they wait to be overwritten.
+/// A file that is cut off: nobody reaches its pages any more, and they wait to be overwritten.
 #[must_use = "pages go back unwiped if this is dropped"]
-pub struct Cut(Rest);
-
-/// Where the pages of a file are that was cut off.
-enum Rest {
-    /// Out of the file, held by pins.
-    Pinned { pins: Pins, since: Instant },
-    /// In the file still, which nobody else has.
-    InFile,
-    /// Given back as they were.
-    Gone,
+pub struct Cut {
+    since: Instant,
+    pins: Option<Pins>,
+    how: Wiped,
 }
 
 impl Cut {
-    /// Overwrites the pages of `file`, of which this is a cut, and gives them back. Waits for what is left of
-    /// [`IN_FLIGHT_GRACE`].
-    ///
-    /// # Errors
-    /// `Code::Host` if the file cannot be opened for writing again; its pages are then still there.
-    pub fn wipe(self, file: &LockedFile) -> Result<Wiped> {
-        match self.0 {
-            Rest::Gone => Ok(Wiped::CutOff),
-            Rest::InFile => file.thaw_and_wipe().map(|()| Wiped::Overwritten),
-            Rest::Pinned { mut pins, since } => {
-                std::thread::sleep(IN_FLIGHT_GRACE.saturating_sub(since.elapsed()));
-                Ok(match pins.overwrite() {
-                    Ok(()) => Wiped::Overwritten,
-                    Err(error) => {
-                        tracing::error!("pages of a revoked file go back as they are: {error}");
-                        Wiped::CutOff
-                    }
-                })
+    /// Overwrites the pages and gives them back. Waits for what is left of [`IN_FLIGHT_GRACE`].
+    pub fn wipe(self) -> Wiped {
+        let Some(mut pins) = self.pins else { return self.how };
+        std::thread::sleep(IN_FLIGHT_GRACE.saturating_sub(self.since.elapsed()));
+        match pins.overwrite() {
+            Ok(()) => Wiped::Overwritten,
+            Err(error) => {
+                tracing::error!("pages of a revoked file go back as they are: {error}");
+                Wiped::CutOff
             }
         }
     }
@@ -109,8 +94,6 @@ pub struct LockedFile {
     writable: RwLock<Option<OwnedFd>>,
     /// The one read-only open, made when the file is frozen.
     read_only: OnceLock<OwnedFd>,
-    /// Of a frozen file: its pages, or why they could not be pinned.
-    pins: Mutex<Option<io::Result<Pins>>>,
     lease: Mutex<()>,
     /// Starts of granules that are in small pages although huge ones were asked for.
     short: Mutex<BTreeSet<u64>>,
@@ -147,7 +130,6 @@ impl LockedFile {
             phase: AtomicU8::new(FILLING),
             writable: RwLock::new(None),
             read_only: OnceLock::new(),
-            pins: Mutex::new(None),
             lease: Mutex::new(()),
             short: Mutex::new(BTreeSet::new()),
         };
@@ -365,19 +347,7 @@ impl LockedFile {
         self.writable.read().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// [`LockedFile::freeze_unless`] nothing.
-    ///
-    /// # Errors
-    /// As there.
-    pub fn freeze(&self) -> Result<()> {
-        self.freeze_unless(&|| false)
-    }
-
     /// Ends filling: from here on nobody can change a byte, and the file can be passthrough backing.
-    ///
-    /// Its pages are pinned first, while the filled mapping is there to pin them by: so [`LockedFile::cut_off`] has nothing
-    /// left to do but to cut. Milliseconds a GiB in huge pages, 0.1 s in small ones. Where they cannot be pinned the file
-    /// is frozen all the same.
     ///
     /// Every byte has been filled, nobody has a slot. Slices from `bytes` stay good: the read-only pages take the place
     /// of the writable ones at the same address. On the tmpfs the writable mapping and descriptor go, and the new
@@ -385,22 +355,10 @@ impl LockedFile {
     /// count there) and is sealed against every later writer.
     ///
     /// # Errors
-    /// `Code::Host` if the kernel refuses; the file is then still filling. `Code::Stale` if it was not filling, or
-    /// `is_over` said meanwhile that it is to go.
-    pub fn freeze_unless(&self, is_over: &dyn Fn() -> bool) -> Result<()> {
-        let is_filling = |_: &&OwnedFd| self.phase.load(Ordering::Acquire) == FILLING;
-        let pins = {
-            let writable = self.writable();
-            let Some(fd) = writable.as_ref().filter(is_filling) else {
-                refuse!(Stale, "only a file that is filling can be frozen");
-            };
-            self.pin(fd.as_fd(), is_over)
-        };
-        if is_over() {
-            refuse!(Stale, "not frozen: the file is to go");
-        }
+    /// `Code::Host` if the kernel refuses; the file is then still filling. `Code::Stale` if it was not filling.
+    pub fn freeze(&self) -> Result<()> {
         let mut writable = self.writable.write().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let Some(fd) = writable.as_ref().filter(is_filling) else {
+        let Some(fd) = writable.as_ref().filter(|_| self.phase.load(Ordering::Acquire) == FILLING) else {
             refuse!(Stale, "only a file that is filling can be frozen");
         };
         let failed = |errno| Error::new(Code::Host, "cannot freeze a cached file").with_source(errno);
@@ -422,7 +380,6 @@ impl LockedFile {
             }
         }
         self.read_only.set(read_only).expect("frozen once");
-        *self.pins() = Some(pins);
         self.phase.store(FROZEN, Ordering::Release);
         Ok(())
     }
@@ -462,20 +419,16 @@ impl LockedFile {
     /// # Errors
     /// `Code::Host` if it cannot be opened for writing again; it then stays as it is.
     pub fn thaw_and_wipe(&self) -> Result<()> {
-        self.end(true)?;
-        // Only now do the pages go back.
-        drop(self.pins().take());
-        Ok(())
+        self.end(Wiped::Overwritten)
     }
 
-    /// Takes the file away from others who may hold it: their reads end (0 bytes), their maps get SIGBUS, at once. Nobody
-    /// in this process has a slice of it.
+    /// Ends the file although others may hold it: their reads end (0 bytes), their maps get SIGBUS, at once. Nobody in
+    /// this process has a slice of it.
     ///
-    /// Zeros before that would be read as data, so the file is truncated, and [`Cut::wipe`] writes the zeros through the
-    /// pins that it has since it was frozen. The kernel makes the file end before it takes the pages out of it, however
-    /// many. A file that nobody else can have is left as it is until [`Cut::wipe`]; that no open comes to it any more is
-    /// the caller's affair. Where pages could not be pinned (no io_uring, or RLIMIT_MEMLOCK without CAP_IPC_LOCK) a file
-    /// that somebody may hold is only truncated; its pages go back as they are, which `init_on_free=1` mends.
+    /// Zeros before that would be read as data, so the pages are pinned, the file is truncated, and [`Cut::wipe`] writes
+    /// the zeros through the pins. Where pages cannot be pinned (no io_uring, or RLIMIT_MEMLOCK without CAP_IPC_LOCK):
+    /// overwritten in place if nobody can hold the file, else only truncated; its pages then go back as they are, which
+    /// `init_on_free=1` mends.
     ///
     /// `opens_pending`: an open was answered whose descriptor the kernel may not have made yet; asking who holds the file
     /// is then no answer.
@@ -483,42 +436,57 @@ impl LockedFile {
     /// # Errors
     /// `Code::Host` if it cannot be opened for writing again or truncated; it then stays as it is.
     pub fn cut_off(&self, opens_pending: bool) -> Result<Cut> {
+        let ended = |how| Cut { since: Instant::now(), pins: None, how };
         if !self.is_frozen() {
-            // Nobody else ever had it.
-            return Ok(Cut(Rest::InFile));
+            // Still filling: nobody else ever had it.
+            return self.thaw_and_wipe().map(|()| ended(Wiped::Overwritten));
         }
-        let pins = self.pins().take();
-        match pins {
-            Some(Ok(pins)) => match self.end(false) {
-                Ok(()) => Ok(Cut(Rest::Pinned { pins, since: Instant::now() })),
-                Err(error) => {
-                    *self.pins() = Some(Ok(pins));
-                    Err(error)
+        match self.end_pinned()? {
+            Ok(pins) => Ok(Cut { since: Instant::now(), pins: Some(pins), how: Wiped::CutOff }),
+            Err(why) => {
+                let held = opens_pending || self.others_hold()?;
+                let how = if held { Wiped::CutOff } else { Wiped::Overwritten };
+                if held {
+                    tracing::warn!("pages of a revoked file go back as they are, they cannot be pinned: {why}");
                 }
-            },
-            unpinned => {
-                if !opens_pending && !self.others_hold()? {
-                    return Ok(Cut(Rest::InFile));
-                }
-                if let Some(Err(why)) = unpinned {
-                    tracing::warn!("pages of a revoked file go back as they are, they could not be pinned: {why}");
-                }
-                self.end(false).map(|()| Cut(Rest::Gone))
+                self.end(how)?;
+                Ok(ended(how))
             }
         }
     }
 
     /// Both halves of [`LockedFile::cut_off`].
     pub fn revoke(&self) -> Result<Wiped> {
-        self.cut_off(false)?.wipe(self)
+        Ok(self.cut_off(false)?.wipe())
     }
 
-    fn pins(&self) -> MutexGuard<'_, Option<io::Result<Pins>>> {
-        self.pins.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    /// Pins every page, then truncates. The inner error: nothing was pinned, and the file is as it was.
+    fn end_pinned(&self) -> Result<io::Result<Pins>> {
+        let mut writable = self.writable.write().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let failed = |errno| Error::new(Code::Host, "cannot revoke a cached file").with_source(errno);
+        let read_only = self.read_only.get().expect("a frozen file has one");
+        let reopened = match self.backing {
+            Backing::Tmpfs => Some(reopen(read_only.as_fd(), libc::O_RDWR).map_err(failed)?),
+            Backing::Memfd => None,
+        };
+        let fd = reopened.as_ref().or(writable.as_ref()).expect("a frozen memfd keeps its writable descriptor").as_fd();
+        let pinned = self.pin(fd);
+        let Ok(pins) = pinned else {
+            if self.backing == Backing::Tmpfs {
+                // No writer may stay, or `others_hold` would count it.
+                self.place(read_only.as_fd(), Access::Read).map_err(failed)?;
+            }
+            return Ok(pinned);
+        };
+        self.gone(fd).map_err(failed)?;
+        *writable = None;
+        Ok(Ok(pins))
     }
 
-    /// By the mapping, which is writable.
-    fn pin(&self, fd: BorrowedFd<'_>, is_over: &dyn Fn() -> bool) -> io::Result<Pins> {
+    fn pin(&self, fd: BorrowedFd<'_>) -> io::Result<Pins> {
+        if self.backing == Backing::Tmpfs {
+            self.place(fd, Access::ReadWrite)?;
+        }
         let mut ranges = Vec::new();
         let mut at = 0;
         while let Some(data) = next_data(fd, at..self.len) {
@@ -526,37 +494,33 @@ impl LockedFile {
             ranges.push(start as usize..self.past_end(data.end.next_multiple_of(SMALL_PAGE_BYTES)));
             at = data.end;
         }
-        Pins::new(&self.map, &ranges, is_over)
+        Pins::new(&self.map, &ranges)
     }
 
-    /// Cuts the file short, overwritten before or as it is.
-    fn end(&self, overwrite: bool) -> Result<()> {
+    fn end(&self, how: Wiped) -> Result<()> {
         let mut writable = self.writable.write().unwrap_or_else(|poisoned| poisoned.into_inner());
         if self.phase.load(Ordering::Acquire) == GONE {
             return Ok(());
         }
         let failed = |errno| Error::new(Code::Host, "cannot wipe a cached file").with_source(errno);
-        let reopened = match (writable.as_ref(), self.read_only.get()) {
-            (Some(_), _) => None,
-            (None, Some(read_only)) => Some(reopen(read_only.as_fd(), libc::O_RDWR).map_err(failed)?),
+        let fd = match (writable.take(), self.read_only.get()) {
+            (Some(fd), _) => fd,
+            (None, Some(read_only)) => reopen(read_only.as_fd(), libc::O_RDWR).map_err(failed)?,
             (None, None) => unreachable!("a file that is not gone has a descriptor"),
         };
-        let fd = reopened.as_ref().or(writable.as_ref()).expect("one of them").as_fd();
-        if overwrite && self.len > 0 {
+        if how == Wiped::Overwritten && self.len > 0 {
             let mapped_writable = !(self.is_frozen() && self.backing == Backing::Tmpfs);
             if mapped_writable {
-                self.overwrite(fd, &(0..self.len));
+                self.overwrite(fd.as_fd(), &(0..self.len));
             } else if self.granule == HUGE_PAGE_BYTES {
-                self.place(fd, Access::ReadWrite).map_err(failed)?;
-                self.overwrite(fd, &(0..self.len));
+                self.place(fd.as_fd(), Access::ReadWrite).map_err(failed)?;
+                self.overwrite(fd.as_fd(), &(0..self.len));
             } else {
                 // A fault for each small page of a new mapping costs more than the zeros.
-                write_zeros(fd, self.len).map_err(failed)?;
+                write_zeros(fd.as_fd(), self.len).map_err(failed)?;
             }
         }
-        self.gone(fd).map_err(failed)?;
-        *writable = None;
-        Ok(())
+        self.gone(fd.as_fd()).map_err(failed)
     }
 
     /// Cuts the file short: its pages leave it, and whoever has it open or mapped.

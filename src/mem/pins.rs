@@ -5,8 +5,7 @@
 //! says that it has not.
 //! Why: zeros written before a file is cut short would be read as data; pages cut off before they are overwritten go back
 //! as they are. So the pages are pinned as io_uring's registered buffers, the file is cut, and the kernel itself reads
-//! /dev/zero into the pins: by then no address of ours leads to them. Pinning costs time by the page, cutting tells readers
-//! at once: so a file is pinned before anyone else can have it, and not when it has to go.
+//! /dev/zero into the pins: by then no address of ours leads to them.
 //! Not here: when a file is cut (`locked_file`).
 //! Held by: the tests below, tests/memory.rs.
 
@@ -22,9 +21,8 @@ use super::map::{Map, check_long};
 /// One registered buffer is at most 1 GiB (io_uring_register(2)); a multiple of the huge page.
 const PIECE_BYTES_MAX: usize = 1 << 30;
 
-/// Buffers of one ring. The kernel compares every huge page of a buffer with those of all others in its ring, so a ring of
-/// a large file would take time by the square of its size; and whoever pins can be stopped between two rings.
-const PIECES_MAX: usize = 16;
+/// Buffers one ring takes: 16 TiB in pieces of 1 GiB.
+const PIECES_MAX: usize = 1 << 14;
 
 // linux/io_uring.h; libc does not name them.
 const IORING_REGISTER_BUFFERS: libc::c_uint = 0;
@@ -237,17 +235,9 @@ impl Ring {
 }
 
 /// Pages held beyond the life of their file; given back when dropped, overwritten or not.
-pub(super) struct Pins(Vec<Pinned>);
-
-impl std::fmt::Debug for Pins {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Pins of {} rings", self.0.len())
-    }
-}
-
-/// What one ring holds.
-struct Pinned {
+pub(super) struct Pins {
     ring: Ring,
+    zero: File,
     /// Address and length of each registered buffer, as numbers: what is behind them now is the kernel's affair.
     pieces: Vec<(usize, usize)>,
 }
@@ -257,9 +247,8 @@ impl Pins {
     ///
     /// # Errors
     /// What the kernel says: EPERM or ENOSYS where io_uring is not to be had (seccomp, sysctl), ENOMEM where the pages do
-    /// not fit under RLIMIT_MEMLOCK (CAP_IPC_LOCK lifts it), or ECANCELED when `is_over` said so, which is asked every 16
-    /// GiB. Nothing is pinned then.
-    pub fn new(map: &Map, ranges: &[Range<usize>], is_over: &dyn Fn() -> bool) -> io::Result<Pins> {
+    /// not fit under RLIMIT_MEMLOCK (CAP_IPC_LOCK lifts it). Nothing is pinned then.
+    pub fn new(map: &Map, ranges: &[Range<usize>]) -> io::Result<Pins> {
         let pieces: Vec<(usize, usize)> = ranges
             .iter()
             .flat_map(|range| {
@@ -267,18 +256,17 @@ impl Pins {
             })
             .map(|(at, len)| (map.at(at).addr(), len))
             .collect();
-        let pin = |pieces: &[(usize, usize)]| {
-            if is_over() {
-                return Err(io::Error::from_raw_os_error(libc::ECANCELED));
-            }
-            let pieces = pieces.to_vec();
-            let buffer = |(at, len): &(usize, usize)| libc::iovec { iov_base: *at as *mut libc::c_void, iov_len: *len };
-            let buffers: Vec<libc::iovec> = pieces.iter().map(buffer).collect();
-            let ring = Ring::new()?;
+        if pieces.len() > PIECES_MAX {
+            return Err(io::Error::from_raw_os_error(libc::EFBIG));
+        }
+        let zero = File::open("/dev/zero")?;
+        let ring = Ring::new()?;
+        let buffers: Vec<libc::iovec> =
+            pieces.iter().map(|(at, len)| libc::iovec { iov_base: *at as *mut libc::c_void, iov_len: *len }).collect();
+        if !buffers.is_empty() {
             ring.register(&buffers)?;
-            Ok(Pinned { ring, pieces })
-        };
-        pieces.chunks(PIECES_MAX).map(pin).collect::<io::Result<_>>().map(Pins)
+        }
+        Ok(Pins { ring, zero, pieces })
     }
 
     /// Zeros every byte of the pages, wherever they are by now.
@@ -286,21 +274,14 @@ impl Pins {
     /// # Errors
     /// What the kernel says; some pages are then as they were.
     pub fn overwrite(&mut self) -> io::Result<()> {
-        let zero = File::open("/dev/zero")?;
         fence(Ordering::SeqCst);
-        self.0.iter_mut().try_for_each(|pinned| pinned.overwrite(&zero))
-    }
-}
-
-impl Pinned {
-    fn overwrite(&mut self, zero: &File) -> io::Result<()> {
         for index in 0..self.pieces.len() {
             let (start, len) = self.pieces[index];
             let mut done = 0;
             while done < len {
                 let res = self.ring.run(Submission {
                     opcode: IORING_OP_READ_FIXED,
-                    fd: zero.as_raw_fd(),
+                    fd: self.zero.as_raw_fd(),
                     address: (start + done) as u64,
                     len: (len - done) as u32,
                     buf_index: index as u16,
@@ -318,10 +299,12 @@ impl Pinned {
     }
 }
 
-impl Drop for Pinned {
+impl Drop for Pins {
     fn drop(&mut self) {
         // Closing the ring alone would give the pages back at some later time.
-        if let Err(error) = self.ring.unregister() {
+        if !self.pieces.is_empty()
+            && let Err(error) = self.ring.unregister()
+        {
             tracing::warn!("pinned pages are given back late: {error}");
         }
     }
@@ -336,13 +319,6 @@ pub fn can_pin() -> io::Result<()> {
 mod tests {
     use super::super::map::check;
     use super::*;
-
-    #[test]
-    fn whoever_pins_is_stopped_before_the_next_ring() {
-        let map = Map::reserve(4096, 4096).unwrap();
-        let error = Pins::new(&map, std::slice::from_ref(&(0..4096)), &|| true).expect_err("it is over");
-        assert_eq!(error.raw_os_error(), Some(libc::ECANCELED));
-    }
 
     #[test]
     fn pinned_pages_are_zeroed_after_their_mapping_went() {
@@ -360,7 +336,7 @@ mod tests {
         map.place_file(std::os::fd::AsFd::as_fd(&file), super::super::map::Access::ReadWrite).unwrap();
         // SAFETY: our own writable mapping.
         unsafe { std::slice::from_raw_parts_mut(map.at(0), LEN) }.fill(0xa5);
-        let mut pins = Pins::new(&map, &[0..4096, 8192..LEN], &|| false).unwrap();
+        let mut pins = Pins::new(&map, &[0..4096, 8192..LEN]).unwrap();
         map.place_nothing().unwrap();
         pins.overwrite().unwrap();
         drop(pins);

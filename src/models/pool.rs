@@ -147,7 +147,8 @@ impl Pool {
             drop(table);
             (lost, Wiping(self))
         };
-        let report = self.cache.revoke(&lost);
+        self.cache.drop_pages(&lost);
+        let report = self.cache.cut(&lost).wipe(&self.cache);
         let names: Vec<&str> = lost.iter().map(|model| model.name.as_str()).collect();
         tracing::warn!(
             wiped_bytes = report.wiped_bytes,
