@@ -822,7 +822,7 @@ mod tests {
             ("key=file:/k,umask=999".into(), "octal"),
             ("key=file:/k,slot_label=Node".into(), "1 to 64 characters"),
             ("key=file:/k,on_key_loss=panic".into(), "neither keep nor lock"),
-            ("key=file:/k,on_key_loss=lock".into(), "no key comes from Vault"),
+            ("key=file:/k,on_key_loss=lock".into(), "neither keys nor storage credentials come from Vault"),
             ("key=file:/k,lock_when_idle=10ms".into(), "at least 1 s"),
             ("key=file:/k,key_loss_check=5s".into(), "add on-key-loss=lock"),
             ("key=file:/k,locked_opens=0s".into(), "at most 600 s"),

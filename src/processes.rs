@@ -104,9 +104,9 @@ fn cgroup_of(pid: u32) -> Option<String> {
 /// The path that a process is judged by, of a text as /proc/PID/cgroup has it: "hierarchy:controllers:path" in each line.
 ///
 /// That of version 2 (hierarchy 0), unless everything lies at its root, as on a host that uses version 1; else that of systemd;
-/// else the first. A host that mixes both may have its containers in version 1 alone, while version 2 tells of their engine: the
-/// first path in this order that names a container or a pod goes before all that name none. How long a path is says nothing:
-/// other controllers' groups may be anybody's.
+/// else the first. A host that mixes both may have its containers in version 1 alone, while version 2 tells of their engine: of
+/// those two, the first that names a container or a pod goes first. Other controllers' groups may be anybody's, whatever they are
+/// called and however long: they count only where neither of the two knows the process.
 fn path_in(text: &str) -> Option<&str> {
     let lines = || text.lines().filter_map(|line| line.split_once(':'));
     let lines = || lines().filter_map(|(number, rest)| Some((number, rest.split_once(':')?)));
@@ -115,8 +115,11 @@ fn path_in(text: &str) -> Option<&str> {
     let systemd = lines().find(|(_, (controllers, _))| *controllers == "name=systemd");
     // Only where there is no version 1 is the root of version 2 left.
     let others = lines().filter(|(number, _)| *number != "0").chain(lines());
-    let paths = || unified.into_iter().chain(systemd).chain(others.clone()).map(|(_, (_, path))| path);
-    paths().find(|path| container_and_pod(path) != (None, None)).or_else(|| paths().next())
+    let knows = |line: &(&str, (&str, &str))| line.1.1 != "/";
+    let known = || unified.into_iter().chain(systemd.filter(knows));
+    let unknown = others.clone().filter(|_| known().next().is_none());
+    let named = known().chain(unknown).map(|(_, (_, path))| path).find(|path| container_and_pod(path) != (None, None));
+    named.or_else(|| unified.into_iter().chain(systemd).chain(others).map(|(_, (_, path))| path).next())
 }
 
 /// A component of a control group's path that is named as engines name containers and pods.
@@ -302,6 +305,9 @@ mod tests {
         let engine = "/system.slice/containerd.service";
         assert_eq!(path_in(&hybrid(&of_docker, &of_docker, engine)), Some(of_docker.as_str()));
         assert_eq!(path_in(&hybrid(&of_docker, "/", "/")), Some(of_docker.as_str()), "systemd knows nothing of it");
+        // A user's own group of another controller, called as a container's.
+        assert_eq!(path_in(&hybrid(&format!("/user/bob/0/{id}"), service, "/")), Some(service));
+        assert_eq!(path_in(&hybrid(&format!("/user/bob/0/{id}"), "/", service)), Some(service));
 
         // Version 1: with systemd, without it, and before version 2.
         let old = "11:memory:/user.slice/user-0.slice/session-3.scope\n10:pids:/user.slice/user-0.slice/session-3.scope\n\

@@ -263,8 +263,12 @@ fn directives(logging: &Logging) -> String {
         (1, true) | (2, _) => "debug",
         (3.., _) => "trace",
     };
-    // Who names a part of one of them would otherwise be more exact than what stands behind.
-    let named = |one: &str| QUIET_CRATES.iter().chain(&["vaultrs", "rustify"]).any(|name| one.trim().starts_with(name));
+    // Who names a part of one of them would otherwise be more exact than what stands behind; who names a span would have all
+    // that is told within it.
+    let named = |one: &str| {
+        one.contains(['[', ']', '{', '}'])
+            || QUIET_CRATES.iter().chain(&["vaultrs", "rustify"]).any(|name| one.trim().starts_with(name))
+    };
     let mut text = match &logging.filter {
         Some(filter) => filter.split(',').filter(|one| !named(one)).collect::<Vec<_>>().join(","),
         None => format!("warn,modelfs={level}"),
@@ -281,6 +285,12 @@ fn directives(logging: &Logging) -> String {
 /// # Errors
 /// `USAGE` for what is no filter of `tracing`.
 pub fn check_log_filter(text: &str) -> Result<()> {
+    if text.contains('[') {
+        crate::refuse!(
+            Usage,
+            "{NO_FILTER}; a span cannot be named, since what others log within it may hold credentials"
+        );
+    }
     let read = tracing_subscriber::EnvFilter::try_new(text);
     read.map(drop).map_err(|e| Error::new(Code::Usage, NO_FILTER).with_source(e))
 }
@@ -485,7 +495,10 @@ mod tests {
             assert!(text.contains(&format!("{name}=warn")), "{text}");
         }
         // A part of one that is named exactly would win over the whole.
-        let exact = Logging { filter: Some("modelfs=debug, hyper::proto::h1=trace,rustify=debug".into()), ..loud };
+        let exact = Logging {
+            filter: Some("modelfs=debug, hyper::proto::h1=trace,rustify=debug,[Connection{a=1,b=2}]=trace".into()),
+            ..loud
+        };
         let text = directives(&exact);
         assert!(text.starts_with("modelfs=debug,hyper=warn") && !text.contains("proto"), "{text}");
         assert!(!text.contains("rustify=debug"), "{text}");

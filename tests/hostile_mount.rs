@@ -444,6 +444,9 @@ fn row_66_a_full_cache_makes_readers_wait_and_then_refuses_them() {
 /// Nobody tells of the end of a promise: whoever waits looks for room again, long before the deadline.
 #[test]
 fn row_66_room_that_time_alone_gives_back_is_found() {
+    if !can_mount() {
+        return;
+    }
     let scene = Scene::new(&[("a", 2 * CHUNK), ("b", CHUNK)], Style::default());
     let limits = CacheLimits { room_deadline: LONG, ..CacheLimits::default() };
     let library = Library::new(&scene, 2 * CHUNK as u64, limits);

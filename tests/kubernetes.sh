@@ -276,7 +276,8 @@ step "another service account reads another model" qwen_up
 
 governed() {
   local uid record
-  pod blocked blocked shared && up blocked && until_true 60 denied blocked shared || return 1
+  # Its probe would read what it is denied, and end it.
+  pod blocked blocked shared blocked 'del(.spec.containers[0].livenessProbe)' && up blocked && until_true 180 denied blocked shared || return 1
   uid=$(kc get pod -n chat blocked -o jsonpath='{.metadata.uid}')
   record=$(modelfs audit show "$work/driver-audit/audit.jsonl" --kind open --outcome denied --json | tail -1)
   echo "$record"

@@ -28,7 +28,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use fixture::{Fixture, Random, Style};
-use modelfs::cache::{LockReport, Model};
+use modelfs::cache::{CacheLimits, LockReport, Model};
 use modelfs::control::{self, AccessRequest, Taken};
 use modelfs::crypto::Verify;
 use modelfs::fuse::{Behaviour, OpenBy, OpenPolicy};
@@ -222,6 +222,9 @@ impl Drop for Reader {
     }
 }
 
+/// That a lock is bounded is what it promises: of 40 MiB everything is refused and wiped within this on any machine.
+const LOCKED_WITHIN: Duration = Duration::from_secs(120);
+
 /// Locks while `readers` read; each must end as it says, before the lock was done.
 fn lock_under(mount: &Mounted, readers: Vec<(&str, &str)>, what: &str) -> LockReport {
     let path = mount.path(BIG);
@@ -240,6 +243,7 @@ fn lock_under(mount: &Mounted, readers: Vec<(&str, &str)>, what: &str) -> LockRe
         assert_eq!(how, wanted, "{what}");
         assert!(last < done, "{what}: an access that began {} ns after the lock was done succeeded", last - done);
     }
+    assert!(Duration::from_nanos(done - began) < LOCKED_WITHIN, "{what}: the lock took {} ns", done - began);
     report
 }
 
@@ -253,8 +257,7 @@ fn what_programs_have_past_the_daemon_ends_and_is_overwritten() {
     for arena in arenas() {
         let fixture = sample();
         let mount = mount(&fixture, OpenPolicy::Whole, Some(arena));
-        if !mount.fs.passthrough() {
-            eprintln!("SKIPPED: this kernel has no passthrough");
+        if !mount.has_passthrough() {
             return;
         }
         let held = File::open(mount.path(BIG)).expect("open");
@@ -298,8 +301,7 @@ fn where_pages_cannot_be_pinned_readers_are_cut_off_all_the_same_and_the_report_
     for arena in arenas() {
         let fixture = sample();
         let mount = mount(&fixture, OpenPolicy::Whole, Some(arena));
-        if !mount.fs.passthrough() {
-            eprintln!("SKIPPED: this kernel has no passthrough");
+        if !mount.has_passthrough() {
             return;
         }
         let path = mount.path(BIG);
@@ -321,6 +323,62 @@ fn where_pages_cannot_be_pinned_readers_are_cut_off_all_the_same_and_the_report_
         // What nobody could hold was overwritten in place.
         assert!(report.wiped_bytes >= 700 && report.kept_bytes == 0, "{report:?}");
         assert!(is_refused(&path));
+    }
+}
+
+#[test]
+fn what_something_of_ours_is_still_at_holds_up_the_cut_of_nothing_else() {
+    if !can_mount() {
+        return;
+    }
+    // In the order of the manifest.
+    let names = ["busy.safetensors", "free.safetensors", "part.safetensors"];
+    let [busy, free, part] = names;
+    for arena in arenas() {
+        let mut random = Random::announced("lock");
+        let mut bytes = |len| random.bytes(len).into_iter().map(|byte| byte | 1).collect::<Vec<u8>>();
+        let files = names.map(|name| (name.to_owned(), bytes(BIG_BYTES)));
+        let style = Style { chunk_log2: 23, pack_below: 2 << 20, ..Style::default() };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
+        let fixture = runtime.block_on(Fixture::seal(files.into(), style, &mut Random(7)));
+        // What is busy stays so until the test lets go.
+        let limits = CacheLimits { quiet_deadline: 2 * HANGS_AFTER, ..CacheLimits::default() };
+        let behaviour = Behaviour { open: OpenPolicy::Whole, ..Behaviour::default() };
+        let how = How { behaviour, limits, arena: Some(arena), ..How::default() };
+        let mount = Mounted::new(how, || fixture.model(fixture.store.clone(), Verify::Strict));
+        if !mount.has_passthrough() {
+            return;
+        }
+        let model = mount.fs.vfs().models()[0].clone();
+        let open = |name: &str| {
+            let at = fixture.files.iter().position(|(path, _)| path == name).expect("sealed");
+            OpenFile::new(&mount.cache, &model, at as u32)
+        };
+        let mut free_reader = Reader::start("map", &mount.path(free));
+        let mut busy_reader = Reader::start("map", &mount.path(busy));
+        let part = open(part);
+        runtime.block_on(mount.fs.reader().read(&part, 0, 100)).map(drop).expect("read");
+        let part = part.sole_object().expect("one object").clone();
+        assert!(part.resident_bytes() > 0 && !part.is_whole(), "the test shows nothing");
+        // An answer of ours that does not let go.
+        let answer = mount.fs.reader().try_read(&open(busy), 0, 100).expect("resident");
+
+        let (cache, models) = (mount.cache.clone(), [model.clone()]);
+        let revoking = std::thread::spawn(move || cache.cut(&models).wipe(&cache));
+
+        let deadline = Instant::now() + HANGS_AFTER;
+        while free_reader.child.try_wait().expect("wait").is_none() {
+            assert!(Instant::now() < deadline, "{arena:?}: it waits for an answer that is none of its own");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        assert_eq!(free_reader.end().0, "SIGBUS", "{arena:?}");
+        mount.wait_until("what is there in part to be taken too", |_| part.resident_bytes() == 0);
+        assert!(!revoking.is_finished() && busy_reader.child.try_wait().expect("wait").is_none());
+        drop(answer);
+        let report = revoking.join().expect("revoked");
+        assert_eq!(busy_reader.end().0, "SIGBUS");
+        assert_eq!(report.kept_bytes, 0, "{report:?}");
+        assert!(report.wiped_bytes + report.unwiped_bytes > 2 * BIG_BYTES as u64, "{report:?}");
     }
 }
 
@@ -773,8 +831,7 @@ fn who_reads_past_the_daemon_is_told_and_only_hard_ends_it() {
     }
     let fixture = sample();
     let mount = mount(&fixture, OpenPolicy::Whole, None);
-    if !mount.fs.passthrough() {
-        eprintln!("SKIPPED: this kernel has no passthrough");
+    if !mount.has_passthrough() {
         return;
     }
     let path = mount.path(BIG);
@@ -804,8 +861,7 @@ fn a_file_that_is_taken_away_hurts_nobody_who_reads_it_through_the_daemon() {
     let behaviour = Behaviour { open: OpenPolicy::Lazy, no_page_cache: true, ..Behaviour::default() };
     let mount =
         Mounted::new(How { behaviour, ..How::default() }, || fixture.model(fixture.store.clone(), Verify::Strict));
-    if !mount.fs.passthrough() {
-        eprintln!("SKIPPED: this kernel has no passthrough");
+    if !mount.has_passthrough() {
         return;
     }
     let model = mount.fs.vfs().models()[0].clone();
@@ -845,8 +901,7 @@ fn a_file_that_cannot_be_taken_away_is_told_as_a_failure_and_can_be_later() {
     }
     let fixture = sample();
     let mount = mount(&fixture, OpenPolicy::Whole, None);
-    if !mount.fs.passthrough() {
-        eprintln!("SKIPPED: this kernel has no passthrough");
+    if !mount.has_passthrough() {
         return;
     }
     let mut reader = Reader::start("map", &mount.path(BIG));

@@ -5,7 +5,7 @@
 //! Not here: refusing what comes later (`Model::lock`, asked first), the kernel's page cache (`fuse`).
 //! Held by: tests/lock.rs.
 
-use std::sync::{Arc, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use super::{Cache, CachedObject, Chunk, GENERATIONS, Model, Phase, Shared, State, Unit};
@@ -13,9 +13,8 @@ use crate::error::{Code, Error};
 use crate::format::ChunkIndex;
 use crate::mem::{Cut, Grant, Wiped};
 
-/// How long locking waits for fills, evictions and answers of our own that are under way: opening one chunk takes
-/// milliseconds, and fetches stop when told to.
-const QUIET_DEADLINE: Duration = Duration::from_secs(5);
+/// Objects that are cut side by side: one that somebody of ours is at holds up its own thread alone.
+const CUTTERS_MAX: usize = 32;
 
 /// What became of the plaintext of locked models.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
@@ -24,7 +23,7 @@ pub struct LockReport {
     pub wiped_bytes: u64,
     /// Cut off at once, and given back as it was: its pages could not be pinned.
     pub unwiped_bytes: u64,
-    /// Still there: something of ours did not let go in time. Nobody can read it through the mount.
+    /// Still there: something of ours did not let go in time. No new open comes to it; who had it open past the daemon has it.
     pub kept_bytes: u64,
 }
 
@@ -93,11 +92,10 @@ impl Cache {
             let ours = |object: &&Arc<CachedObject>| models.iter().any(|model| model.serial == object.key.model);
             table.values().filter(ours).cloned().collect()
         };
-        let mut cuts = Cuts::default();
-        for object in objects {
-            self.shared.cut_object(&object, &mut cuts);
-        }
-        cuts
+        // First what programs can have past the daemon, which the refusal of the daemon's own answers does not reach.
+        let (whole, partial): (Vec<_>, Vec<_>) =
+            objects.into_iter().partition(|object| object.state().phase != Phase::Partial);
+        self.shared.cut_all(whole.into_iter().chain(partial).collect())
     }
 
     /// Takes one whole object away from everyone who has it past the daemon; the model stays served, and the object is
@@ -113,13 +111,38 @@ impl Cache {
 }
 
 impl Shared {
+    /// In this order, many at once: pinning takes its time for each page, and one that is busy its own.
+    fn cut_all(&self, objects: Vec<Arc<CachedObject>>) -> Cuts {
+        let cutters = objects.len().min(CUTTERS_MAX);
+        let queue = Mutex::new(objects.into_iter());
+        let next = || queue.lock().expect("a thread died holding the objects to cut").next();
+        let cut = || {
+            let mut cuts = Cuts::default();
+            while let Some(object) = next() {
+                self.cut_object(&object, &mut cuts);
+            }
+            cuts
+        };
+        std::thread::scope(|scope| {
+            let start = |_| std::thread::Builder::new().name("cut".into()).spawn_scoped(scope, cut).ok();
+            // Where there are no threads to be had, this one does it.
+            let others: Vec<_> = (1..cutters).map_while(start).collect();
+            others.into_iter().fold(cut(), |mut all, other| {
+                let more = other.join().expect("a thread died cutting a file off");
+                all.cuts.extend(more.cuts);
+                all.report.add(more.report);
+                all
+            })
+        })
+    }
+
     /// The object's state once it is as `wanted`, or `None` at the deadline.
     fn state_when<'a>(
         &self,
         object: &'a CachedObject,
         wanted: impl Fn(&State) -> bool,
     ) -> Option<MutexGuard<'a, State>> {
-        let deadline = Instant::now() + QUIET_DEADLINE;
+        let deadline = Instant::now() + self.limits.quiet_deadline;
         loop {
             let state = object.state();
             if wanted(&state) {
@@ -142,7 +165,7 @@ impl Shared {
             tracing::error!(model = %object.model.name, "{}", error.chain());
         };
         let busy = |doing: &str| {
-            let (name, seconds) = (&object.model.name, QUIET_DEADLINE.as_secs());
+            let (name, seconds) = (&object.model.name, self.limits.quiet_deadline.as_secs());
             Error::new(Code::Host, format!("an object of {name} is still being {doing} {seconds} s after it was to go"))
         };
         let moving = |chunk: &Chunk| matches!(chunk, Chunk::Filling { .. } | Chunk::Leaving { .. });

@@ -78,6 +78,9 @@ pub struct CacheLimits {
     pub open_threads: usize,
     /// How long a demand fetch waits for room before ENOMEM.
     pub room_deadline: Duration,
+    /// How long a lock waits for fills, evictions and answers of our own that are under way: opening one chunk takes
+    /// milliseconds, and fetches stop when told to.
+    pub quiet_deadline: Duration,
     /// How long a refused chunk (tampered) is answered from memory instead of asking the store again.
     pub refusal_memory: Duration,
     /// The same for a store that did not answer.
@@ -99,6 +102,7 @@ impl Default for CacheLimits {
             prefetches_max: 12,
             open_threads: cores.clamp(2, 16),
             room_deadline: Duration::from_secs(10),
+            quiet_deadline: Duration::from_secs(5),
             refusal_memory: Duration::from_secs(10),
             outage_memory: Duration::from_secs(1),
         }

@@ -237,7 +237,12 @@ pub fn run(cli: Cli) -> Result<()> {
     let daemon =
         matches!(cli.command, Command::Csi(_) | Command::Mount(_) | Command::Run(_) | Command::VolumePlugin(_));
     let mut logged = layers.clone();
-    if let Command::Mount(args) = &cli.command {
+    let mounts = match &cli.command {
+        Command::Mount(args) => Some(args.as_ref()),
+        Command::Run(args) => Some(args.mount()),
+        _ => None,
+    };
+    if let Some(args) = mounts {
         // How to log may stand among the words of -o. What is wrong with them is told where the plan is made.
         let _ = args.lay_words(&mut logged);
         cli.global.lay(&mut logged);

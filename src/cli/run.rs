@@ -27,6 +27,12 @@ pub struct RunArgs {
     command: Vec<OsString>,
 }
 
+impl RunArgs {
+    pub(super) fn mount(&self) -> &MountArgs {
+        &self.mount
+    }
+}
+
 const EXAMPLES: &str = "\
 Examples:
   modelfs run /srv/models /models --key file:/run/secrets/key --trust PUBKEY \\

@@ -269,15 +269,18 @@ pub const RULES: &[Rule] = &[
     Rule {
         id: "lock-on-nothing",
         level: Level::Refused,
-        together: "`on-key-loss` lock, and no key from Vault",
+        together: "`on-key-loss` lock, and neither a key nor storage credentials from Vault",
         why: "There is nothing whose loss would lock. A catalog's records are keys from Vault.",
         of: takes::MOUNT,
         broken: |said| {
             let from_vault =
                 |key: &String| matches!(key.parse(), Ok(KeySource::VaultTransit { .. } | KeySource::VaultKv { .. }));
-            let keys_from_vault = said.is_catalog() || said.many("key").iter().any(from_vault);
-            (said.one("on-key-loss") == "lock" && !keys_from_vault).then(|| {
-                "on-key-loss=lock has nothing to watch: no key comes from Vault; drop it, or use lock-when-idle".into()
+            let lent = said.one("s3-credentials").starts_with("vault-aws:");
+            let from_vault = lent || said.is_catalog() || said.many("key").iter().any(from_vault);
+            (said.one("on-key-loss") == "lock" && !from_vault).then(|| {
+                "on-key-loss=lock has nothing to watch: neither keys nor storage credentials come from Vault; drop it, or use \
+                 lock-when-idle"
+                    .into()
             })
         },
     },
@@ -286,7 +289,7 @@ pub const RULES: &[Rule] = &[
         level: Level::Refused,
         together: "`key-loss-check` without `on-key-loss` lock",
         why: "A loss that is seen sooner changes nothing.",
-        of: takes::MOUNT,
+        of: takes::MOUNT | takes::PLUGIN | takes::CSI,
         broken: |said| {
             (said.is_set("key-loss-check") && said.one("on-key-loss") != "lock")
                 .then(|| "key-loss-check is for mounts that lock; add on-key-loss=lock, or drop it".into())

@@ -436,8 +436,9 @@ impl Inner {
         if blocks.is_empty() {
             return;
         }
-        let has_blocks = self.denials().has_blocks();
-        self.access.has_blocks.store(has_blocks, Ordering::SeqCst);
+        let denials = self.denials();
+        self.access.has_blocks.store(denials.has_blocks(), Ordering::SeqCst);
+        drop(denials);
         for block in blocks {
             self.tell(self.unblock_event(block, why));
         }

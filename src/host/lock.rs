@@ -8,7 +8,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -136,6 +136,19 @@ impl Revoker {
             "unwiped_bytes": report.unwiped_bytes,
             "seconds": seconds,
         }))
+    }
+
+    /// Whether no lock is under way any more. One that is has what it cut off, which the cache knows nothing of: the end of the
+    /// process would give it back as it is.
+    pub(super) fn settled(&self, within: Duration) -> bool {
+        let deadline = Instant::now() + within;
+        while let Err(TryLockError::WouldBlock) = self.change.try_lock() {
+            if Instant::now() >= deadline {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        true
     }
 
     /// Locks so far, for [`Revoker::if_unlocked_since`].

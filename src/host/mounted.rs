@@ -53,6 +53,9 @@ const SESSION_GRACE: Duration = Duration::from_secs(1);
 /// unmounted is not to be called held for that.
 const SESSION_PATIENCE: Duration = Duration::from_secs(9);
 
+/// How long the end waits for a lock that is overwriting: 0.2 s a GiB, on a machine that does nothing else.
+const LOCK_PATIENCE: Duration = Duration::from_secs(30);
+
 /// How much later than the store's own budget a read gives up: the refetch after a wrong hash has its own.
 const READ_DEADLINE_SLACK: Duration = Duration::from_secs(2);
 
@@ -377,9 +380,10 @@ impl Mounted {
         if self.host.alone || self.plan.on_key_loss != OnKeyLoss::Lock {
             return Ok(());
         }
-        let lease = self.plan.access.store.credentials.as_ref().and_then(|credentials| credentials.lost());
+        let credentials = self.plan.access.store.credentials.as_ref();
         self.change_refusals(|refusals| {
-            refusals.lease = lease.map(|why| why.chain());
+            // Both are asked here, where no other is between asking and refusing: two watch, and the older word must not win.
+            refusals.lease = credentials.and_then(|credentials| credentials.lost()).map(|why| why.chain());
             match vault.state() {
                 VaultState::Lost { why } => refusals.vault = Some(why.chain()),
                 VaultState::Live { .. } => refusals.vault = None,
@@ -707,6 +711,9 @@ impl Mounted {
         }
         let last = self.versions.close();
         self.fs.drop_backings(over);
+        if !self.revoker.settled(LOCK_PATIENCE) {
+            tracing::error!("a lock of {} is still overwriting plaintext", self.mountpoint().display());
+        }
         let (wiped_bytes, held_bytes) = self.host.wipe(last);
         tracing::info!(wiped_bytes, held_bytes, "wiped");
         let kept = self.plan.access.store.credentials.as_ref().and_then(|credentials| credentials.close());

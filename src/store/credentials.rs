@@ -4,8 +4,8 @@
 //! set of S3 credentials for any number of requests, and word of a lease that somebody revoked.
 //! Promises: one thread asks, however many requests wait; the old ones are used until the new ones are there; an issuer
 //! that is away changes nothing as long as the store takes what we have; a store that refuses them is asked again with new
-//! ones, once for each set; a lease that whoever lends it revoked before its time is told apart from one that ended; a store that refuses new ones as well cannot make us ask for more. Nothing here prints or logs
-//! a credential; a set lies in locked memory and is overwritten when it is replaced.
+//! ones, once for each set; a lease that whoever lends it revoked before its time is told apart from one that ended; a store
+//! that refuses new ones as well cannot make us ask for more. Nothing here prints or logs a credential; a set lies in locked memory and is overwritten when it is replaced.
 //! What remains: the library that signs wants ordinary strings, so a copy lies on the heap while a request is under way
 //! (`mem::WipingHeap` overwrites it), and a session token in the buffer of a connection until that is used again or closed.
 //! Not here: talking to Vault (`vault`), what is signed (`s3`), which refusals there are (`wire`).
@@ -388,15 +388,16 @@ impl Shared {
         let (true, Some(set)) = (revoked, current) else { return };
         set.refused = true;
         state.lost = self.stop_when_revoked;
-        drop(state);
         let from = self.issuer.describe();
         let why =
             Error::new(Code::VaultDenied, format!("the lease of the storage credentials from {from} was revoked"));
+        if self.stop_when_revoked {
+            // Before it is told, which may take as long as a disk does, and as one with the state: see `forgive`.
+            self.lost.send_replace(Some(why.clone()));
+        }
+        drop(state);
         tracing::warn!("{}", why.chain());
         self.telemetry.events.tell(&Event::new(Kind::LeaseLost).severity(Severity::High).error(&why));
-        if self.stop_when_revoked {
-            self.lost.send_replace(Some(why));
-        }
     }
 
     fn failed(&self, error: Error) {
@@ -585,9 +586,10 @@ impl LeasedCredentials {
 
     /// Asks for others after a loss: the operator said that it may, or our right was proved anew.
     pub fn forgive(&self) {
-        let was = std::mem::replace(&mut self.shared.state().lost, false);
-        if was {
+        let mut state = self.shared.state();
+        if std::mem::replace(&mut state.lost, false) {
             self.shared.lost.send_replace(None);
+            drop(state);
             self.shared.wake.notify_one();
         }
     }

@@ -35,7 +35,7 @@ pub enum Kind {
     /// A login at Vault; what it lent was renewed, replaced, or could not be.
     Login,
     Renewal,
-    /// Vault takes our token no more, and we get no other.
+    /// Vault takes our token no more, and we get no other; or somebody revoked the lease of our storage credentials.
     LeaseLost,
     /// Keys were read anew, slots or data keys changed.
     Rotation,
