@@ -5,7 +5,8 @@
 //! Promises: one thread asks, however many requests wait; the old ones are used until the new ones are there; an issuer
 //! that is away changes nothing as long as the store takes what we have; a store that refuses them is asked again with new
 //! ones, once for each set; a lease that whoever lends it revoked before its time is told apart from one that ended; a store
-//! that refuses new ones as well cannot make us ask for more. Nothing here prints or logs a credential; a set lies in locked memory and is overwritten when it is replaced.
+//! that refuses new ones as well cannot make us ask for more. Nothing here prints or logs a credential; a set lies in
+//! locked memory and is overwritten when it is replaced.
 //! What remains: the library that signs wants ordinary strings, so a copy lies on the heap while a request is under way
 //! (`mem::WipingHeap` overwrites it), and a session token in the buffer of a connection until that is used again or closed.
 //! Not here: talking to Vault (`vault`), what is signed (`s3`), which refusals there are (`wire`).
