@@ -827,6 +827,7 @@ mod tests {
             ("key=file:/k,key_loss_check=5s".into(), "add on-key-loss=lock"),
             ("key=file:/k,locked_opens=0s".into(), "at most 600 s"),
             ("key=file:/k,locked_opens=1h".into(), "at most 600 s"),
+            ("key=file:/k,state_dir=here".into(), "not an absolute path"),
         ];
         for (words, fix) in cases {
             let err = plan(&words).expect_err(&words);

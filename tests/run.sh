@@ -59,8 +59,8 @@ MODELFS_TEST_PAGE_RUN=$(mktemp)
 export MODELFS_TEST_PAGE_RUN
 step "a step fails with the first command in it that fails" steps_tell
 step "a command of a page that has no name, or that no test runs, is told" pages_tell
-script lanes.sh
 step "install parts" install_parts
+script lanes.sh
 check "cargo fmt" fmt
 check "cargo clippy" clippy
 check "cargo deny: licences, bans, sources" licences

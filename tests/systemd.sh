@@ -298,14 +298,17 @@ step "a daemon that hangs is killed by the watchdog and started again" hung
 # ---- Stop.
 
 left_behind() { # fails if anything is
-  in_it '! mountpoint -q /srv/llama && [[ -z $(ls -A /srv/llama) ]] && ! pgrep -x modelfs && ! ls /run/credentials/modelfs@llama.service 2>/dev/null
+  in_it '! mountpoint -q /srv/llama && [[ -z $(ls -A /srv/llama) ]] && ! pgrep -x modelfs && ! ls /run/credentials/modelfs@llama.service 2>/dev/null ||
+      { echo "a mount, a process or a credential is left"; exit 1; }
     if ls /run/modelfs/*.sock 2>/dev/null; then exit 1; fi
     ! grep -rlF --exclude-dir=seen "$1" /tmp /run /var /etc /srv /dev/shm 2>/dev/null' "$needle"
 }
 detector() {
   in_it 'echo "$1" >/run/planted' "$needle" || return 1
   ! left_behind >/dev/null || { echo "a planted word is not found"; return 1; }
-  nspawn_in rm /run/planted
+  in_it 'rm /run/planted; touch /srv/llama/planted' || return 1
+  ! left_behind >/dev/null || { echo "a planted file is not found"; return 1; }
+  nspawn_in rm /srv/llama/planted
 }
 stopped() { block systemd-stop && detector && left_behind && [[ $(nspawn_in systemctl is-active modelfs@llama) == inactive ]]; }
 step "stopped, nothing is left" stopped

@@ -298,7 +298,7 @@ answer_to() { # SET: of MinIO, to who comes with these credentials of Vault's
 is_taken() { [[ $(answer_to "$1") == 200 ]]; }
 is_refused() { [[ $(answer_to "$1") == 403 ]]; }
 set_of_its_own() { admin read -format=json aws/creds/models | jq -c .data; } # as old as the one that the mount has
-sets_on_record() { "$modelfs" audit show "$audited" --kind renewal --json | jq -s 'map(select(.outcome == "allowed" and (.detail | contains(": new ones")))) | length'; }
+sets_on_record() { "$modelfs" audit show "$audited" --kind renewal --json | jq -s 'map(select(.outcome == "allowed" and ((.detail // "") | contains(": new ones")))) | length'; }
 replace_credentials() {
   local old from had
   from=$(wc -l <"$work/audit.log") had=$(sets_on_record)

@@ -90,7 +90,8 @@ impl Shared {
                 }
             }
             if over {
-                return Err(no_room());
+                // What was just thrown out is not to have been for nothing.
+                return self.budget.try_take(cost, keep_free).ok_or_else(no_room);
             }
             // Nobody tells of the end of a promise, nor of the kernel's letting go of a file after its last close.
             let look_again = deadline.min(tokio::time::Instant::now() + pause);

@@ -23,7 +23,9 @@ use crate::keys::{
     Wanted, prompt_new, prompt_terminal,
 };
 use crate::refuse;
-use crate::rotate::{Edit, Edited, Keys, Level, Rekey, Rekeyed, Rewrap, Rotator, Withdrawn, opens, transit_version};
+use crate::rotate::{
+    Edit, Edited, Keys, Level, Rekey, Rekeyed, Rewrap, Rotator, Withdrawn, opens, opens_by, transit_version,
+};
 use crate::seal::{ProgressFn, Releaser};
 use crate::telemetry::events::Kind as Event;
 use crate::units::{parse_duration, show_size};
@@ -511,16 +513,19 @@ fn rewrapped<'a>(slots: &'a Slots, label: Option<&str>) -> Result<&'a str> {
     }
 }
 
-/// The transit slot that this ring opens, as a record holds it: of several the newest. Beside one of the same transit key that is
-/// about to go, the new one has its newer version, or stands after it.
+/// The transit slot that this ring opens, as a record holds it: that of the first transit key it names, as `seal` does, and of
+/// several the newest. Beside one of the same key that is about to go, the new one has a newer version, or stands after it.
 fn transit_for_record(ring: &Keys, version: &Resolved) -> Result<Zeroizing<String>> {
     let mut slots: Vec<_> =
         version.slots.slots.iter().filter_map(|slot| Some((transit_version(slot)?, slot))).collect();
     slots.sort_by_key(|(version, _)| *version);
-    for (_, slot) in slots.into_iter().rev() {
-        if opens(ring, &version.slots, &version.header, slot)? {
-            let text = std::str::from_utf8(&slot.body).expect("its version was read as text");
-            return Ok(Zeroizing::new(text.to_owned()));
+    let is_transit = |source: &KeySource| matches!(source, KeySource::VaultTransit { .. });
+    for (number, _) in ring.sources().iter().enumerate().filter(|(_, source)| is_transit(source)) {
+        for (_, slot) in slots.iter().rev() {
+            if opens_by(ring, number, &version.slots, &version.header, slot)? {
+                let text = std::str::from_utf8(&slot.body).expect("its version was read as text");
+                return Ok(Zeroizing::new(text.to_owned()));
+            }
         }
     }
     refuse!(NoKey, "--register: none of the keys given opens a transit slot of version {}", version.header.seq)

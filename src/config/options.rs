@@ -276,7 +276,7 @@ pub const OPTIONS: &[OptionSpec] = &[
     one("state-dir", "MODELFS_STATE_DIR", ACCESS | SEAL, Section::Keys)
         .value("DIR", Form::Path(Use::Folder), "/var/lib/modelfs")
         .default("XDG_STATE_HOME/modelfs, else /var/lib/modelfs for root and ~/.local/state/modelfs for others")
-        .means("Where this machine remembers the oldest version still accepted, and whom it believed at first use"),
+        .means("Where this machine remembers the oldest version still accepted, and whom it believed at first use; an absolute path"),
     one("manifest", "MODELFS_MANIFEST", READS | MOUNT | PLUGIN, Section::Keys)
         .value(
             "sha256:HEX",

@@ -182,6 +182,8 @@ pub struct Baked {
     pub files: u64,
     /// Why not all was looked at, or could be.
     pub unseen: Option<String>,
+    /// What could not be read of it.
+    pub unread: Vec<PathBuf>,
 }
 
 /// How long an image may be looked at for weights, where Vault and the store have `wait`.
@@ -205,15 +207,17 @@ pub fn baked(root: &Path, time: Duration) -> Baked {
         Err(error) => Baked { unseen: Some(error.chain()), ..Baked::default() },
         Ok(report) => {
             let unread = report.unread.len() as u64 + report.unread_untold;
-            let first = report.unread.first().map_or(String::new(), |place| format!("/{}: {}", place.path, place.why));
+            let mut places: Vec<PathBuf> = report.unread.iter().map(|place| Path::new("/").join(&place.path)).collect();
+            places.sort();
+            let why = report.unread.first().map_or("", |place| place.why.as_str());
             let unseen = match (report.complete, unread) {
                 (true, 0) => None,
-                (true, 1) => Some(format!("one place could not be read ({first})")),
-                (true, some) => Some(format!("{some} places could not be read (the first is {first})")),
+                (true, 1) => Some(format!("{} could not be read: {why}", list(&places))),
+                (true, some) => Some(format!("{some} places could not be read: {}", list(&places))),
                 (false, _) => Some(format!("the time of {} s was over", time.as_secs())),
             };
             let found = report.at_least(Confidence::Likely).map(|finding| Path::new("/").join(&finding.path)).collect();
-            Baked { found, files: report.looked.files, unseen }
+            Baked { found, files: report.looked.files, unseen, unread: places }
         }
     }
 }
@@ -251,7 +255,11 @@ impl Survey {
                     continue;
                 }
             };
-            for entry in entries.flatten() {
+            for entry in entries {
+                let Ok(entry) = entry else {
+                    self.closed.push(folder.clone());
+                    break;
+                };
                 looked += 1;
                 if looked > most || (looked % 256 == 0 && Instant::now() > until) {
                     self.cut_off = true;
@@ -470,7 +478,7 @@ pub(super) fn set_id(machine: &Machine<'_>) -> Option<Said> {
         machine.text("proc/self/status").is_some_and(|status| status.lines().any(|line| line == "NoNewPrivs:\t1"));
     if let Some(why) = survey.unseen().filter(|_| !inert) {
         let seen = format!("none elsewhere in what was seen, but not all was: {why}");
-        return hint(Warning, seen, WANTED, SEE_ALL);
+        return hint(Warning, seen, WANTED, see_all(&survey.closed));
     }
     match (survey.set_id_system.len(), survey.whole && !inert) {
         (0, _) => fine(format!("none in {} entries", survey.looked), WANTED),
@@ -489,7 +497,9 @@ pub(super) fn world_writable(machine: &Machine<'_>) -> Option<Said> {
     let survey = machine.survey(machine.facts.setup.as_ref()?);
     match (survey.writable.as_slice(), survey.unseen()) {
         ([], None) => fine(format!("none in {} entries", survey.looked), WANTED),
-        ([], Some(why)) => hint(Warning, format!("none in what was seen, but not all was: {why}"), WANTED, SEE_ALL),
+        ([], Some(why)) => {
+            hint(Warning, format!("none in what was seen, but not all was: {why}"), WANTED, see_all(&survey.closed))
+        }
         (writable, _) => {
             let seen = format!("everybody can write {}", list(writable));
             hint(Warning, seen, WANTED, format!("chmod o-w {}", quoted(writable)))
@@ -497,8 +507,16 @@ pub(super) fn world_writable(machine: &Machine<'_>) -> Option<Said> {
     }
 }
 
-/// Where a survey did not come to its end.
-const SEE_ALL: &str = "modelfs doctor --strict looks to the end; ls -ld of what cannot be listed";
+/// Where not all was seen: these could not be read, or else the time was over.
+fn see_all(closed: &[PathBuf]) -> String {
+    match closed {
+        [] => "modelfs doctor --strict, which looks to the end".into(),
+        closed => format!(
+            "let them be read (chmod a+rX {}), or in an image delete them in the step that makes them",
+            quoted(closed)
+        ),
+    }
+}
 
 pub(super) fn baked_models(machine: &Machine<'_>) -> Option<Said> {
     const WANTED: &str = "no model weights in plaintext in the image: they come by the mount alone";
@@ -509,8 +527,10 @@ pub(super) fn baked_models(machine: &Machine<'_>) -> Option<Said> {
         // Not known to be clean.
         ([], Some(why)) => {
             let seen = format!("none in {} files, but not all was seen: {why}", baked.files);
-            let fix = "modelfs scan IMAGE.tar before it is used, modelfs doctor --strict to look to the end; what cannot be \
-                       read, let everybody read or leave out of the image";
+            let fix = match baked.unread.is_empty() {
+                true => format!("modelfs scan IMAGE.tar before it is used; {}", see_all(&[])),
+                false => see_all(&baked.unread),
+            };
             hint(Warning, seen, WANTED, fix)
         }
         (found, _) => {

@@ -384,6 +384,14 @@ pub fn opens(keys: &Keys, slots: &Slots, header: &ManifestHeader, slot: &Slot) -
     has_opened(keys.unlock(&alone(slots, slot), header))
 }
 
+/// The same, of the source at `number` of `keys` alone.
+///
+/// # Errors
+/// As [`opens`].
+pub fn opens_by(keys: &Keys, number: usize, slots: &Slots, header: &ManifestHeader, slot: &Slot) -> Result<bool> {
+    has_opened(keys.unlock_source(number, &alone(slots, slot), header))
+}
+
 /// These slots with no other than `slot`.
 fn alone(slots: &Slots, slot: &Slot) -> Slots {
     Slots { slots: vec![slot.clone()], ..slots.clone() }

@@ -20,7 +20,7 @@ mod edit;
 mod reencrypt;
 mod rekey;
 
-pub use edit::{Edit, Edited, Rewrap, opens, transit_version};
+pub use edit::{Edit, Edited, Rewrap, opens, opens_by, transit_version};
 pub use rekey::{Level, Rekey, Rekeyed, Withdrawn};
 
 use std::sync::Arc;

@@ -21,6 +21,9 @@ const PIECES_MAX: usize = 64;
 /// Records of them.
 const RECORDS_MAX: usize = 4096;
 
+/// Longer names are none of those that are looked for.
+const NAME_MAX: usize = 64;
+
 /// What Keras calls attributes and groups of its files' roots, and nobody else.
 const KERAS: [&[u8]; 5] =
     [b"keras_version", b"layer_names", b"weight_names", b"model_weights", b"_layer_checkpoint_dependencies"];
@@ -154,6 +157,8 @@ impl Piece<'_> {
             (at + 16, le(self.head, at + 8, 4)?, false)
         };
         let mut names = Vec::new();
+        // A group has one; many would each bring the same names again.
+        let mut has_table = false;
         let mut pieces = vec![(first, usize::try_from(len).ok()?)];
         let mut records = 0;
         for number in 0.. {
@@ -172,7 +177,9 @@ impl Piece<'_> {
                     0x19.. if records == 1 => return None,
                     ATTRIBUTE => names.extend(attribute_name(body)),
                     LINK => names.extend(link_name(body)),
-                    SYMBOL_TABLE => names.extend(self.names_of_heap(body).unwrap_or_default()),
+                    SYMBOL_TABLE if !std::mem::replace(&mut has_table, true) => {
+                        names.extend(self.names_of_heap(body).unwrap_or_default())
+                    }
                     CONTINUED => {
                         let place = le(body, 0, self.offset).zip(le(body, self.offset, self.length));
                         let place = place.and_then(|(at, len)| usize::try_from(at).ok().zip(usize::try_from(len).ok()));
@@ -199,7 +206,7 @@ impl Piece<'_> {
         let len = usize::try_from(le(self.head, heap + 8, self.length)?).ok()?;
         let at = usize::try_from(le(self.head, heap + 8 + 2 * self.length, self.offset)?).ok()?;
         let data = self.head.get(at..at.checked_add(len)?.min(self.head.len()))?;
-        let names = data.split(|byte| *byte == 0).filter(|name| !name.is_empty());
+        let names = data.split(|byte| *byte == 0).filter(|name| (1..=NAME_MAX).contains(&name.len()));
         Some(names.take(RECORDS_MAX).map(<[u8]>::to_vec).collect())
     }
 }
@@ -212,7 +219,7 @@ fn attribute_name(body: &[u8]) -> Option<Vec<u8>> {
         _ => return None,
     };
     let name = body.get(at..at + len)?;
-    Some(name.split(|byte| *byte == 0).next()?.to_vec())
+    name.split(|byte| *byte == 0).next().filter(|name| name.len() <= NAME_MAX).map(<[u8]>::to_vec)
 }
 
 fn link_name(body: &[u8]) -> Option<Vec<u8>> {
@@ -221,13 +228,38 @@ fn link_name(body: &[u8]) -> Option<Vec<u8>> {
     let at = 2 + usize::from(flags >> 3 & 1) + 8 * usize::from(flags >> 2 & 1) + usize::from(flags >> 4 & 1);
     let width = 1 << (flags & 3);
     let len = usize::try_from(le(body, at, width)?).ok()?;
-    body.get(at + width..(at + width).checked_add(len)?).map(<[u8]>::to_vec)
+    body.get(at + width..(at + width).checked_add(len)?).filter(|name| name.len() <= NAME_MAX).map(<[u8]>::to_vec)
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::tests::{is, is_not};
     use super::*;
+
+    /// However often a header names its heap, and whatever lies there.
+    #[test]
+    fn a_header_that_names_its_heap_again_and_again_brings_its_names_once() {
+        let mut head = vec![0; SEARCHED_BYTES];
+        head[..5].copy_from_slice(b"HEAP\0");
+        head[8..16].copy_from_slice(&(SEARCHED_BYTES as u64 - 64).to_le_bytes());
+        head[24..32].copy_from_slice(&64u64.to_le_bytes());
+        for (at, byte) in head[64..].iter_mut().enumerate() {
+            *byte = if at % 2 == 0 { b'a' } else { 0 };
+        }
+        // A header of the older form at 512: version, records, references, its length; each record names the heap at 0.
+        let (at, records) = (512, 4000u16);
+        head[at..at + 16].copy_from_slice(&[1, 0, 0xa0, 0x0f, 1, 0, 0, 0, 0, 0, 8, 0, 0, 0, 0, 0]);
+        for record in head[at + 16..at + 16 + 24 * usize::from(records)].chunks_mut(24) {
+            record.fill(0);
+            (record[0], record[2]) = (SYMBOL_TABLE as u8, 16);
+        }
+        let file = Piece { head: &head, offset: 8, length: 8 };
+        let names = file.names_of_header(at).expect("a header");
+        assert_eq!(names.len(), RECORDS_MAX);
+        head[64..].fill(b'a');
+        let file = Piece { head: &head, offset: 8, length: 8 };
+        assert!(file.names_of_header(at).expect("a header").is_empty(), "a name without an end");
+    }
 
     /// A file of the newer form with these attributes in its root; `len` bytes behind a user's block of `at`.
     fn newer(at: usize, attributes: &[&[u8]], links: &[&[u8]], len: usize) -> Vec<u8> {
