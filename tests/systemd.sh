@@ -86,8 +86,9 @@ make_models() {
       mkdir v$n; head -c 20000000 /dev/urandom >v$n/model.safetensors
       for _ in 1 2 3; do echo "$1"; done >>v$n/model.safetensors; echo "{\"version\": $n}" >v$n/config.json
       cp v$n/model.safetensors /srv/seen/v$n
-      # As long as a path can be, in letters that a record writes in six: its line is longer than what journalctl shows unasked.
-      long=$(printf "ü%.0s" $(seq 120)); mkdir -p v$n/$long/$long/$long/$long; echo long >v$n/$long/$long/$long/$long/$(printf "ü%.0s" $(seq 28))
+      # As long as a path can be, in letters that a record writes in six: its line is longer than what journalctl shows unasked. It
+      # comes before the weights, whose end is to be that of the model.
+      long=$(printf "ü%.0s" $(seq 119)); deep=v$n/a$long/ü$long/ü$long/ü$long; mkdir -p $deep; echo long >$deep/$(printf "ü%.0s" $(seq 28))
     done
     modelfs keygen llama.key; modelfs keygen other.key; modelfs seal v1 /srv/store acme/llama --key file:llama.key' "$needle"
 }
