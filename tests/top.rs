@@ -7,13 +7,11 @@ mod fixture;
 mod mounted;
 #[path = "common/program.rs"]
 mod program;
+#[path = "common/terminal.rs"]
+mod terminal;
 
 use std::fs::File;
-use std::io::{Read, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::os::unix::process::CommandExt;
-use std::process::{Child, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -27,6 +25,7 @@ use modelfs::vfs::Shown;
 use mounted::How;
 use program::{Program, can_mount, is_mountpoint, run_ok};
 use serde_json::Value;
+use terminal::Terminal;
 
 const CHUNK: usize = 1 << 20;
 
@@ -253,112 +252,19 @@ fn a_frame_and_a_sample_of_a_real_mount_show_what_was_read_of_it() {
 }
 
 /// `modelfs top` on a terminal of its own.
-struct Terminal {
-    child: Child,
-    screen: File,
-    seen: Vec<u8>,
-    before: libc::termios,
+fn view(program: &Program) -> Terminal {
+    let mut command = program.command(&["top"]);
+    command.arg(program.mountpoint()).args(["--every", "200ms"]).env("LANG", "C.UTF-8");
+    Terminal::start(&mut command)
 }
 
-impl Terminal {
-    fn start(program: &Program) -> Terminal {
-        let (mut screen, mut inside) = (-1, -1);
-        let size = libc::winsize { ws_row: 30, ws_col: 100, ws_xpixel: 0, ws_ypixel: 0 };
-        // SAFETY: both descriptors are written by the call and owned by nobody else; the rest is read.
-        let (screen, inside) = unsafe {
-            let made = libc::openpty(&mut screen, &mut inside, std::ptr::null_mut(), std::ptr::null_mut(), &size);
-            assert_eq!(made, 0, "{}", std::io::Error::last_os_error());
-            (File::from_raw_fd(screen), OwnedFd::from_raw_fd(inside))
-        };
-        // SAFETY: the flag belongs to a descriptor of ours.
-        unsafe { libc::fcntl(screen.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) };
-        let before = settings(&screen);
-        let mut command = program.command(&["top"]);
-        command.arg(program.mountpoint()).args(["--every", "200ms"]);
-        command.env("TERM", "xterm-256color").env("LANG", "C.UTF-8").env_remove("NO_COLOR");
-        let stdio = || Stdio::from(inside.try_clone().expect("a descriptor"));
-        command.stdin(stdio()).stdout(stdio()).stderr(stdio());
-        // SAFETY: both calls are async-signal-safe and touch nothing of the parent.
-        unsafe {
-            command.pre_exec(|| {
-                libc::setsid();
-                libc::ioctl(0, libc::TIOCSCTTY, 0);
-                Ok(())
-            });
-        }
-        Terminal { child: command.spawn().expect("the binary runs"), screen, seen: Vec::new(), before }
-    }
-
-    fn read(&mut self) {
-        let mut piece = [0; 65536];
-        while let Ok(len @ 1..) = self.screen.read(&mut piece) {
-            self.seen.extend_from_slice(&piece[..len]);
-        }
-    }
-
-    /// Waits until `part` was written after what was expected before.
-    fn expect(&mut self, part: &str) {
-        let deadline = Instant::now() + Duration::from_secs(120);
-        loop {
-            let found = self.seen.windows(part.len()).position(|bytes| bytes == part.as_bytes());
-            if let Some(at) = found {
-                self.seen.drain(..at + part.len());
-                return;
-            }
-            assert!(Instant::now() < deadline, "`{part}` never came: {}", String::from_utf8_lossy(&self.seen));
-            std::thread::sleep(Duration::from_millis(10));
-            self.read();
-        }
-    }
-
-    fn press(&mut self, keys: &str) {
-        self.screen.write_all(keys.as_bytes()).expect("the terminal takes keys");
-    }
-
-    fn resize(&mut self, columns: u16, lines: u16) {
-        let size = libc::winsize { ws_row: lines, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
-        // SAFETY: the size is read; the descriptor is ours.
-        assert_eq!(unsafe { libc::ioctl(self.screen.as_raw_fd(), libc::TIOCSWINSZ, &size) }, 0);
-    }
-
-    /// Waits for the end, and for the terminal as it was: cooked, and on its first screen.
-    fn ended(mut self, code: i32) {
-        let deadline = Instant::now() + Duration::from_secs(120);
-        let status = loop {
-            self.read();
-            if let Some(status) = self.child.try_wait().expect("wait") {
-                break status;
-            }
-            assert!(Instant::now() < deadline, "still running");
-            std::thread::sleep(Duration::from_millis(10));
-        };
-        self.read();
-        let seen = String::from_utf8_lossy(&self.seen).into_owned();
-        assert_eq!(status.code(), Some(code), "{status}: {seen}");
-        assert!(seen.contains("\u{1b}[?1049l"), "the first screen did not come back: {seen:?}");
-        let after = settings(&self.screen);
-        let (before, flags) = (self.before, libc::ICANON | libc::ECHO | libc::ISIG);
-        assert_eq!(after.c_lflag & flags, before.c_lflag & flags, "the terminal is still raw");
-        assert_ne!(before.c_lflag & flags, 0);
-    }
-}
-
-impl Drop for Terminal {
-    fn drop(&mut self) {
-        if matches!(self.child.try_wait(), Ok(None)) {
-            let _ = self.child.kill();
-            let _ = self.child.wait();
-        }
-    }
-}
-
-fn settings(screen: &File) -> libc::termios {
-    let mut settings = std::mem::MaybeUninit::uninit();
-    // SAFETY: the call fills what it is given when it answers 0.
-    unsafe {
-        assert_eq!(libc::tcgetattr(screen.as_raw_fd(), settings.as_mut_ptr()), 0);
-        settings.assume_init()
-    }
+/// Waits for the end, and for the terminal as a command finds it: cooked, and on its first screen.
+fn ends(mut terminal: Terminal, code: i32) {
+    let (ended, seen) = terminal.ended();
+    assert_eq!(ended, Some(code), "{seen}");
+    assert!(seen.contains("\u{1b}[?1049l"), "the first screen did not come back: {seen:?}");
+    let flags = libc::ICANON | libc::ECHO | libc::ISIG;
+    assert_eq!(terminal.modes().c_lflag & flags, flags, "the terminal is still raw");
 }
 
 #[test]
@@ -370,7 +276,7 @@ fn the_view_follows_keys_and_sizes_and_gives_the_terminal_back_however_it_ends()
     let program = ready(&folder);
     let mount = program.mount(&["--cache", "128MiB", "--open", "lazy"]);
 
-    let mut by_key = Terminal::start(&program);
+    let mut by_key = view(&program);
     by_key.expect("\u{1b}[?1049h");
     by_key.expect("map of config.json");
     // The end of the first frame. From then on only cells that change are written: the title of the map, but for the last
@@ -384,22 +290,21 @@ fn the_view_follows_keys_and_sizes_and_gives_the_terminal_back_however_it_ends()
     by_key.press(" ");
     by_key.expect("stopped");
     by_key.press("q");
-    by_key.ended(0);
+    ends(by_key, 0);
 
-    let mut by_interrupt = Terminal::start(&program);
+    let mut by_interrupt = view(&program);
     by_interrupt.expect("config.json");
     by_interrupt.press("\u{3}");
-    by_interrupt.ended(0);
+    ends(by_interrupt, 0);
 
-    let mut by_signal = Terminal::start(&program);
+    let mut by_signal = view(&program);
     by_signal.expect("config.json");
-    // SAFETY: the pid of a child not yet waited for.
-    unsafe { libc::kill(by_signal.child.id() as i32, libc::SIGTERM) };
-    by_signal.ended(0);
+    by_signal.signal(libc::SIGTERM);
+    ends(by_signal, 0);
 
-    let mut by_end_of_mount = Terminal::start(&program);
+    let mut by_end_of_mount = view(&program);
     by_end_of_mount.expect("config.json");
     mount.unmount();
     assert!(!is_mountpoint(program.mountpoint()));
-    by_end_of_mount.ended(3);
+    ends(by_end_of_mount, 3);
 }

@@ -20,10 +20,10 @@ pub struct Terminal {
 }
 
 impl Terminal {
-    /// The terminal is the command's controlling one: it is where passwords are asked for.
+    /// The terminal is the command's controlling one: it is where passwords are asked for. 30 lines of 100 columns.
     pub fn start(command: &mut Command) -> Terminal {
         let (mut screen, mut inside) = (-1, -1);
-        let size = libc::winsize { ws_row: 30, ws_col: 120, ws_xpixel: 0, ws_ypixel: 0 };
+        let size = libc::winsize { ws_row: 30, ws_col: 100, ws_xpixel: 0, ws_ypixel: 0 };
         // SAFETY: both descriptors are written by the call and owned by nobody else; the rest is read.
         let (screen, inside) = unsafe {
             let made = libc::openpty(&mut screen, &mut inside, std::ptr::null_mut(), std::ptr::null_mut(), &size);
@@ -75,25 +75,40 @@ impl Terminal {
     /// A line with its end. The prompt is shown a moment before the terminal stops to show what is typed: that is waited for.
     pub fn type_secret(&mut self, line: &str) {
         let deadline = Instant::now() + PATIENCE;
-        while self.echoes() {
+        while self.modes().c_lflag & libc::ECHO != 0 {
             assert!(Instant::now() < deadline, "the terminal still shows what is typed: {}", self.shown());
             std::thread::sleep(Duration::from_millis(10));
         }
-        self.screen.write_all(format!("{line}\n").as_bytes()).expect("the terminal takes keys");
+        self.press(&format!("{line}\n"));
     }
 
-    fn echoes(&self) -> bool {
+    /// How it takes and shows what is typed.
+    pub fn modes(&self) -> libc::termios {
         let mut modes = std::mem::MaybeUninit::uninit();
-        // SAFETY: a terminal of ours, and room for what is told of it, which is there if the call says so.
-        let modes = unsafe {
+        // SAFETY: the call fills what it is given when it answers 0.
+        unsafe {
             assert_eq!(libc::tcgetattr(self.screen.as_raw_fd(), modes.as_mut_ptr()), 0);
-            libc::termios { ..modes.assume_init() }
-        };
-        modes.c_lflag & libc::ECHO != 0
+            modes.assume_init()
+        }
+    }
+
+    pub fn press(&mut self, keys: &str) {
+        self.screen.write_all(keys.as_bytes()).expect("the terminal takes keys");
+    }
+
+    pub fn resize(&mut self, columns: u16, lines: u16) {
+        let size = libc::winsize { ws_row: lines, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+        // SAFETY: the size is read; the descriptor is ours.
+        assert_eq!(unsafe { libc::ioctl(self.screen.as_raw_fd(), libc::TIOCSWINSZ, &size) }, 0);
+    }
+
+    pub fn signal(&self, signal: i32) {
+        // SAFETY: the pid of a child not yet waited for.
+        unsafe { libc::kill(self.child.id() as i32, signal) };
     }
 
     /// Waits for the end; the exit code, and all that was shown.
-    pub fn ended(mut self) -> (Option<i32>, String) {
+    pub fn ended(&mut self) -> (Option<i32>, String) {
         let deadline = Instant::now() + PATIENCE;
         loop {
             self.read();
