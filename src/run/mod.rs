@@ -22,7 +22,7 @@ use crate::error::{Code, Error, Result};
 use crate::host::{Decision, Host, HostPlan, Mounted};
 use crate::processes::{self, Change};
 use crate::ready::await_store;
-use crate::{mem, mounts, notify};
+use crate::{mem, mounts, notify, refuse};
 
 pub use child::{NOT_EXECUTABLE, NOT_FOUND};
 use signals::Signals;
@@ -119,8 +119,14 @@ enum Looked {
     Stopped(u8),
 }
 
+/// How long the looks may take, each of which has its own time: whoever asks a mount that does not answer waits for ever.
+const LOOK_MAX: Duration = Duration::from_secs(120);
+/// Of a strict one two come to their ends, within ten minutes each.
+const STRICT_LOOK_MAX: Duration = Duration::from_secs(1500);
+
 /// Looks at the machine in a thread of its own: a signal ends that at once, since nothing is there to be undone.
 fn look(mut plan: RunPlan, signals: &Signals) -> Result<Looked> {
+    let (began, most) = (Instant::now(), if plan.strict { STRICT_LOOK_MAX } else { LOOK_MAX });
     let work = std::thread::Builder::new()
         .name("look".into())
         .spawn(move || checks::look(&mut plan).map(|()| plan))
@@ -131,6 +137,14 @@ fn look(mut plan: RunPlan, signals: &Signals) -> Result<Looked> {
         {
             tracing::info!("told to stop by signal {signal} before the command was started");
             return Ok(Looked::Stopped(signal as u8));
+        }
+        if began.elapsed() > most {
+            refuse!(
+                Host,
+                "the look at this machine did not end within {} s, so nothing was started: something that is mounted here does \
+                 not answer; unmount it (`cat /proc/self/mountinfo`)",
+                most.as_secs()
+            );
         }
     }
     let plan = work.join().map_err(|_| Error::new(Code::Host, "the thread that looks died"))?;
