@@ -98,7 +98,7 @@ import re, sys
 from pathlib import Path
 FLAG = r"(?<![\w-])--[a-z][a-z0-9-]*"
 OTHERS = set("""--bench --cap-drop --cgroup-manager --clear-groups --device --driver --duration --force --from --gpus --interleave --locked --memlock --nocapture --now
-  --ignored --path --pid --read-only --regid --reuid --rounds --security-opt --size-mib --system --test --ulimit --unix-socket --user""".split())
+  --ignored --only --path --pid --read-only --regid --reuid --rounds --security-opt --size-mib --system --test --ulimit --unix-socket --user""".split())
 ours, wrong, seen = set(re.findall(FLAG, sys.stdin.read())), [], 0
 for page in sys.argv[1:]:
     inside = continued = False
