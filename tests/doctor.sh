@@ -366,10 +366,13 @@ unseen_in_image() {
   install -m 600 /dev/null "$root/opt/small"
   looks 0 || rc=1
   mkdir -m 700 "$root/opt/closed"
-  looks 26 && grep 'could not be read (/opt/closed' "$work/out" || rc=1
+  looks 26 && grep '/opt/closed could not be read' "$work/out" && grep 'chmod a+rX /opt/closed' "$work/out" || rc=1
+  mkdir -m 700 "$root/opt/another"
+  looks 26 && grep '2 places could not be read: /opt/another, /opt/closed' "$work/out" && grep 'chmod a+rX /opt/another /opt/closed' "$work/out" || rc=1
+  rmdir "$root/opt/another"
   chmod 755 "$root/opt/closed" && looks 0 || rc=1
   install -m 600 "$work/planted" "$root/opt/closed/asset"
-  looks 26 && grep 'could not be read (/opt/closed/asset' "$work/out" || rc=1
+  looks 26 && grep '/opt/closed/asset could not be read' "$work/out" || rc=1
   chmod 644 "$root/opt/closed/asset" && looks 26 && grep 'baked-models .*/opt/closed/asset' "$work/out" || rc=1
   rm -r "$root/opt/closed" "$root/opt/small"
   unset 'chroot[1]'
